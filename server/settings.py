@@ -240,7 +240,8 @@ class Settings(BaseSettings):
     code_memory_bytes: ByteSize = Field(
         _to_byte_size(1024 * MIB),
         ge=16 * MIB,
-        description="maximum memory of the processes of one code archive; it counts as measured in `model_cache_bytes`",
+        description="maximum memory of the processes of one replica of a code archive; it counts as measured in "
+        "`model_cache_bytes`",
     )
     code_timeout_s: Seconds = Field(
         60.0,
@@ -273,10 +274,21 @@ class Settings(BaseSettings):
     code_disk_bytes: ByteSize = Field(
         _to_byte_size(4096 * MIB),
         ge=16 * MIB,
-        description="maximum size of the folder of one code archive: its files, its packages and what its code writes",
+        description="maximum size of the folder of one replica of a code archive: its files, its packages and what its "
+        "code writes",
+    )
+    code_replicas: int = Field(
+        4,
+        ge=1,
+        le=64,
+        description="maximum number of replicas of one code archive on a worker, each a process that answers a batch "
+        "at a time; clients ask for them as workers of a registered model, and more are not started",
     )
     code_processes: int = Field(
-        64, ge=4, description="maximum number of processes and threads of one code archive, its own process among them"
+        64,
+        ge=4,
+        description="maximum number of processes and threads of one replica of a code archive, its own process among "
+        "them",
     )
     queue_per_model: int = Field(
         contract.QUEUE_PER_MODEL, ge=1, description="maximum queued requests per model; above it: `overload_status`"

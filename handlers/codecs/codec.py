@@ -14,6 +14,7 @@ import numpy as np
 
 from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, tensors
+from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
@@ -123,16 +124,20 @@ class FamilyCodec:
     quick_bytes = QUICK_BYTES
 
     def __init__(
-        self, tensor: Tensor, forecast: ForecastSpec | None = None, budget: RequestBudget | None = None
+        self,
+        tensor: Tensor,
+        forecast: ForecastSpec | None = None,
+        budget: RequestBudget | None = None,
+        calibration: BandCalibration | None = None,
     ) -> None:
-        """`budget` refuses forecasts of too many rows; None means no limit.
+        """`budget` refuses forecasts of too many rows; None means no limit. `calibration` shifts their levels.
 
         Raises model_store.errors.ArchiveInvalid if the recipe of the forecast cannot be run.
         """
         self._name = tensor.input_name
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
-        self._deepar = None if forecast is None else DeepAr(forecast, budget)
+        self._deepar = None if forecast is None else DeepAr(forecast, budget, calibration)
         self._budget = budget
         self._signature = open_inference.Signature(self._shapes, {OUTPUT: tensor.output_shape})
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
+from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.clock import add_offset, find_jumps
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
@@ -21,6 +22,7 @@ from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
 
 MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
+LEVEL_TOLERANCE = 1e-9  #: how far a level may lie outside the trained range: clients compute 1 - 0.9 and send that
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
 
 Prediction = dict[str, object]
@@ -67,9 +69,18 @@ class Encode:
 class DeepAr:
     """The forecast contract of one archive, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: ForecastSpec, budget: RequestBudget | None = None) -> None:
-        """`budget` refuses requests of too many rows. Raises ArchiveInvalid if the input recipe cannot be run."""
-        self._forecast, self._budget = forecast, budget
+    def __init__(
+        self,
+        forecast: ForecastSpec,
+        budget: RequestBudget | None = None,
+        calibration: BandCalibration | None = None,
+    ) -> None:
+        """`budget` refuses requests of too many rows, `calibration` shifts the levels of one product's forecast.
+
+        Raises ArchiveInvalid if the input recipe cannot be run.
+        """
+        self._forecast, self._budget, self._calibration = forecast, budget, calibration
+        self._most = float(np.finfo(np.float32).max) / (calibration.growth if calibration else 1)
         self._reader = RequestReader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
@@ -182,7 +193,7 @@ class DeepAr:
 
     def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
         """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration."""
-        drawn = self._prices(outputs)
+        drawn = self._prices(outputs, asked)
         prices = np.sort(drawn, axis=-1)
         configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
@@ -227,8 +238,8 @@ class DeepAr:
             clock["jumps"] = jumps
         return {"levels": self._trained, "values": values, **clock, **products}
 
-    def _prices(self, outputs: Float32) -> Float64:
-        """Turn network numbers into prices [n, D?, prediction, levels or paths], within floor and cap.
+    def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:
+        """Turn network numbers into prices [n, D?, prediction, levels or paths], calibrated, within floor and cap.
 
         Raises RunFailed beyond float32.
         """
@@ -239,8 +250,15 @@ class DeepAr:
             prices = np.stack(scaled, axis=1)
         else:
             prices = from_network(numbers, forecast.scaler)
-        if not (np.abs(prices) <= np.finfo(np.float32).max).all():
+        if not (np.abs(prices) <= self._most).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
+        if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
+            prices = np.sort(self._clip(prices), axis=-1)
+            prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
+        return self._clip(prices)
+
+    def _clip(self, prices: Float64) -> Float64:
+        forecast = self._forecast
         if forecast.floor is None and forecast.cap is None:
             return prices
         return np.clip(prices, forecast.floor, forecast.cap)
@@ -291,10 +309,11 @@ def _parse_level(text: str, trained: Float64) -> float:
         level = float(text)
     except ValueError:
         raise RequestError(f"{text[:40]!r} is not a quantile level", field="configuration.quantiles") from None
-    if not trained[0] <= level <= trained[-1]:
+    nearest = min(max(level, float(trained[0])), float(trained[-1]))
+    if not abs(level - nearest) <= LEVEL_TOLERANCE:  # NaN is outside as well
         message = f"level {text[:40]} is outside the trained range {trained[0]:g} to {trained[-1]:g}"
         raise RequestError(message, field="configuration.quantiles")
-    return level
+    return nearest
 
 
 def _interpolate_levels(names: Sequence[str], asked: Float64, trained: Float64) -> Levels:

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from handlers.base import Family, Float32, Shape
+from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import get_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
-from model_store.archives.archive import Archive, check_tensors, read_tensors
+from model_store.archives.archive import Archive, check_tensors, read_offsets, read_tensors
 from model_store.archives.manifest import Kind, Spec, Weights
 from model_store.archives.packing import WEIGHTS_FILE
 
@@ -31,7 +32,7 @@ class ForecasterKind:
         network = get_family(archive.spec)
         row = read_row(archive, network)
         budget = RequestBudget(row_work(network), target.limits)
-        body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget))
+        body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive)))
         return BuiltModel(body, row, network.key)
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
@@ -63,6 +64,14 @@ def read_row(archive: Archive, network: Family) -> Float32:
     tensors = read_tensors(archive)
     check_tensors(tensors, network.parameters, archive.name)
     return network.row(tensors)
+
+
+def open_calibration(archive: Archive) -> BandCalibration | None:
+    """The calibration that an archive carries; None if it has none. Raises ArchiveInvalid."""
+    offsets, spec = read_offsets(archive), archive.spec
+    if offsets is None or spec is None or not spec.calibration or spec.forecast is None:
+        return None
+    return BandCalibration(spec.forecast, offsets, spec.calibration.low, spec.calibration.high)
 
 
 def describe_tensors(archive: Archive) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, pi
+from math import cos, isnan, pi
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from handlers.training.batched_networks import (
 )
 from handlers.training.input_recipe import (
     DAY,
+    WEEK,
     choose_context_length,
     choose_prediction_length,
     count_season_steps,
@@ -70,15 +71,16 @@ def suggest_inputs(
     SeriesInvalid; model_store.errors.ArchiveInvalid for an unknown architecture or config.
     """
     step_s = round(series[0].step.total_seconds())
-    context, horizon = (
-        context_length or choose_context_length(step_s),
-        prediction_length or choose_prediction_length(step_s),
-    )
+    horizon = prediction_length or choose_prediction_length(step_s)
+    known = ARCHITECTURES.get(architecture)
+    least = horizon if known and known.whole_days else 1  # such a network reads whole blocks of a forecast's length
+    context = context_length or max(choose_context_length(step_s), least)
     needs = get_input_needs(
         build_family(architecture, {**config, "context_length": context, "prediction_length": horizon})
     )
     asked, of_days = options.pop("origin", ""), needs.whole_days and step_s < DAY and horizon * step_s % DAY == 0
-    length = context_length or needs.context or context
+    far = horizon * step_s > WEEK  # its blocks of days would be of weeks: one has the whole rhythm
+    length = context_length or (not far and needs.context) or context
     return [
         make_recipe(
             each,
@@ -187,6 +189,16 @@ def _fit_family(
     best, steps = networks.best(start, progress)
     losses = judge.price_losses(best.view(len(series), -1))
     return networks.whole(start, steps).view(len(series), -1), losses
+
+
+def explain_worse(fitted: Fitted) -> str:
+    """Say why a fit is not known to be better than the naive forecast; empty if it is."""
+    if isnan(fitted.loss):
+        return f"{fitted.name}: nothing is observed in its holdout, so that it cannot be judged"
+    if fitted.loss < fitted.naive_loss:
+        return ""
+    than = f"its holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
+    return f"{fitted.name}: {than}"
 
 
 def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -> Config:

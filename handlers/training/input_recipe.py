@@ -16,7 +16,7 @@ from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler
 
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
-LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)  #: of recipes that name no levels; `fleetcast train` asks for nine
 IQR_OF_NORMAL = 1.349  #: the interquartile range of a normal distribution, in standard deviations
 
 Scaling = Literal["asinh", "linear"]

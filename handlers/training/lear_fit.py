@@ -81,9 +81,14 @@ class LinearFit:
         return self._data.spaced(starts[-(len(starts) >> model % self._members) or -1 :], MOST_WINDOWS)
 
     def _by_step(self, losses: torch.Tensor) -> torch.Tensor:
-        """Replace the loss of every column by the mean over the levels of its step [columns]."""
-        by_step = losses.view(*self._family.output_shape)
-        return by_step.mean(1, keepdim=True).expand_as(by_step).flatten()
+        """Replace the loss of every column by the mean over the levels of its step [columns].
+
+        A step of which nothing is observed in the holdout has the mean loss of the others: a loss of 0 would choose the
+        largest penalty for it.
+        """
+        losses = losses.view(*self._family.output_shape)
+        by_step = losses.mean(1, keepdim=True)
+        return by_step.where(~by_step.isnan(), by_step.nanmean()).expand_as(losses).flatten()
 
     def _problem(self, model: int, starts: torch.Tensor) -> Problem:
         """Make the problem of one model from the windows that forecast from these steps [M, n]."""

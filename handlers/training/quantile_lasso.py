@@ -49,11 +49,11 @@ def make_null_model(problem: Problem) -> Coefficients:
 
 
 def compute_losses(problem: Problem, found: Coefficients) -> torch.Tensor:
-    """Compute the mean pinball loss of every column [columns]."""
+    """Compute the mean pinball loss of every column [columns], NaN where nothing is observed."""
     y, levels = _list_targets(problem)
     error, seen = y.nan_to_num() - torch.addmm(found.bias, problem.x, found.weight), ~y.isnan()
     loss = torch.maximum(levels * error, (levels - 1) * error) * seen
-    return loss.sum(0) / seen.sum(0).clamp(min=1)
+    return loss.sum(0) / seen.sum(0)
 
 
 class Regressions:

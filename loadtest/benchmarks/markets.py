@@ -30,7 +30,7 @@ from rich.progress import track
 from rich.table import Table
 
 from handlers.training.fit import ask_network, compute_pinball, make_reference_network
-from handlers.training.input_recipe import compute_naive_lag
+from handlers.training.input_recipe import LEVELS, compute_naive_lag
 from handlers.training.time_series import Float64, Series, read_csv
 from loadtest import record
 from loadtest.observe.local_server import run_local_server
@@ -141,6 +141,7 @@ def main(
 def train_models(data: Path, time: str, targets: Sequence[str], until: datetime, store: str, seed: int) -> None:
     """`fleetcast train` as a user runs it. Raises CalledProcessError; its messages are on stderr."""
     command = [sys.executable, "-P", "-m", "server.cli.main", "train", str(data), "--time", time, "--out", store]
+    command += ["--quantiles", ",".join(map(str, LEVELS))]  # records before the nine default levels have these
     command += ["--train-until", until.isoformat(), "--seed", str(seed), "--architecture", "tcn", "--keep-worse"]
     for target in targets:
         command += ["--target", target]

@@ -49,13 +49,13 @@ class Recipe:
 
     @property
     def flags(self) -> list[str]:
-        """The flags of the command that differ from its defaults."""
+        """The flags of the command: the levels, and what differs from its defaults."""
         found = ["--architecture", self.architecture]
         found += ["--members", str(self.members)] if self.members > 1 else []
         found += ["--config", self.config] if self.config != "{}" else []
         found += ["--epochs", f"{self.epochs:g}"] if self.epochs else []
         found += ["--scaling", self.scaling] if self.scaling != "asinh" else []
-        return found + (["--quantiles", ",".join(map(str, self.levels))] if self.levels != LEVELS else [])
+        return [*found, "--quantiles", ",".join(map(str, self.levels))]
 
     @property
     def options(self) -> Config:

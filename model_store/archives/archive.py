@@ -30,13 +30,24 @@ from model_store.archives.tar_reader import read_tar_gz
 from model_store.archives.zip_reader import read_zip
 from model_store.errors import ArchiveInvalid, LoadError
 
-__all__ = ["DEFAULT_LIMITS", "Archive", "Limits", "check_tensors", "list_names", "open_archive", "read_tensors"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Archive",
+    "Limits",
+    "check_tensors",
+    "list_names",
+    "open_archive",
+    "read_offsets",
+    "read_tensors",
+]
 
 Float32 = npt.NDArray[np.float32]
 DEFAULT_LIMITS = Limits()
 
 _MAX_RECORD_BYTES = 2 << 20  # of a JSON record
 _FLOAT_BYTES = 4
+_OFFSETS = "offsets"  # the tensor of a calibration
+_OFFSET_ROWS = (1, 24)  # one for all steps, or one for each hour of the day
 _MAX_LISTED = 5  # names in one message
 
 
@@ -104,7 +115,9 @@ def open_archive(data: bytes, name: str, limits: Limits = DEFAULT_LIMITS) -> Arc
         spec = parse_spec(_read_record(container, FLEETCAST_JSON)) if FLEETCAST_JSON in files else None
         mar = parse_mar_manifest(_read_record(container, MAR_MANIFEST)) if MAR_MANIFEST in files else None
         if spec is not None:
-            for field, member in (("weights.file", spec.weights.file), ("golden", spec.golden)):
+            offsets = spec.calibration.file if spec.calibration else None
+            named = (("weights.file", spec.weights.file), ("golden", spec.golden), ("calibration.file", offsets))
+            for field, member in named:
                 if member is not None and member not in files:
                     raise ArchiveInvalid(f"{FLEETCAST_JSON}: `{field}` names {quote_name(member)}, which is not there")
         return Archive(name, spec, mar, container)
@@ -120,6 +133,30 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
     where = archive.spec.weights.file if archive.spec else ""
     with _name_archive(f"{archive.name}: {where}"):
         return {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
+
+
+def read_offsets(archive: Archive) -> Float32 | None:
+    """The offsets [rows, levels] of the archive's calibration; None if it has none.
+
+    Raises:
+        ArchiveInvalid: the member is not the one that was packed, or not offsets for the forecast's levels.
+    """
+    spec = archive.spec
+    if spec is None or not spec.calibration or spec.forecast is None:
+        return None
+    file = spec.calibration.file
+    with _name_archive(f"{archive.name}: {quote_name(file)}"):
+        raw = _read_record(archive.container, file)
+        if (found := hashlib.sha256(raw).hexdigest()) != spec.calibration.sha256:
+            expected = spec.calibration.sha256
+            raise ArchiveInvalid(f"it has sha256 {found}, but {FLEETCAST_JSON} says {expected}; calibrate it again")
+        tensors = {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
+        shapes = [(rows, len(spec.forecast.quantile_levels)) for rows in _OFFSET_ROWS]
+        if list(tensors) != [_OFFSETS] or tensors[_OFFSETS].shape not in shapes:
+            there = ", ".join(f"{quote_name(name)} {list(each.shape)}" for name, each in list(tensors.items())[:5])
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise ArchiveInvalid(f"it has the tensors {there}, but should have `{_OFFSETS}` {wanted}")
+        return tensors[_OFFSETS]
 
 
 def check_tensors(

@@ -217,6 +217,22 @@ class Weights(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     sha256: Sha256 | None = None
 
 
+class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far the quantile levels of a forecast are shifted, learnt from its past errors.
+
+    `file`: the member, safetensors with the tensor `offsets` [rows, levels], in widths of the band between the levels
+    `low` and `high`. It has a row for each hour of the day, or one row for all steps. `windows`: the number of past
+    forecasts it was learnt from; the last one ended at `until`, on the archive's wall clock.
+    """
+
+    file: MemberPath
+    sha256: Sha256
+    low: Level
+    high: Level
+    windows: Length
+    until: Stamp
+
+
 class GoldenSample(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A request and its expected answer, which are checked on every load of the archive.
 
@@ -252,6 +268,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     description: Annotated[str, Meta(max_length=2000)] = ""
     trained_until: Stamp | UnsetType = UNSET
     trained_epochs: Annotated[float, Meta(ge=0.0)] | UnsetType = UNSET
+    calibration: Calibration | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         """Cross-field rules."""
@@ -263,6 +280,19 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"`correlation` belongs to archives of that kind, and only to them; this is a {self.kind}")
         if self.correlation and (self.forecast or self.golden):
             raise ValueError("a correlation has no `forecast` and no `golden`: it answers nothing itself")
+        if self.calibration:
+            self._check_calibration(self.calibration)
+
+    def _check_calibration(self, calibration: Calibration) -> None:
+        forecast = self.forecast
+        if self.kind not in (Kind.FORECASTER, Kind.GRAPH):
+            raise ValueError(f"`calibration` belongs to forecasters and graphs, not to kind {self.kind}")
+        if forecast is None or len(forecast.products) > 1 or forecast.paths:
+            raise ValueError("`calibration` belongs to forecasts of one product by quantiles, not by paths")
+        levels = forecast.quantile_levels
+        if not (calibration.low < calibration.high and {calibration.low, calibration.high} <= set(levels)):
+            band = f"{calibration.low} to {calibration.high}"
+            raise ValueError(f"the calibration's band {band} must be two of the levels {list(levels)}")
 
 
 class MarModel(Struct, frozen=True, kw_only=True, rename="camel"):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
-from model_store.archives.archive import Archive, check_tensors, open_archive, read_tensors
+from model_store.archives.archive import Archive, check_tensors, open_archive, read_offsets, read_tensors
 from model_store.archives.container import quote_name
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
@@ -108,6 +108,7 @@ def _build_zip(members: Mapping[str, bytes]) -> bytes:
 def _check_readable(archive: Archive) -> None:
     """Read everything that a server reads. Raises ArchiveInvalid."""
     archive.golden()
+    read_offsets(archive)
     assert archive.spec is not None, "it was packed"
     if archive.spec.correlation:
         check_tensors(read_tensors(archive), archive.spec.correlation.tensors, archive.name)

@@ -354,6 +354,24 @@ class Cache:
             need -= slot.charge
         return tuple(victims)
 
+    def make_room(self, need: int, keep: Slot) -> tuple[Slot, ...] | None:
+        """Evict singles other than `keep`, coldest first, until `need` bytes more fit into the budget.
+
+        None, and none is evicted, where they would not fit. The caller drops them and calls `retired` for each.
+        """
+        over, victims = self.used_bytes + need - self.budget_bytes, list[Slot]()
+        for slot in self._victims.idle(None):
+            if over <= 0:
+                break
+            if slot is not keep:
+                victims.append(slot)
+                over -= slot.charge
+        if over > 0:
+            return None
+        for slot in victims:
+            slot.state = State.RETIRING
+        return tuple(victims)
+
     def _condemn(self, slot: Slot) -> None:
         slot.condemned = True
         slot.state = State.RETIRING

@@ -11,7 +11,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
-from server.cli.train import name_archives
+from server.cli.train import match_markets
 from server.logs import escape_text
 from server.offline.measures import HEADINGS, MEASURES, format_score
 
@@ -61,7 +61,7 @@ def backtest(
     Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit code is 1 when some
     markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    from server.offline.fleet_evaluation import backtest_fleet, match_columns  # noqa: PLC0415 -- torch
+    from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
 
     with one_line_errors():
@@ -69,7 +69,7 @@ def backtest(
         first, last = parse_moment("--from", since), parse_moment("--until", until)
         most = windows if windows is not None else 0 if first else WINDOWS
         rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
-        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = match_markets(csv, time, target or (), settings, name_template)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
         with show_progress("scoring") as told:
             found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules)
@@ -81,6 +81,10 @@ def backtest(
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
         rich.print(_make_score_table(found))
+        for each in found.markets:
+            if each.uncalibrated is not None:
+                after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
+                print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
     for note, markets in found.notes().items():
         more = f" and {len(markets) - SHOWN} more" if len(markets) > SHOWN else ""
         print(escape_text(f"note: {', '.join(markets[:SHOWN])}{more}: {note}"), file=sys.stderr)  # noqa: T201

@@ -1,5 +1,6 @@
 """`fleetcast correlate` estimates how the errors of many forecasts are correlated. It imports torch when it runs."""
 
+import sys
 import time as clock
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,8 +13,9 @@ from rich.table import Table
 from model_store.names import ModelName
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import one_line_errors, parse_moment, show_progress
+from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress
 from server.cli.train import name_archives
+from server.logs import escape_text
 
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
@@ -30,7 +32,9 @@ def correlate(
         typer.Argument(metavar="CSV", help="price file (.csv or .csv.gz) with a header and one row per time step"),
     ] = None,
     *,
-    target: Annotated[list[str], typer.Option(help="price column, or the name of a product (repeatable)")],
+    target: Annotated[
+        list[str], typer.Option(help="price column or pattern such as 'NSW*', or the name of a product (repeatable)")
+    ],
     out: Annotated[str, typer.Option(metavar="ARCHIVE", help="path or store URL of the archive to write")],
     time: Annotated[str, typer.Option(help="column of the time stamps, which are evenly spaced")] = "",
     store: Annotated[
@@ -68,27 +72,37 @@ def correlate(
 
     gaussian: a correlation matrix of the products and one of the steps, shrunk and made positive definite. schaake: the
     order of past windows itself, of any shape; only windows without missing values are used, and each takes memory.
+    A target without an archive, a covariate or a price in the windows is left out, and the exit code is 1.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         started = clock.perf_counter()
         if (csv is None) == (residuals is None) or (csv is not None and not time):
             raise ValueError("give a CSV file with --time, or --residuals")
         if residuals is not None:
-            products = tuple(target)
-            errors, told = _read_errors(residuals, len(products)), residuals.name
+            errors, told = _read_errors(residuals, len(target)), residuals.name
+            observed = [not np.isnan(errors[:, i]).all() for i in range(len(target))]
+            failed = {each: "no error is observed" for each, some in zip(target, observed, strict=True) if not some}
+            products = tuple(each for each in target if each not in failed)
+            if not products:
+                raise ValueError(f"--residuals {residuals}: no error is observed")
+            errors = errors[:, observed]
         else:
             assert csv is not None, "one of the two is given"
-            names = name_archives(target, name_template)
-            products = tuple(names[each] for each in target)
+            names = name_archives(price_flags.expand_targets(csv, target, [time]), name_template)
             rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
             made = _forecast_windows(csv, time, names, store, since, every, rules)
-            errors = made.values
+            errors, failed = made.values, dict(made.failed)
+            products = tuple(names[each] for each in made.targets)
             told = f"{csv.name}, windows from {made.first} to {made.last}"
             price_flags.print_notes(csv, made.notes)
         horizon = errors.shape[2]
         estimate = _estimate_correlation(method, errors, products, max(1.0, horizon / (every or horizon)))
         size = _store_archive(out, estimate, f"estimated from {told}")
         _report_archive(out, estimate, size, clock.perf_counter() - started)
+    for name, why in failed.items():
+        print(escape_text(f"error: {why if why.startswith(name) else f'{name}: {why}'}"), file=sys.stderr)  # noqa: T201
+    if failed:
+        raise typer.Exit(BAD)
 
 
 def _read_errors(path: Path, products: int) -> "Float64":

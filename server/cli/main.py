@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Fit forecasters to your prices.",
     "batch": "Answer a file of requests.",
     "backtest": "Score archives on past prices.",
+    "calibrate": "Make the bands of archives hold what they promise.",
     "retrain": "Refit a fleet, publish archives that are no worse.",
     "correlate": "Estimate how forecasts of markets move together.",
     "doctor": "Check this machine and measure its speed.",
@@ -87,6 +88,7 @@ def fleetcast(
     fleetcast migrate config.properties               settings equal to those of TorchServe or Multi Model Server
     fleetcast batch in.jsonl out.jsonl                answer a file of requests, without a server
     fleetcast backtest p.csv --time hour --models models    score archives on past prices
+    fleetcast calibrate p.csv --time hour --models models   make bands hold what they promise
     fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    prepare joint scenarios
     fleetcast retrain p.csv --time hour --store models      refit a fleet, publish archives that are no worse
     fleetcast token desk-au --scope invoke --model au/      make a token for a client

@@ -48,7 +48,9 @@ def pack(
     gate: Annotated[
         Path | None, _read_file("price file (CSV): replace OUT only if the new archive scores no worse on it")
     ] = None,
-    gate_time: Annotated[str, typer.Option(metavar="COLUMN", help="column of the time stamps in that file")] = "time",
+    gate_time: Annotated[
+        str, typer.Option("--gate-time", "--time", metavar="COLUMN", help="column of the time stamps in that file")
+    ] = "time",
     gate_target: Annotated[
         str, typer.Option(metavar="COLUMN", help="column of the prices in that file; default: the name of OUT's file")
     ] = "",
@@ -57,6 +59,10 @@ def pack(
     gate_windows: Annotated[
         int, typer.Option(min=1, help="number of last windows that the gate compares")
     ] = price_flags.GATE_WINDOWS,
+    interval_ending: price_flags.IntervalEnding = False,
+    stamps_zone: price_flags.StampsZone = "",
+    time_format: price_flags.TimeFormat = "",
+    item: price_flags.Item = "",
 ) -> None:
     """Make an archive. It is verified as a worker would load it before it is written.
 
@@ -74,7 +80,8 @@ def pack(
     --module imports and runs your file in this command; the archive contains no code of it, and a server never runs
     code from a graph. Models of one graph run together if that gives the same answers. --gate lets the new archive and
     the one at OUT forecast the same windows; if the new one is worse by more than the margin, nothing is written and
-    the exit code is 1, else the description records the comparison.
+    the exit code is 1, else the description records the comparison. Its file is read on the clock of the archive, by
+    the flags that backtest has: --time, --interval-ending, --stamps-zone, --time-format, --item.
     """  # noqa: D301
     from server.offline.archive_location import split_location  # noqa: PLC0415 -- torch
     from server.offline.packing import pack as pack_archive  # noqa: PLC0415
@@ -85,11 +92,14 @@ def pack(
         assert gate is not None, "called only if there is a gate"
         terms = GateTerms(gate_score, gate_margin, Rolling(most=gate_windows))
         target = gate_target or location.name.rpartition("/")[2].partition(".")[0]
-        verdict = compare_with_predecessor(terms, gate, gate_time, target, location, packed)
+        verdict = compare_with_predecessor(terms, gate, gate_time, target, location, packed, rules)
         price_flags.print_notes(gate, verdict.notes)
         return str(verdict)
 
     with one_line_errors():
+        rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
+        if gate is None and (interval_ending or stamps_zone or time_format or item):
+            raise ValueError("--interval-ending, --stamps-zone, --time-format and --item read the file of --gate")
         store, _ = split_location(out)
         try:
             packed = pack_archive(

@@ -1,7 +1,9 @@
 """The arguments that several commands take about price files, fits and gates. No torch."""
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,7 +30,10 @@ TimeFormat = Annotated[
 Item = Annotated[str, typer.Option(metavar="COLUMN=VALUE", help="read only the rows of one item of a file of several")]
 TimeColumn = Annotated[str, typer.Option(help="column of the time stamps, which are evenly spaced")]
 ArchivedTargets = Annotated[
-    list[str] | None, typer.Option(help="price column (repeatable); default: all columns that have an archive")
+    list[str] | None,
+    typer.Option(
+        help="price column, or pattern such as 'NSW*' (repeatable); default: all columns that have an archive"
+    ),
 ]
 NameTemplate = Annotated[str, typer.Option(help="name of a column's archive in the store")]
 Epochs = Annotated[
@@ -39,8 +44,31 @@ FitThreads = Annotated[int, typer.Option(min=1, max=256, help="cores to use, at 
 GateScore = Annotated[Score, typer.Option(help="score that the gate compares; lower is better")]
 GateMargin = Annotated[float, typer.Option(min=0, help="percent by which the new archive may be worse")]
 
+PATTERN = re.compile(r"[*?\[]")  #: what tells a pattern of columns from a name
 NAME_TEMPLATE = "{target}.mar"
 GATE_MARGIN, GATE_WINDOWS = 2.0, 28
+CALIBRATION_DAYS = 91
+
+
+def expand_targets(csv: Path, targets: Sequence[str], others: Iterable[str], patterns: Iterable[str] = ()) -> list[str]:
+    """Replace patterns of --target such as `NSW*` by the file's columns that they match, in the file's order.
+
+    A name that is a column stays as it is. `others` and what matches `patterns` are columns that are no
+    prices. Raises ValueError for a pattern that matches no column; SeriesInvalid, OSError.
+    """
+    if not any(PATTERN.search(each) for each in targets):
+        return list(targets)
+    from handlers.training.time_series import read_header  # noqa: PLC0415 -- numpy
+
+    columns, apart, ahead = read_header(csv), set(others), list(patterns)
+    prices = [name for name in columns if name not in apart and not any(fnmatchcase(name, each) for each in ahead)]
+    found = [each for each in targets if each in columns or not PATTERN.search(each)]
+    for pattern in (each for each in targets if each not in found):
+        matched = [name for name in prices if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"--target {pattern}: no price column of {csv.name} matches; they are {', '.join(prices)}")
+        found += [name for name in matched if name not in found]
+    return found
 
 
 def make_file_rules(interval_ending: bool, stamps_zone: str, time_format: str, item: str) -> "FileRules":

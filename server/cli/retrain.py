@@ -14,7 +14,7 @@ from rich.table import Table
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.cli.train import name_archives
+from server.cli.train import match_markets
 from server.logs import escape_text
 
 SHOWN = 40  #: most markets that are all listed; for a larger fleet only those with a message or not published are
@@ -38,6 +38,14 @@ def retrain(
     windows: Annotated[
         int, typer.Option(min=1, help="number of last windows that the gate compares; they are held back from the fit")
     ] = price_flags.GATE_WINDOWS,
+    calibrate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="DAYS",
+            help="last days that all bands are calibrated by; 0: only those that are calibrated, as before",
+        ),
+    ] = 0,
     epochs: price_flags.Epochs = 0.0,
     seed: price_flags.FitSeed = 0,
     threads: price_flags.FitThreads = 1,
@@ -45,6 +53,10 @@ def retrain(
     stamps_zone: price_flags.StampsZone = "",
     time_format: price_flags.TimeFormat = "",
     item: price_flags.Item = "",
+    keep_worse: Annotated[
+        bool,
+        typer.Option("--keep-worse", help="publish an archive too whose holdout loss is that of the naive or worse"),
+    ] = False,
     reload: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="management address of a server that reloads each new archive (repeatable)"),
@@ -62,17 +74,19 @@ def retrain(
     fleetcast retrain prices.csv --time hour --store s3://models --reload http://127.0.0.1:8081
     fleetcast retrain prices.csv --time hour --store ./models --margin 0 --score crps --windows 56
     fleetcast retrain prices.csv --time hour --store ./models --architecture gru --log to-gru.jsonl
+    fleetcast retrain prices.csv --time hour --store ./models --calibrate 56
 
     Each market keeps its lengths, quantile levels and covariates, so that clients need not change; a server that
     --reload names swaps to the new version between two steps. The gate lets the old and the new archive forecast the
-    same last windows of the file, to which the new one was not fitted. A market that fails, or would be worse, keeps
-    its old archive, and the others continue. The same command continues a run that was killed; two runs cannot have the
-    same log at a time. With other logs they can: each archive is published as a whole, and the last one stays. The exit
-    code is 1 when some markets failed.
+    same last windows of the file, to which the new one was not fitted. With --calibrate these days are held back too;
+    from the errors there each level learns how far it is off (see `fleetcast calibrate`). A market that fails, or would
+    be worse, keeps its old archive, and the others continue; so does one that is no better than the naive forecast,
+    which is an error unless --keep-worse is given. The same command continues a run that was killed; two runs cannot
+    have the same log at a time. With other logs they can: each archive is published as a whole, and the last one stays.
+    The exit code is 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.checkpoint import Checkpoint  # noqa: PLC0415
-    from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415
     from server.offline.output_lock import hold_file  # noqa: PLC0415
     from server.offline.promotion_gate import GateTerms  # noqa: PLC0415
     from server.offline.retraining import Outcome, Retraining, RetrainingPlan  # noqa: PLC0415
@@ -80,11 +94,13 @@ def retrain(
 
     with one_line_errors():
         settings = settings_from({"store": store} if store else {})
-        names = name_archives(target, name_template) if target else match_columns(csv, time, settings, name_template)
+        names = match_markets(csv, time, target or (), settings, name_template)
         gate, fitting = GateTerms(score, margin, Rolling(most=windows)), Fitting(epochs, seed=seed, threads=threads)
         options = _parse_config(architecture, config)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
-        plan = RetrainingPlan(csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules)
+        plan = RetrainingPlan(
+            csv, time, names, settings, gate, fitting, architecture, options, reload or (), rules, keep_worse, calibrate
+        )
         with (
             hold_file(log),
             Checkpoint(log, plan.digest, len(names)) as journal,

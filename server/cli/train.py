@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
     from handlers.training.fit import Fitted, Fitting
     from handlers.training.time_series import Series
     from model_store.archives.manifest import ForecastSpec
+    from server.settings import Settings
 
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
+QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
 
 
 def train(
     csv: price_flags.PriceFile,
     *,
     time: price_flags.TimeColumn,
-    target: Annotated[list[str], typer.Option(help="price column (repeatable; all columns are fitted together)")],
+    target: Annotated[
+        list[str], typer.Option(help="price column, or pattern such as 'NSW*' (repeatable; all are fitted together)")
+    ],
     out: Annotated[str, typer.Option(help="folder, created if missing, or store URL (s3://bucket/prefix)")],
     known_future: Annotated[
         list[str] | None,
@@ -55,7 +60,9 @@ def train(
     context_length: Annotated[
         int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
     ] = 0,
-    quantiles: Annotated[str, typer.Option(help="quantile levels to forecast")] = "0.1,0.25,0.5,0.75,0.9",
+    quantiles: Annotated[
+        str, typer.Option(help="quantile levels to forecast; samples need outer ones, as they are flat beyond them")
+    ] = QUANTILES,
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh",
@@ -114,6 +121,8 @@ def train(
     from server.offline.input_recipes import make_recipes  # noqa: PLC0415
 
     with one_line_errors():
+        ahead_of = [escape(name).replace("{target}", "*") for name in known_future or []]
+        target = price_flags.expand_targets(csv, target, [time, item.partition("=")[0]], ahead_of)
         names = name_archives(target, name_template)
         for name in known_future or []:
             if ahead := {name.replace("{target}", each) for each in target}.intersection(target):
@@ -164,6 +173,24 @@ def name_archives(targets: Sequence[str], template: str) -> dict[str, ModelName]
     if len(set(names.values())) < len(names):
         raise ValueError(f"--name-template {template!r} gives several targets the same name; put {{target}} into it")
     return names
+
+
+def match_markets(
+    csv: Path, time: str, targets: Sequence[str], settings: "Settings", template: str
+) -> Mapping[str, ModelName]:
+    """Target -> name in the store: of these columns, or of those with an archive (all, or what patterns match).
+
+    Raises ValueError for a pattern without a match, LoadError, SeriesInvalid, OSError.
+    """
+    from handlers.training.time_series import read_header  # noqa: PLC0415
+    from server.offline.fleet_evaluation import match_columns  # noqa: PLC0415 -- torch
+
+    if not targets:
+        return match_columns(csv, time, settings, template)
+    if not any(map(price_flags.PATTERN.search, targets)):
+        return name_archives(targets, template)
+    there = match_columns(csv, time, settings, template)
+    return name_archives(price_flags.expand_targets(csv, targets, set(read_header(csv)) - set(there)), template)
 
 
 def _check_out(out: str, name: ModelName) -> None:
@@ -235,16 +262,11 @@ def _fit_what_can_be(
 
 def _refuse_worse(fitted: Sequence["Fitted"]) -> tuple[list["Fitted"], dict[str, str]]:
     """Those that are better than the naive forecast, and why the others are not stored."""
-    good, worse = list["Fitted"](), dict[str, str]()
-    for each in fitted:
-        if each.loss < each.naive_loss:
-            good.append(each)
-        elif each.loss != each.loss:
-            worse[each.name] = f"{each.name}: nothing is observed in its holdout, so that it cannot be judged"
-        else:
-            than = f"its holdout loss {each.loss:.4g} is no better than the naive forecast's {each.naive_loss:.4g}"
-            worse[each.name] = f"{each.name}: {than}; it is not stored (--keep-worse stores it)"
-    return good, worse
+    from handlers.training.fit import explain_worse  # noqa: PLC0415
+
+    why = {each.name: explain_worse(each) for each in fitted}
+    refused = {name: f"{text}; it is not stored (--keep-worse stores it)" for name, text in why.items() if text}
+    return [each for each in fitted if each.name not in refused], refused
 
 
 def _fit_with_progress(

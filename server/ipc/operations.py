@@ -293,6 +293,19 @@ class SetBatching(Operation[None]):
     whole: bool
 
 
+class SetReplicas(Operation[None]):
+    """How many processes each of these code archives has from now on. `whole`: and all others have one."""
+
+    models: dict[str, int]
+    whole: bool
+
+
+class AwaitReplicas(Operation[int]):
+    """Answered when no process of the archive is being started any more: how many there are; 0: it runs no code."""
+
+    model: str
+
+
 class UnloadModel(Operation[bool]):
     """Answered when the model's memory is free: whether the model was here."""
 
@@ -317,6 +330,13 @@ class SetQuarantine(Operation[None]):
     reasons: dict[str, str]
 
 
+class ModelProcess(Struct, frozen=True):
+    """One process of a code archive."""
+
+    pid: int
+    bytes: int
+
+
 class ModelState(Struct, frozen=True):
     """One version of a model at a worker: what it is, or that it is loading, or why it failed. As operators see it."""
 
@@ -328,6 +348,7 @@ class ModelState(Struct, frozen=True):
     one_by_one: str | UnsetType = UNSET
     forecast: dict[str, Any] | UnsetType = UNSET  # what a forecast request must know
     pid: int | UnsetType = UNSET
+    processes: list[ModelProcess] | UnsetType = UNSET  # of a code archive with several
     leases: int | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
     loaded_s_ago: float | UnsetType = UNSET
@@ -379,6 +400,8 @@ AskedOfWorker: TypeAlias = (
     | TakeAccessLog
     | SetQuarantine
     | SetBatching
+    | SetReplicas
+    | AwaitReplicas
     | DescribeByCode
 )
 

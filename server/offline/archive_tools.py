@@ -84,6 +84,8 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "description", spec["description"]
     if spec.get("trained_until"):
         yield "trained", f"until {spec['trained_until']}"
+    if calibration := spec.get("calibration"):
+        yield "calibrated", f"by {calibration['windows']} forecasts until {calibration['until']}"
     if spec.get("config"):
         yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
     if "graph" in found:

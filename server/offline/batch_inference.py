@@ -7,6 +7,7 @@ the answers are kept in a checkpoint. Memory holds twenty bytes a line, one chun
 
 import hashlib
 from array import array
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -86,10 +87,11 @@ def index_lines(file: BinaryIO, longest: int, step: Callable[[int], None]) -> In
         while not whole and (more := file.readline(longest + 2)):
             digest.update(more)
             read, whole = read + len(more), more.endswith(b"\n")
-        start.append(at)
-        size.append(read)
+        mark = 0 if at or not line.startswith(BOM_UTF8) else len(BOM_UTF8)  # spreadsheets begin a file with it
+        start.append(at + mark)
+        size.append(read - mark)
         try:
-            name = _parse_head(line).model if read <= longest + 1 else None
+            name = _parse_head(line[mark:]).model if read <= longest + 1 else None
         except LineError:
             name = None
         model.append(NO_MODEL if name is None else names.setdefault(name, len(names)))

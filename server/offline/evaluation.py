@@ -54,7 +54,8 @@ class FanChart:
 class MarketScore:
     """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
 
-    `notes` say in words what limits the scores, such as rows that no window uses.
+    `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
+    same windows before the archive's calibration; None if it has none.
     """
 
     target: str
@@ -69,9 +70,12 @@ class MarketScore:
     calibration: Calibration
     by_hour: ByHour
     notes: tuple[str, ...] = ()
+    uncalibrated: float | None = None
 
 
-def score_forecasts(found: WindowForecasts, unit: str, notes: tuple[str, ...] = ()) -> MarketScore:
+def score_forecasts(
+    found: WindowForecasts, unit: str, notes: tuple[str, ...] = (), uncalibrated: float | None = None
+) -> MarketScore:
     """Evaluate the forecasts of a market, without the chart."""
     series, levels = found.series, found.levels
     edges = np.concatenate([[0.0], levels, [1.0]])
@@ -89,6 +93,7 @@ def score_forecasts(found: WindowForecasts, unit: str, notes: tuple[str, ...] = 
         calibration=Calibration(edges.tolist(), shares.tolist(), np.diff(edges).tolist()),
         by_hour=_by_hour(found),
         notes=notes,
+        uncalibrated=uncalibrated,
     )
 
 

@@ -13,18 +13,21 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from handlers.evaluation.scores import Steps
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.offline.evaluation import FanChart, MarketScore, make_fan_chart, score_forecasts
+from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
+    InProcess,
     Rolling,
     Unfit,
     WindowForecasts,
     add_known_series,
+    explain_calibrated_windows,
     explain_seen_windows,
     explain_unused_rows,
     fetch_version,
@@ -112,7 +115,8 @@ def backtest_fleet(
             span = f"{series.stamp(int(origins[0]))} to {series.stamp(int(found.steps[-1, -1]))}"
             raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
-        return score_forecasts(found, forecast.unit, list_notes(found, model)), make_fan_chart(found)
+        before = measure_uncalibrated(model, series, origins)
+        return score_forecasts(found, forecast.unit, list_notes(found, model), before), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)
@@ -130,11 +134,19 @@ def backtest_fleet(
     )
 
 
+def measure_uncalibrated(model: ArchiveVersion, series: Series, origins: Steps) -> float | None:
+    """Measure the coverage of the windows before the archive's calibration; None if it has none. Raises LoadError."""
+    if model.calibration is None:
+        return None
+    return compute_scores(forecast_windows(InProcess(), model.without_calibration(), series, origins)).coverage
+
+
 def list_notes(found: WindowForecasts, model: ArchiveVersion) -> tuple[str, ...]:
     """List what a reader of the scores should know of their windows."""
     unused = explain_unused_rows(found.series, model.forecast, int(found.steps[-1, -1]))
     seen = explain_seen_windows(model, found.series, found.origins)
-    return tuple(filter(None, [*found.series.notes, unused, seen]))
+    known = explain_calibrated_windows(model, found.series, found.origins)
+    return tuple(filter(None, [*found.series.notes, unused, seen, known]))
 
 
 def fetch_archives(

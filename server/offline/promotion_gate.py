@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from handlers.evaluation.scores import Steps
-from handlers.training.stamps import PLAIN
+from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, read_csv
 from model_store.errors import ArchiveInvalid, ModelNotFound
 from server.offline.archive_location import ArchiveLocation
@@ -154,9 +154,15 @@ def _score_value(score: Score, found: WindowForecasts) -> float:
 
 
 def compare_with_predecessor(
-    gate: GateTerms, csv: Path, time: str, target: str, where: ArchiveLocation, packed: bytes
+    gate: GateTerms,
+    csv: Path,
+    time: str,
+    target: str,
+    where: ArchiveLocation,
+    packed: bytes,
+    rules: FileRules = PLAIN,
 ) -> GateVerdict:
-    """Compare a packed archive with the one that the store has at its place.
+    """Compare a packed archive with the one that the store has at its place; the file is read by `rules`.
 
     Raises:
         GateRefused: it is worse. Unfit, SeriesInvalid: it cannot be judged. LoadError, OSError.
@@ -167,8 +173,8 @@ def compare_with_predecessor(
     except (ModelNotFound, ArchiveInvalid):
         predecessor = None
     known = [name for each in (candidate, predecessor) if each for name in each.forecast.dynamic_feat]
-    rules = PLAIN.for_archive(candidate.forecast)
-    if predecessor and PLAIN.for_archive(predecessor.forecast).zone != rules.zone:
+    rules = rules.for_archive(candidate.forecast)
+    if predecessor and predecessor.forecast.time_zone != rules.zone:
         zones = f"{predecessor.forecast.time_zone} and the new archive in {rules.zone}"
         raise Unfit(f"{where.name}: the predecessor forecasts in {zones}; pack once without a gate")
     columns = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([target, *known])), (), rules)}

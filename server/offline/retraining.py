@@ -10,21 +10,23 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import isnan
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec.structs import replace
 
+from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
-from handlers.training.fit import Fitted, Fitting, fit_forecasters
+from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
 from handlers.training.input_recipe import fit_robust_scaler
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
+from server.offline.calibration import Calibrated, calibrate_windows, count_windows, pack_calibrated
 from server.offline.checkpoint import Checkpoint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
@@ -32,9 +34,11 @@ from server.offline.promotion_gate import GateTerms, GateVerdict, choose_unseen,
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
+    Rolling,
     Unfit,
     add_known_series,
     count_unseen,
+    forecast_windows,
     open_unpublished,
 )
 from server.sdk.client import reload_model
@@ -75,6 +79,8 @@ class RetrainingPlan:
     config: Mapping[str, Any] = field(default_factory=dict)
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
     rules: FileRules = PLAIN
+    keep_worse: bool = False  #: publish also what is no better than the naive forecast
+    calibrate: int = 0  #: days that every archive is calibrated by; 0: those that are calibrated, by as many windows
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
@@ -92,6 +98,8 @@ class RetrainingPlan:
             self.architecture,
             self.config,
             self.rules,
+            self.keep_worse,
+            self.calibrate,
         )
         digest.update(repr(terms).encode())
         return digest.digest()
@@ -101,7 +109,8 @@ class RetrainingPlan:
 class RetrainingMarket:
     """A market before its fit: the archive in the store, all rows, and the new recipe.
 
-    `held_back`: the series up to the gate's windows. `by_recipe`: the predecessor has seen too many of these windows.
+    `held_back`: the series up to the windows of the gate and of the calibration. `by_recipe`: the predecessor has seen
+    too many of these windows. `calibrated`: the first step of each window that a calibration learns from.
     """
 
     line: int
@@ -112,6 +121,7 @@ class RetrainingMarket:
     architecture: str
     config: Mapping[str, Any]
     by_recipe: bool
+    calibrated: Steps
 
     @property
     def kin(self) -> str:
@@ -119,6 +129,14 @@ class RetrainingMarket:
         forecast = self.forecast
         lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
         return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What is to be published: the gate has passed it, and its calibration is known if it has one."""
+
+    verdict: GateVerdict
+    calibrated: Calibrated | None
 
 
 class Retraining:
@@ -172,22 +190,36 @@ class Retraining:
         series = add_known_series(self._columns[target], target, forecast.dynamic_feat)
         every = plan.gate.rolling.origins(series, [forecast])
         origins = choose_unseen(every, series, [model])
-        before = series.before(series.start + int(origins[0]) * series.step)
-        unseen = count_unseen(model, series, origins)
-        by_recipe = unseen is not None and unseen < len(origins)
+        learnt = self._choose_calibrated(model, series)
+        held = origins if not len(learnt) or origins[0] <= learnt[0] else learnt
+        before = series.before(series.start + int(held[0]) * series.step)
+        unseen = count_unseen(model, series, held)
+        by_recipe = unseen is not None and unseen < len(held)
         if plan.architecture:
             changed = rebuild_forecast(forecast, before, plan.architecture, plan.config)
-            return RetrainingMarket(line, model, series, before, changed, plan.architecture, plan.config, by_recipe)
+            return RetrainingMarket(
+                line, model, series, before, changed, plan.architecture, plan.config, by_recipe, learnt
+            )
         if spec is None or not spec.architecture:
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {find_kind(model.archive).kind} archive; {what}")
-        return RetrainingMarket(line, model, series, before, forecast, spec.architecture, spec.config, by_recipe)
+        return RetrainingMarket(
+            line, model, series, before, forecast, spec.architecture, spec.config, by_recipe, learnt
+        )
+
+    def _choose_calibrated(self, model: ArchiveVersion, series: Series) -> Steps:
+        """Return the first steps of the windows to calibrate by: none if the market is not calibrated. Raises Unfit."""
+        days, old = self._plan.calibrate, model.calibration
+        if not days and old is None:
+            return np.empty(0, np.int64)
+        most = count_windows(days, model.forecast) if days else old.windows if old else 0
+        return Rolling(most=most).origins(series, [model.forecast])
 
     def _settle_group(
         self, group: Sequence[RetrainingMarket], left: set[int]
     ) -> Iterator[tuple[RetrainingMarket, Outcome]]:
         """Judge each market that is left, fit the group to all rows, and publish what has passed."""
-        passed: dict[int, GateVerdict] = {}
+        passed: dict[int, Passed] = {}
         for each, fitted in self._fit_group(group, held_back=True):
             if each.line not in left:
                 continue
@@ -220,28 +252,39 @@ class Retraining:
         else:
             yield from zip(group, fitted, strict=True)
 
-    def _judge_market(self, market: RetrainingMarket, fitted: Fitted | Exception) -> GateVerdict | Outcome:
-        """Return the verdict of an archive that passes the gate, else the outcome."""
+    def _judge_market(self, market: RetrainingMarket, fitted: Fitted | Exception) -> Passed | Outcome:
+        """Return the verdict of an archive that passes the gate, with its calibration, else the outcome.
+
+        The gate compares networks without calibration: the new one's would be by the windows that it is judged on.
+        """
         target, old = market.series.name, market.predecessor
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
-        if isnan(fitted.loss):
-            return self._record_failure(target, f"{target}: nothing is observed in its holdout")
+        worse = explain_worse(fitted)
+        if worse and not self._plan.keep_worse:
+            return self._refuse_worse(target, worse)
         try:
             candidate = self._open_fitted(market, fitted)
-            before = self._refit_predecessor(market, candidate) if market.by_recipe else old
+            before = self._refit_predecessor(market, candidate) if market.by_recipe else old.without_calibration()
             columns = self._columns[target]
             verdict = compare_models(
                 self._plan.gate, self._answers, target, columns, candidate, before, recipe=market.by_recipe
             )
+            calibrated = self._calibrate(market, candidate) if verdict.passed else None
         except (StoreUnavailable, StoreDenied):
             raise
         except Exception as error:
             return self._record_failure(target, explain_error(error))
-        if fitted.loss >= fitted.naive_loss:
-            said = f"holdout loss {fitted.loss:.4g} is no better than the naive forecast's {fitted.naive_loss:.4g}"
-            verdict = dataclasses.replace(verdict, notes=(*verdict.notes, said))
-        return verdict if verdict.passed else self._make_outcome(market, verdict, "kept", old.version)
+        verdict = dataclasses.replace(verdict, notes=(*verdict.notes, *filter(None, [worse])))
+        if not verdict.passed:
+            return self._make_outcome(market, verdict, "kept", old.version)
+        return Passed(verdict, calibrated)
+
+    def _calibrate(self, market: RetrainingMarket, candidate: ArchiveVersion) -> Calibrated | None:
+        """Learn offsets from windows that the candidate was not fitted to; None without any. Raises Unfit."""
+        if not len(market.calibrated):
+            return None
+        return calibrate_windows(forecast_windows(self._answers, candidate, market.series, market.calibrated))
 
     def _open_fitted(self, market: RetrainingMarket, fitted: Fitted) -> ArchiveVersion:
         """Open what was fitted to the rows before the gate's windows. Raises ArchiveInvalid."""
@@ -263,21 +306,25 @@ class Retraining:
         (fitted,) = fit_forecasters([market.held_back], inputs, spec.architecture, dict(spec.config), fitting)
         return self._open_fitted(market, fitted)
 
-    def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception, verdict: GateVerdict) -> Outcome:
+    def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception, passed: Passed) -> Outcome:
         target = market.series.name
         if isinstance(fitted, Exception):
             return self._record_failure(target, explain_error(fitted))
+        if (worse := explain_worse(fitted)) and not self._plan.keep_worse:
+            return self._refuse_worse(target, worse)
         try:
-            return self._publish_fitted(market, fitted, verdict)
+            return self._publish_fitted(market, fitted, passed)
         except (StoreUnavailable, StoreDenied):
             raise
         except Exception as error:
             return self._record_failure(target, explain_error(error))
 
-    def _publish_fitted(self, market: RetrainingMarket, fitted: Fitted, verdict: GateVerdict) -> Outcome:
+    def _publish_fitted(self, market: RetrainingMarket, fitted: Fitted, passed: Passed) -> Outcome:
         """Publish what was fitted to all rows, unless it is what the store has. Raises LoadError."""
-        old = market.predecessor
+        old, verdict = market.predecessor, passed.verdict
         packed = self._pack_market(market, fitted, market.series, f"; {verdict}")
+        if passed.calibrated is not None:
+            packed = pack_calibrated(open_unpublished(packed, old.name, self._limits).archive, passed.calibrated)
         new = open_unpublished(packed, old.name, self._limits)
         if _have_same_tensors(new.archive.spec, old.archive.spec):
             return Outcome(target=market.series.name, model=old.name, result="unchanged", version=old.version)
@@ -332,6 +379,9 @@ class Retraining:
             description=f"trained on {self._plan.csv.name}, {span}{note}",
         )
 
+    def _refuse_worse(self, target: str, why: str) -> Outcome:
+        return self._record_failure(target, f"{why}; the old archive stays (--keep-worse publishes it)")
+
     def _record_failure(self, target: str, message: str) -> Outcome:
         return Outcome(target=target, model=self._plan.names[target], result="failed", message=message)
 
@@ -381,5 +431,7 @@ def group_markets(markets: Sequence[RetrainingMarket]) -> Iterator[Sequence[Retr
 
 
 def _have_same_tensors(new: Spec | None, old: Spec | None) -> bool:
-    """Return whether both have the same tensors and recipe, so that nothing needs to be published."""
-    return new is not None and old is not None and (new.weights, new.forecast) == (old.weights, old.forecast)
+    """Return whether both have the same tensors, recipe and calibration, so that nothing needs to be published."""
+    if new is None or old is None:
+        return False
+    return (new.weights, new.forecast, new.calibration) == (old.weights, old.forecast, old.calibration)

@@ -19,7 +19,7 @@ from handlers.model import open_model
 from handlers.training.input_recipe import list_origins
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, Limits, open_archive
-from model_store.archives.manifest import ForecastSpec
+from model_store.archives.manifest import Calibration, ForecastSpec
 from model_store.names import ModelName
 from model_store.stores.object_store import Source
 from server.contract import HEADER_MODEL_VERSION
@@ -57,6 +57,18 @@ class ArchiveVersion:
         return datetime.fromisoformat(until) if until else None
 
     @property
+    def calibration(self) -> Calibration | None:
+        """The record of its calibration; None if it has none."""
+        return (self.archive.spec.calibration or None) if self.archive.spec else None
+
+    def without_calibration(self) -> "ArchiveVersion":
+        """The archive as it was before its calibration, and without the golden sample, whose answer is calibrated."""
+        if self.archive.spec is None or self.calibration is None:
+            return self
+        spec = msgspec.structs.replace(self.archive.spec, calibration=msgspec.UNSET, golden=None)
+        return replace(self, archive=replace(self.archive, spec=spec))
+
+    @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
@@ -83,6 +95,18 @@ def explain_seen_windows(model: ArchiveVersion, series: Series, origins: Steps) 
     until = model.archive.spec.trained_until if model.archive.spec else ""
     what = f"{len(origins) - unseen} of {len(origins)} windows are in-sample"
     return f"{what}: the archive was trained until {until}, and its scores there are too good"
+
+
+def explain_calibrated_windows(model: ArchiveVersion, series: Series, origins: Steps) -> str:
+    """Say how many windows the archive's calibration has learnt from; empty if it is none of them."""
+    if model.calibration is None:
+        return ""
+    until = model.calibration.until
+    seen = int((origins <= series.first_at(datetime.fromisoformat(until))).sum())
+    if not seen:
+        return ""
+    what = f"{seen} of {len(origins)} windows begin before {until}, until when the archive was calibrated"
+    return f"{what}; its coverage there says little of later ones"
 
 
 def fetch_version(source: Source, name: ModelName, limits: Limits) -> ArchiveVersion:

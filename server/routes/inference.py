@@ -15,7 +15,7 @@ SAGEMAKER = Protocol(
     "SageMaker runtime",
     "boto3 and the AWS SDKs",
     (
-        Route("POST", "/endpoints/{endpoint}/invocations", "invoke", "Ask one model, under any endpoint's name",
+        Route("POST", "/endpoints/{endpoint}/invocations", "invoke", "Ask one model, by header or path",
               _BODIES, _BODIES, headers=(_MODEL_HEADER, _TIMEOUT), needed=(_MODEL_HEADER[0],), schema="model_body"),
         Route("POST", "/invocations", "invoke", "Ask one model", _BODIES, _BODIES,
               headers=(_MODEL_HEADER, _TIMEOUT), schema="model_body"),
@@ -33,6 +33,66 @@ FORECASTS = Protocol(
     ),
     (*_REFUSED, 424, 429, 500, 503),
     "error_object",
+)  # fmt: skip
+
+NIXTLA = Protocol(
+    "nixtla",
+    "Nixtla",
+    "`NixtlaClient` with `base_url`",
+    (
+        Route("GET", "/validate_api_key", "key", "Whether the client's key is taken"),
+        Route("GET", "/usage", "usage", "Zeros: nothing is counted by key"),
+        Route("GET", "/v2/models", "models", "The forecasters that have answered so far"),
+        Route("GET", "/model_params", "parameters", "How much history a model needs, and how far it forecasts",
+              query=(("model", "the model"), ("freq", "the frequency of the series")), needed=("model",)),
+        Route("POST", "/v2/forecast", "forecast", "Forecast many series of one model", (JSON,), schema="nixtla_body"),
+        Route("POST", "/v2/cross_validation", "backtest", "Forecast past windows", (JSON,), schema="nixtla_body"),
+        Route("POST", "/v2/anomaly_detection", "anomalies", "Values outside of an interval", (JSON,),
+              schema="nixtla_body"),
+        Route("POST", "/v2/online_anomaly_detection", "online_anomalies", "The same for the newest values", (JSON,),
+              schema="nixtla_body"),
+    ),
+    (*_REFUSED, 424, 429, 500, 501, 503),
+    "error_detail",
+)  # fmt: skip
+MLFLOW = Protocol(
+    "mlflow",
+    "MLflow scoring",
+    "MLflow's deployments clients, databricks-sdk; `ScoringServerClient` by `/invocations`",
+    (
+        Route("POST", "/serving-endpoints/{model}/invocations", "score", "Ask one model by instances, inputs or frames",
+              (JSON,), (JSON,), schema="mlflow_body"),
+        Route("GET", "/health", "health", "Whether the process runs"),
+        Route("GET", "/version", "version", "The server's version", gives=(TEXT,)),
+    ),
+    (*_REFUSED, 424, 429, 500, 503, 504),
+    "error_code",
+)  # fmt: skip
+KSERVE = Protocol(
+    "kserve",
+    "KServe time series",
+    "people's own calls, as KServe documents them",
+    (
+        Route("POST", "/v1/timeseries/forecast", "forecast", "Forecast series of one model or many", (JSON,),
+              schema="kserve_body"),
+        Route("GET", "/v1/timeseries/models", "models", "The forecasters that have answered so far"),
+    ),
+    (*_REFUSED, 422, 424, 429, 500, 503, 504, 507),
+    "kserve_error",
+)  # fmt: skip
+SAGEMAKER_STREAMS = Protocol(
+    "sagemaker_streams",
+    "SageMaker response streams",
+    "boto3's `invoke_endpoint_with_response_stream`",
+    (
+        Route("POST", "/endpoints/{endpoint}/invocations-response-stream", "invocations-response-stream",
+              "Ask one model; the answer comes in frames", _BODIES, ("application/vnd.amazon.eventstream",),
+              headers=(_MODEL_HEADER, _TIMEOUT), schema="model_body"),
+        Route("POST", "/endpoints/{endpoint}/async-invocations", "async-invocations",
+              "Refused: answers would need a bucket", _BODIES, schema="model_body"),
+    ),
+    (*_REFUSED, 424, 429, 500, 503),
+    "sagemaker_error",
 )  # fmt: skip
 
 
@@ -128,8 +188,11 @@ MULTI_MODEL_SERVER = Protocol(
     "server_error",
 )  # fmt: skip
 
+_ORDER = (
+    SAGEMAKER, FORECASTS, NIXTLA, MLFLOW, KSERVE, SAGEMAKER_STREAMS, V2, HEALTH, TORCHSERVE, MULTI_MODEL_SERVER,
+)  # fmt: skip
 #: By the names of the dialects, in the order in which `server.front.dialects` asks them.
-PROTOCOLS = {each.name: each for each in (SAGEMAKER, FORECASTS, V2, HEALTH, TORCHSERVE, MULTI_MODEL_SERVER)}
+PROTOCOLS = {each.name: each for each in _ORDER}
 
 
 def choose_protocols(model_server_api: str, container: str) -> tuple[Protocol, ...]:

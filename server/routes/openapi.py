@@ -80,6 +80,82 @@ SCHEMAS: Mapping[str, Schema] = {
         "required": ["inputs"],
         "properties": {"inputs": {"type": "array", "items": _TENSOR}, "id": _TEXT, "parameters": {"type": "object"}},
     },
+    "error_detail": {"type": "object", "required": ["detail"], "properties": {"detail": _TEXT}},
+    "error_code": {
+        "type": "object",
+        "required": ["error_code", "message"],
+        "properties": {"error_code": _TEXT, "message": _TEXT},
+    },
+    "kserve_error": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {
+            "error": {
+                "type": "object",
+                "required": ["code", "message", "param", "type"],
+                "properties": {"code": _TEXT, "message": _TEXT, "param": {"type": ["string", "null"]}, "type": _TEXT},
+            },
+            "detail": {"type": "array", "items": {"type": "object"}},
+        },
+    },
+    "nixtla_body": {
+        "type": "object",
+        "required": ["series", "model", "h", "freq"],
+        "properties": {
+            "series": {
+                "type": "object",
+                "required": ["y", "sizes"],
+                "properties": {
+                    "y": {"type": "array", "items": {"type": ["number", "null"]}},
+                    "sizes": {"type": "array", "items": {"type": "integer"}},
+                    "start_datetime": {"type": "array", "items": _TEXT},
+                },
+            },
+            "model": _TEXT,
+            "h": {"type": "integer", "minimum": 1},
+            "freq": _TEXT,
+            "level": {"type": "array", "items": {"type": "number"}},
+        },
+    },
+    "mlflow_body": {
+        "type": "object",
+        "properties": {
+            "instances": {"type": "array", "items": _INSTANCE},
+            "inputs": {},
+            "dataframe_split": {"type": "object"},
+            "dataframe_records": {"type": "array", "items": {"type": "object"}},
+            "params": _CONFIGURATION,
+        },
+    },
+    "kserve_body": {
+        "type": "object",
+        "required": ["model", "inputs", "options"],
+        "properties": {
+            "model": _TEXT,
+            "inputs": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["type", "name", "series", "frequency"],
+                    "properties": {
+                        "type": {"enum": ["univariate_time_series", "multivariate_time_series"]},
+                        "name": _TEXT,
+                        "series": {"type": "array"},
+                        "frequency": _TEXT,
+                        "start_timestamp": _TEXT,
+                    },
+                },
+            },
+            "options": {
+                "type": "object",
+                "required": ["horizon"],
+                "properties": {
+                    "horizon": {"type": "integer", "minimum": 1},
+                    "quantiles": {"type": "array", "items": {"type": "number"}},
+                },
+            },
+        },
+    },
     "alias_body": {"type": "object", "required": ["model"], "properties": {"model": _TEXT, "version": _TEXT}},
 }
 

@@ -42,6 +42,7 @@ from server.ipc.operations import (
     SetQuarantine,
     SetRegistrations,
     SetReleases,
+    SetReplicas,
     TakeAccessLog,
     TrySuspect,
     UnloadForClient,
@@ -282,6 +283,7 @@ class Supervisor:
         if child.kind == "worker" and child.channel is not None:
             child.channel.tell(SetQuarantine(self._quarantine.reasons))
             child.channel.tell(SetBatching(self.registrations.table.list_batching(), whole=True))
+            child.channel.tell(SetReplicas(self.registrations.table.list_replicas(), whole=True))
         if child.kind == "front" and child.channel is not None:  # before it learns of workers
             child.channel.tell(SetReleases(self.releases.table.make_routes()))
             child.channel.tell(SetRegistrations(self.registrations.table.make_whole(), whole=True))

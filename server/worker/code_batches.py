@@ -1,16 +1,16 @@
-"""Runs the requests for code archives: a batch at a time for each model, in its child process. On the step thread.
+"""Runs the requests for code archives: a batch at a time for each child process of a model. On the step thread.
 
-A child works while the step loop goes on: its group of jobs is parked until it has answered, so that a slow child costs
-only its own model. A batch is collected for at most the time that its archive says, unless it is full before.
+A child works while the step loop goes on: its group of jobs is parked while no other child of the model is idle, so
+that a slow child costs only its own model. A batch is collected for at most the time that its archive says, unless it
+is full before.
 """
 
 import asyncio
 import contextlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from weakref import WeakSet
 
 from handlers.codecs.codec import JSON
@@ -18,11 +18,13 @@ from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_
 from model_store.cache.slots import Slot
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
+from server.worker.code_replicas import CodeReplicas
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
 from server.worker.sandbox.memory_use import is_folder_larger, measure_memory
 from server.worker.sandbox.messages import CodeAnswer, CodeRequest
+from server.worker.sandbox.replicas import Replicas
 from server.worker.scheduler import Job, Scheduler
 
 SAMPLE_S = 2.0  #: between two measurements of the children's memory
@@ -55,17 +57,20 @@ class CodeBatches:
         replies: Replies,
         residents: ResidentModels,
         scheduler: Scheduler,
+        scaling: CodeReplicas,
         *,
         most_bytes: int,
         most_disk_bytes: int,
         wake: Callable[[], None],
     ) -> None:
         """`most_bytes`: of a child and what it has started; `most_disk_bytes`: of its folder. A larger one is ended."""
-        self._replies, self._residents, self._scheduler = replies, residents, scheduler
+        self._replies, self._residents, self._scheduler, self._scaling = replies, residents, scheduler, scaling
+        scaling.note_free = self._free_groups
         self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
-        self._running: dict[str, Sequence[Job]] = {}
-        self._collecting: dict[str, tuple[ChildProcess, float]] = {}  # group -> its child, and when it runs anyhow
-        self._due: WeakSet[ChildProcess] = WeakSet()  # children whose next batch has waited, or is full
+        self._running: dict[ChildProcess, Sequence[Job]] = {}
+        self._full: dict[str, Replicas] = {}  # groups that are parked because no child of theirs is idle
+        self._collecting: dict[str, tuple[Replicas, float]] = {}  # group -> its children, and when it runs anyhow
+        self._due: WeakSet[Replicas] = WeakSet()  # whose next batch has waited, or is full
         self._loop = asyncio.get_running_loop()
         self._sampler = ThreadPoolExecutor(1, thread_name_prefix="code-memory")
         self._sampled_at, self._sampling = 0.0, False
@@ -75,35 +80,56 @@ class CodeBatches:
         return f"<CodeBatches {len(self._running)} running>"
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
-        """Send jobs to their child, or collect more of them first."""
+        """Send jobs to an idle child, or collect more of them first."""
         jobs = [job for job in jobs if not self._describe(job, now)]
         if not jobs:
             return
         slot = get_slot(jobs[0])
-        child = self._residents.children[slot]
+        replicas = self._residents.children[slot]
+        if replicas.is_short:
+            self._scaling.grow(slot, replicas)
+        child = replicas.find_idle()
+        if child is None:  # the group's last jobs were of another version
+            self._scheduler.put_back(group, jobs)
+            self._park_full(group, replicas)
+            return
         batch, rest = list[Job](), list[Job]()
-        for job in jobs:  # those of a replaced child are for that one
-            (batch if job.slot is slot and len(batch) < child.loaded.batch_size else rest).append(job)
-        if self._collects(child, len(batch)):
+        for job in jobs:  # those of a replaced version are for that one
+            (batch if job.slot is slot and len(batch) < replicas.loaded.batch_size else rest).append(job)
+        if self._collects(replicas, len(batch)):
             self._scheduler.put_back(group, jobs)
             self._scheduler.park(group)
-            self._collecting[group] = (child, now + child.loaded.max_batch_delay_s)
-            self._loop.call_later(child.loaded.max_batch_delay_s, self._wake)
+            self._collecting[group] = (replicas, now + replicas.loaded.max_batch_delay_s)
+            self._loop.call_later(replicas.loaded.max_batch_delay_s, self._wake)
             return
         if rest:
             self._scheduler.put_back(group, rest)
-        self._scheduler.park(group)
-        self._running[group] = batch
+        self._running[child] = batch
         started = time.perf_counter()
 
         def end(outcome: Outcome) -> None:
-            del self._running[group]
-            self._scheduler.unpark(group, whole=True)
+            del self._running[child]
+            self._free_groups(replicas)
             self._answer(batch, outcome, now, time.perf_counter() - started)
-            if self._scheduler.has_work:
-                self._wake()
+            if len(replicas.children) > replicas.wanted and not child.ended:
+                self._scaling.end_surplus(slot, replicas)
 
         child.run([_make_request(job) for job in batch], end)
+        if child.is_busy and replicas.find_idle() is None:
+            self._park_full(group, replicas)
+
+    def _park_full(self, group: str, replicas: Replicas) -> None:
+        """Make no batches of the group until one of these has answered."""
+        self._scheduler.park(group)
+        self._full[group] = replicas
+
+    def _free_groups(self, replicas: Replicas) -> None:
+        """One of these is idle: whoever waits for one may run."""
+        for group in [group for group, awaited in self._full.items() if awaited is replicas]:
+            del self._full[group]
+            self._scheduler.unpark(group, whole=True)
+        if self._scheduler.has_work:
+            self._wake()
 
     def _describe(self, job: Job, now: float) -> bool:
         """Answer a request for the model's tensors, of which code says none. False for any other request."""
@@ -112,12 +138,13 @@ class CodeBatches:
         self._replies.answer(job, (_DESCRIPTION, JSON), now, 0.0)
         return True
 
-    def _collects(self, child: ChildProcess, count: int) -> bool:
+    def _collects(self, replicas: Replicas, count: int) -> bool:
         """Whether a batch that is not full waits for more jobs."""
-        if child in self._due:
-            self._due.discard(child)
+        if replicas in self._due:
+            self._due.discard(replicas)
             return False
-        return child.loaded.max_batch_delay_s > 0 and count < child.loaded.batch_size and not child.ended
+        loaded = replicas.loaded
+        return loaded.max_batch_delay_s > 0 and count < loaded.batch_size and not replicas.ended
 
     def _answer(self, batch: Sequence[Job], outcome: Outcome, began: float, took: float) -> None:
         if isinstance(outcome, ChildEnded):
@@ -150,43 +177,46 @@ class CodeBatches:
                     self._replies.tell_refused(job, Refused(Situation.DEADLINE, message))
         if self._residents.children and now - self._sampled_at >= SAMPLE_S and not self._sampling:
             self._sampled_at, self._sampling = now, True
-            children = {slot: (child.pid, child.folder) for slot, child in self._residents.children.items()}
+            children = [
+                (slot, child) for slot, replicas in self._residents.children.items() for child in replicas.children
+            ]
             self._sampler.submit(self._measure, children)
 
     def end_collections(self, now: float) -> None:
         """Let the batches run that are full or have waited for long enough. In each step."""
-        for group, (child, until) in list(self._collecting.items()):
-            size = child.loaded.batch_size
-            if now >= until or child.ended or self._scheduler.count_parked(group, size) >= size:
+        for group, (replicas, until) in list(self._collecting.items()):
+            size = replicas.loaded.batch_size
+            if now >= until or replicas.ended or self._scheduler.count_parked(group, size) >= size:
                 del self._collecting[group]
-                self._due.add(child)
+                self._due.add(replicas)
                 self._scheduler.unpark(group, whole=True)
 
     def close(self) -> None:
         """Measure no more."""
         self._sampler.shutdown(wait=False, cancel_futures=True)
 
-    def _measure(self, children: Mapping[Slot, tuple[int, Path]]) -> None:
+    def _measure(self, children: Sequence[tuple[Slot, ChildProcess]]) -> None:
         """On the sampler's thread."""
-        found = {
-            slot: (measure_memory(pid), is_folder_larger(folder, self._most_disk_bytes, pid))
-            for slot, (pid, folder) in children.items()
-        }
+        found = [
+            (slot, child, measure_memory(child.pid), is_folder_larger(child.folder, self._most_disk_bytes, child.pid))
+            for slot, child in children
+        ]
         with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile
             self._loop.call_soon_threadsafe(self._note_sizes, found)
 
-    def _note_sizes(self, found: Mapping[Slot, tuple[int, bool]]) -> None:
+    def _note_sizes(self, found: Sequence[tuple[Slot, ChildProcess, int, bool]]) -> None:
         self._sampling = False
-        for slot, (size, fills_disk) in found.items():
-            child = self._residents.children.get(slot)
-            if child is None or not size:
+        for slot, child, size, fills_disk in found:
+            replicas = self._residents.children.get(slot)
+            if replicas is None or child not in replicas.children or not size:
                 continue
             if fills_disk:
                 child.end(f"its folder takes more than {self._most_disk_bytes} bytes (code_disk_bytes)")
             elif size > self._most_bytes:
                 child.end(f"its processes take {size} bytes, {self._most_bytes} are allowed (code_memory_bytes)")
             else:
-                self._residents.recharge(slot, size)
+                child.charge = size
+                self._residents.recharge(slot, replicas.charge)
 
 
 def _make_request(job: Job) -> CodeRequest:

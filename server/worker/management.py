@@ -13,6 +13,7 @@ from server.ipc.handler_calls import CallTooLong, Pairs
 from server.ipc.operations import (
     AccessLogRows,
     AskedOfWorker,
+    AwaitReplicas,
     DescribeByCode,
     ListModels,
     ListVersions,
@@ -25,6 +26,7 @@ from server.ipc.operations import (
     ScrapeMetrics,
     SetBatching,
     SetQuarantine,
+    SetReplicas,
     TakeAccessLog,
     UnloadModel,
     UnpinModel,
@@ -91,6 +93,11 @@ class Management:
                 if self._code is not None:
                     self._code.follow_batching(models, whole=whole)
                 return None
+            case SetReplicas(models, whole):
+                self._steps.replicas.follow_counts(models, whole=whole)
+                return None
+            case AwaitReplicas(model):
+                return await self._steps.replicas.wait_settled(parse_model_name(model))
             case ScrapeMetrics():
                 return self._steps.render_metrics()
             case TakeAccessLog():

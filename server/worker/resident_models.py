@@ -28,6 +28,9 @@ from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.sandbox.child_process import ChildProcess
+from server.worker.sandbox.replicas import Replicas
+
+NO_ROOM_S = 30.0  #: after a replica has had to go for want of memory, until another may be started
 
 _Result = TypeVar("_Result")
 
@@ -50,7 +53,7 @@ class ResidentModels:
         self._metrics, self._foresight, self._now = metrics, foresight, now
         self.rows: dict[Slot, RowModel] = {}  #: the models that run a slot's requests
         self.singles: dict[Slot, SingleModel] = {}  #: as `rows`, those that run alone
-        self.children: dict[Slot, ChildProcess] = {}  #: as `rows`, those whose code runs in a process of its own
+        self.children: dict[Slot, Replicas] = {}  #: as `rows`, those whose code runs in processes of its own
         self.note_death: Callable[[ModelName], None] = _ignore  #: called when such a process has ended by itself
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
@@ -79,8 +82,8 @@ class ResidentModels:
         elif isinstance(built.body, SingleModel):
             self.singles[slot] = built.body
         else:
-            self.children[slot] = built.body
-            built.body.attach(asyncio.get_running_loop(), partial(self._forget_ended, slot))
+            self.children[slot] = Replicas(built.body)
+            self._watch(slot, built.body)
         self._validated[slot] = built.validated_at
         self.shelf.drop(built.model)
         insort(self._sorted, slot, key=_slot_name)
@@ -145,8 +148,8 @@ class ResidentModels:
             return
         self.rows.pop(slot, None)
         self.singles.pop(slot, None)
-        if (child := self.children.pop(slot, None)) is not None:
-            child.close()
+        if (replicas := self.children.pop(slot, None)) is not None:
+            replicas.close()
         del self._validated[slot]
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_slot_name))]
         if slot.model not in self.cache:
@@ -164,27 +167,55 @@ class ResidentModels:
         slot = self.cache.unload(model)
         if slot is None:
             return False
-        child = self.children.get(slot)
+        replicas = self.children.get(slot)
         if slot.leases == 0:
             self.retire(slot)
         else:
             future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._leaving.setdefault(slot, []).append(future)
             await future
-        if child is not None:
-            await child.wait_gone()
+        if replicas is not None:
+            await replicas.wait_gone()
         return True
 
+    def add_replica(self, slot: Slot, child: ChildProcess) -> None:
+        """One more process runs the slot's requests."""
+        self.children[slot].children.append(child)
+        self._watch(slot, child)
+        self.cache.recharge(slot, self.children[slot].charge)
+
+    def make_room(self, slot: Slot, need: int) -> bool:
+        """Evict others until `need` bytes more fit into the budget. False, and none is evicted, if they would not."""
+        victims = self.cache.make_room(need, slot)
+        for victim in victims or ():
+            self.evict(victim, self._now(), "memory")
+        return victims is not None
+
     def recharge(self, slot: Slot, size: int) -> None:
-        """Count what a process was measured to take; evict others where that is more than the budget has."""
+        """Count what its processes were measured to take; evict others where that is more than the budget has.
+
+        Where others free too little, replicas go first: an archive that no longer fits would be loaded again at once.
+        """
         self.cache.recharge(slot, size)
+        replicas = self.children[slot]
+        while len(replicas.children) > 1 and not self.make_room(slot, 0) and replicas.end_idle():
+            log.warning("replica_without_room", model=slot.model, replicas=len(replicas.children))
+            replicas.not_before = self._now() + NO_ROOM_S
+            self.cache.recharge(slot, replicas.charge)
         over = self.cache.used_bytes - self.cache.budget_bytes
         for victim in self.cache.relieve(over):
             self.evict(victim, self._now(), "memory")
 
-    def _forget_ended(self, slot: Slot) -> None:
-        """The process of a slot has ended by itself: the next request loads the model again."""
+    def _watch(self, slot: Slot, child: ChildProcess) -> None:
+        child.attach(asyncio.get_running_loop(), partial(self._forget_ended, slot, child))
+
+    def _forget_ended(self, slot: Slot, child: ChildProcess) -> None:
+        """A process of a slot has ended by itself. After the last one the next request loads the model again."""
         self.note_death(slot.model)
+        replicas = self.children.get(slot)
+        if replicas is not None and replicas.drop(child):
+            self.cache.recharge(slot, replicas.charge)
+            return
         if self.cache.get(slot.model) is slot:
             self.cache.unload(slot.model)
         if slot.leases == 0:
@@ -256,7 +287,7 @@ class ResidentModels:
         return at < len(self._sorted) and self._sorted[at].model == model
 
     def _row(self, slot: Slot, now: float, *, whole: bool) -> dict[str, Any]:
-        body, child = self.rows.get(slot), self.children.get(slot)
+        body, replicas = self.rows.get(slot), self.children.get(slot)
         alone = {"one_by_one": body.one_by_one} if body and body.one_by_one else {}
         return {
             "model": slot.model,
@@ -266,13 +297,19 @@ class ResidentModels:
             "bytes": slot.charge,
             **alone,
             **(body.codec.describe(whole=whole) if body else {}),
-            **({"pid": child.pid} if child else {}),
+            **(_describe_processes(replicas) if replicas else {}),
             "leases": slot.leases,
             "pinned": slot.model in self.cache.pins,
             "loaded_s_ago": round(now - slot.loaded_at, 3),
             "used_s_ago": round(now - slot.used_at, 3),
             "usage": _describe_usage(slot.usage, now),
         }
+
+
+def _describe_processes(replicas: Replicas) -> dict[str, Any]:
+    """The pid of the first process; where there are several, all of them with their memory."""
+    rows = [{"pid": child.pid, "bytes": child.charge} for child in replicas.children]
+    return {"pid": replicas.children[0].pid, **({"processes": rows} if len(rows) > 1 else {})}
 
 
 def _describe_usage(usage: Usage, now: float) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
 from server.worker.code_batches import CodeBatches
+from server.worker.code_replicas import CodeReplicas
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import ending_if_lost
@@ -98,10 +99,12 @@ class StepLoop:
         self._singles = SingleBatches(
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
         )
+        self.replicas = CodeReplicas(self._residents, loader, long.pulse, most=code.policy.replicas if code else 1)
         self._code = CodeBatches(
             replies,
             self._residents,
             scheduler,
+            self.replicas,
             most_bytes=code.policy.memory_bytes if code else 0,
             most_disk_bytes=code.policy.disk_bytes if code else 0,
             wake=self.wake,
@@ -255,6 +258,8 @@ class StepLoop:
     def served(self, built: LoadedModel, now: float) -> None:
         """Lease and queue the jobs that waited for this model: it is resident now."""
         self._note_served(built)
+        if built.runs_code:
+            self.replicas.follow(built.model)
         for job in self._scheduler.take_waiting(built.model):
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.accepted, _TIERS[built.tier]
@@ -338,6 +343,7 @@ class StepLoop:
         self._sweeper.cancel()
         self._long.close()
         self._code.close()
+        self.replicas.close()
         self._loads.close()
 
     def render_metrics(self) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,23 @@ def make_environment(*packages: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         python = folder / "bin" / "python"
         if not (folder / DONE).exists():
-            subprocess.run(
-                [sys.executable, "-m", "venv", "--clear", folder], check=True, timeout=INSTALL_S, env=variables
-            )
-            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
-            done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_S, check=False, env=variables)
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-                pytest.skip(f"the clients {', '.join(packages)} cannot be installed here: {last[:200]}")
+            why = _install(folder, python, packages, variables)
+            if why:
+                pytest.skip(f"the clients {', '.join(packages)} cannot be installed here: {why}")
             (folder / DONE).touch()
     return python
+
+
+def _install(folder: Path, python: Path, packages: Sequence[str], variables: dict[str, str]) -> str:
+    """Make the environment. Why it cannot be made; empty where it is there."""
+    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True, env=variables)
+    # Modules are compiled when they are imported: all of them would take longer than to fetch them.
+    pip = [str(python), "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *packages]
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=INSTALL_S, check=False, env=variables)
+    except subprocess.TimeoutExpired:
+        return f"not within {INSTALL_S:g} s"
+    return (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200] if done.returncode else ""
 
 
 def run_script(python: Path, script: str, *arguments: str, **variables: str) -> Any:

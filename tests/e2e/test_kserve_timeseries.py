@@ -7,15 +7,19 @@ from contextlib import closing
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from handlers.evaluation.correlation import estimate_gaussian
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import ROOT, Server, run_server
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-PLAIN, CLOCK, PAIR = "au/NSW1.mar", "au/clock.mar", "au/pair.mar"
+PLAIN, CLOCK, PAIR, OTHER, JOINT = "au/NSW1.mar", "au/clock.mar", "au/pair.mar", "au/QLD1.mar", "au/joint.mar"
 RECORDED = [json.loads(line) for line in (ROOT / "tests" / "golden" / "kserve-forecast.jsonl").read_text().splitlines()]
 SERIES = [50.0 + i % 24 for i in range(HISTORY)]
 #: Statuses that differ from the recorded ones, with the reason: what is broken there is done right here.
@@ -34,13 +38,24 @@ DIFFERENT = {
 }
 
 
+def make_correlation() -> bytes:
+    """An archive in which two hourly models move together."""
+    errors = np.random.default_rng(5).standard_normal((200, 2, HORIZON))
+    errors[:, 1] = 0.98 * errors[:, 0] + 0.2 * errors[:, 1]
+    found = estimate_gaussian(errors, (PLAIN, OTHER))
+    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
+    return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
 @pytest.fixture(scope="module")
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of an hourly model, of one that reads the clock, and of one of two products."""
+    """A server of two hourly models and their correlation, of one that reads the clock, and of one of two products."""
     bucket = s3.bucket()
     with closing(s3.client()) as client:
         client.put_object(Bucket=bucket, Key=PLAIN, Body=pack_hourly(1))
         client.put_object(Bucket=bucket, Key=CLOCK, Body=pack_hourly(2, features=("demand",), calendar=True))
+        client.put_object(Bucket=bucket, Key=OTHER, Body=pack_hourly(4))
+        client.put_object(Bucket=bucket, Key=JOINT, Body=make_correlation())
         client.put_object(Bucket=bucket, Key=PAIR, Body=pack_hourly(3, products=2))
     with run_server(s3, tmp_path_factory.mktemp("kserve"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
         yield server
@@ -154,3 +169,18 @@ def test_the_time_is_needed_where_the_model_reads_the_clock(house: Server) -> No
     del timeless["start_timestamp"]
     (content,) = post(house, timeless).json()["outputs"][0]["content"]
     assert content["start_timestamp"] == "1970-01-03T00:00:00Z"
+
+
+def test_joint_scenarios_move_together(house: Server) -> None:
+    """Sample s is the same scenario in both markets, and those of one call without a correlation are refused."""
+    inputs = make_input(), make_input(target_model=OTHER)
+    answer = post(house, *inputs, num_samples=200, seed=7, joint=True, correlation=JOINT, quantiles=[0.5])
+    assert answer.status_code == 200, answer.text
+    first, second = (each["content"][0] for each in answer.json()["outputs"])
+    ranks = [np.argsort(np.argsort(np.array(each["samples"])[:, 3])) for each in (first, second)]
+    assert np.asarray(np.corrcoef(np.array(ranks)))[0, 1] > 0.9
+    assert set(first["quantiles"]) == {"0.5"}
+    refused = post(house, *inputs, num_samples=200, joint=True)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "options.joint")
+    unknown = post(house, *inputs, num_samples=200, joint=True, correlation="none.mar")
+    assert (unknown.status_code, "none.mar" in unknown.text) == (404, True)

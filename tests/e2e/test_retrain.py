@@ -71,8 +71,9 @@ def test_a_fleet_is_republished_while_it_is_served(
     with serve() as server, Load(server, make_questions(), ask=ask_forecast) as load:
         wait_until(lambda: len({each.model for each in load.outcomes}) == len(MARKETS), "all markets are served")
         before = {each.model: each.version for each in load.outcomes}
-        quick = ("--epochs", "4", "--windows", "6", "--margin", "50", "--reload", server.addresses["management"])
-        done = run_fleetcast(s3, tmp_path, "retrain", str(csv), "--time", "hour", "--store", f"s3://{store}", *quick)
+        quick = ("--epochs", "4", "--windows", "6", "--margin", "50", "--keep-worse")
+        where = ("--store", f"s3://{store}", "--reload", server.addresses["management"])
+        done = run_fleetcast(s3, tmp_path, "retrain", str(csv), "--time", "hour", *where, *quick)
         assert done.returncode == 0, done.stdout + done.stderr
         lines = [json.loads(line) for line in tmp_path.joinpath("retrain.jsonl").read_text().splitlines()]
         new = {each["model"]: each["version"] for each in lines if each["result"] == "published"}

@@ -15,7 +15,7 @@ from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.e2e.server import Server, run_server
 from tests.patience import wait_until
 from tests.s3 import S3Server
-from tests.server.worker.sandbox.code_archives import pack_code
+from tests.server.worker.sandbox.code_archives import is_alive, pack_code
 
 pytestmark = pytest.mark.e2e
 
@@ -32,6 +32,17 @@ def handle(data, context):
         return [str(len(data)) for _ in data]
     return [f"version {VERSION}" for _ in data]
 """
+#: Says its process and folder; `wait`: once the folder has a file `go`.
+WAITER = """
+import os, time
+def handle(data, context):
+    if data is None:
+        return None
+    home = os.environ["HOME"]
+    while data[0].get("body") == "wait" and not os.path.exists(home + "/go"):
+        time.sleep(0.01)
+    return [{"pid": os.getpid(), "home": home}]
+"""
 SMALL, FORECASTER = (
     pack_forecaster("au/small.mar", 0),
     pack_forecaster("au/NSW1.mar", 1, config=FORECAST_TCN, forecast=True),
@@ -45,6 +56,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     archives = {
         "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
+        "code/waits.mar": pack_code(WAITER),
         "code/broken.mar": pack_code("import nosuch"),
         "code/no-archive.mar": b"no archive",
         **{model.name: model.data for model in (SMALL, FORECASTER)},
@@ -96,6 +108,48 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     assert not {"code/one.mar", "code/two.mar"} & server.resident()
     assert server.total("ts_inference_requests_total", model_name="team/m") == 0
     assert "team/m" not in manage(server, "GET", "").text
+
+
+def list_pids(server: Server) -> list[int]:
+    """The processes of the model `waits`, as TorchServe's clients see them."""
+    (described,) = manage(server, "GET", "/waits").json()
+    assert len({row["id"] for row in described["workers"]}) == len(described["workers"])
+    assert all(row["memoryUsage"] > 0 for row in described["workers"])
+    return [row["pid"] for row in described["workers"]]
+
+
+def count_leases(server: Server, model: str) -> int:
+    """How many requests for it are under way."""
+    return sum(holder["leases"] for holder in server.models()[model]["holders"])
+
+
+def test_scaled_code_answers_in_several_processes(server: Server) -> None:
+    """One that waits for a file does not block the next, which another process answers; all go with the model."""
+    manage(server, "POST", "", url="code/waits.mar", model_name="waits", initial_workers="1", synchronous="true")
+    first = predict(server, "waits").json()
+    assert list_pids(server) == [first["pid"]]
+    scaled = manage(server, "PUT", "/waits", min_worker="2", synchronous="true").json()
+    assert scaled["status"] == "Workers scaled to 2 for model: waits"
+    pids = list_pids(server)
+    assert (len(pids), pids[0]) == (2, first["pid"])
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(predict, server, "waits", b'"wait"')
+        wait_until(lambda: count_leases(server, "code/waits.mar") == 1, "the worker has it")
+        assert predict(server, "waits").json()["pid"] == pids[1]
+        assert not slow.done()
+        (Path(first["home"]) / "go").write_text("")
+        assert slow.result().json() == first
+    most = manage(server, "PUT", "/waits", min_worker="9", synchronous="true").json()["status"]
+    assert most == "Workers scaled to 9 for model: waits; 4 of them run, as many as an archive may have (code_replicas)"
+    pids = list_pids(server)
+    assert len(pids) == 4
+    manage(server, "PUT", "/waits", min_worker="1", synchronous="true")
+    (left,) = list_pids(server)
+    assert [pid for pid in pids if is_alive(pid)] == [left]
+    manage(server, "PUT", "/waits", min_worker="2", synchronous="true")
+    pids = list_pids(server)
+    assert manage(server, "DELETE", "/waits").status_code == 200
+    assert (len(pids), any(map(is_alive, pids)), Path(first["home"]).exists()) == (2, False, False)
 
 
 @pytest.mark.parametrize("wait", ["true", "false"])

@@ -9,7 +9,7 @@ import structlog
 from handlers.base import Float32, Shape
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import check_forecast
-from handlers.kinds.forecaster import describe_tensors, read_row
+from handlers.kinds.forecaster import describe_tensors, open_calibration, read_row
 from handlers.kinds.graph.family import GraphFamily, graph_family
 from handlers.kinds.models import BuiltModel, RowModel, Target
 from handlers.kinds.packing import ArchiveParts
@@ -42,7 +42,7 @@ class GraphKind:
         row = read_row(archive, network)
         budget = RequestBudget(row_work(network), target.limits)
         one_by_one = _decide_how_rows_run(network, row)
-        body = RowModel(network, FamilyCodec(network, forecast, budget), one_by_one)
+        body = RowModel(network, FamilyCodec(network, forecast, budget, open_calibration(archive)), one_by_one)
         return BuiltModel(body, row, f"{network.key}, {network.runs}")
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:

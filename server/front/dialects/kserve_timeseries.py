@@ -20,10 +20,12 @@ from server.contract import JSON
 from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.front.fan_out import Joint
 from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, list_known, parse_model
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_frequency, check_horizon
 from server.front.raw_json import MAX_ITEMS
+from server.routes.inference import KSERVE
 from server.settings import Settings
 
 PATH, MODELS_PATH = "/v1/timeseries/forecast", "/v1/timeseries/models"
@@ -78,6 +80,7 @@ class Options(msgspec.Struct):
     num_samples: int | None = None
     seed: int | None = None
     joint: bool = False
+    correlation: str = ""
 
 
 class Call(msgspec.Struct):
@@ -100,6 +103,7 @@ class KServeTimeSeries:
     """See the module."""
 
     name = "kserve"
+    routes = KSERVE
     paths = f"{PATH} (KServe)"
 
     def __init__(self, settings: Settings) -> None:
@@ -161,7 +165,8 @@ class KServeTimeSeries:
                 found.append(_place(why, i))
         size = sum(0 if plan is None else len(plan.products) for plan in plans) * asked.options.horizon
         require_few(size * (1 + len(asked.options.quantiles or ()) + (asked.options.num_samples or 0)), "the answer")
-        made = iter(await call.forecast(instances, _build_configuration(asked.options)) if instances else [])
+        wanted, joint = _build_configuration(asked.options), _build_joint(asked.options)
+        made = iter(await call.forecast(instances, wanted, joint) if instances else [])
         done: list[Forecast | Refused] = []
         for i, each in enumerate(found):
             answer = next(made) if each is None else each
@@ -226,8 +231,8 @@ def _read_call(body: bytes) -> Call:
         raise Malformed(Situation.BAD_REQUEST, message, None, "options.horizon")
     if any(not 0 < each < 1 for each in options.quantiles or ()):
         raise Malformed(Situation.BAD_REQUEST, "quantiles are between 0 and 1", None, "options.quantiles")
-    if options.joint:
-        message = "joint scenarios are asked by POST /v1/forecasts"
+    if options.joint and not (options.num_samples and options.correlation):
+        message = "joint scenarios are samples: send num_samples, and correlation, the archive that correlates them"
         raise Refused(Situation.BAD_REQUEST, message, field="options.joint")
     return asked
 
@@ -296,11 +301,23 @@ def _build_configuration(options: Options) -> dict[str, Any]:
     wanted: dict[str, Any] = {"output_types": kinds}
     if options.quantiles:
         wanted["quantiles"] = [str(each) for each in dict.fromkeys(options.quantiles)]
-    if options.num_samples:
-        wanted["num_samples"] = options.num_samples
-    if options.seed is not None:
-        wanted["seed"] = options.seed
-    return wanted
+    if options.joint:  # the models give marginals, of which the correlation draws the samples
+        return {**wanted, "output_types": [*(each for each in kinds if each != "samples"), "marginal"]}
+    return wanted | _list_drawn(options)
+
+
+def _list_drawn(options: Options) -> dict[str, int]:
+    """How samples are drawn, as far as it is said."""
+    drawn = {"num_samples": options.num_samples, "seed": options.seed}
+    return {name: value for name, value in drawn.items() if value is not None}
+
+
+def _build_joint(options: Options) -> Joint | None:
+    """How the scenarios of a call are joint; None where they are not. Raises Refused for a name that is none."""
+    if not options.joint:
+        return None
+    drawn = {name: msgspec.Raw(msgspec.json.encode(value)) for name, value in _list_drawn(options).items()}
+    return Joint(parse_model(options.correlation, "options.correlation"), drawn)
 
 
 def _place(why: Refused, i: int) -> Refused:

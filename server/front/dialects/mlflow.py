@@ -16,6 +16,7 @@ from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequ
 from server.front.forecasting.bodies import say_place
 from server.front.forecasting.calls import parse_model
 from server.front.forecasting.scoring import Scoring
+from server.routes.inference import MLFLOW
 from server.sdk import __version__
 from server.settings import Settings
 
@@ -70,6 +71,7 @@ class MLflow:
     """See the module."""
 
     name = "mlflow"
+    routes = MLFLOW
     paths = "/serving-endpoints/MODEL/invocations"
 
     def __init__(self, settings: Settings) -> None:

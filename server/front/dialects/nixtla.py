@@ -19,6 +19,7 @@ from server.front.forecasting.bodies import decode_body, say_place
 from server.front.forecasting.calls import Forecast, ForecastCall, list_known, parse_model, require_forecasts
 from server.front.forecasting.nixtla_series import Level, NixtlaRequest, Plan
 from server.front.forecasting.recipes import check_frequency, level_quantiles
+from server.routes.inference import NIXTLA
 from server.settings import Settings
 
 NO_BODY = 64 * 1024  #: most bytes of a body that is not read
@@ -65,6 +66,7 @@ class Nixtla:
     """See the module."""
 
     name = "nixtla"
+    routes = NIXTLA
     paths = "/v2/forecast (NixtlaClient)"
 
     def __init__(self, settings: Settings) -> None:

@@ -15,6 +15,7 @@ from server.front.dialects.sagemaker import SageMaker
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.forecasting.event_stream import MEDIA, write_events
 from server.front.slices import Pacer
+from server.routes.inference import SAGEMAKER_STREAMS
 from server.settings import Settings
 
 OK = 200
@@ -36,6 +37,7 @@ class SageMakerStreams:
     """See the module. Errors are SageMaker's."""
 
     name = "sagemaker_streams"
+    routes = SAGEMAKER_STREAMS
     paths = "/endpoints/NAME/invocations-response-stream"
 
     def __init__(self, settings: Settings) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import msgspec
 
 from model_store.names import InvalidModelName, ModelName, parse_model_name
-from server.contract import OPEN_INFERENCE_DESCRIBE
+from server.contract import JSON, OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, add_near_names
 from server.front.exchange import HttpRequest, Limit
-from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
+from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
 from server.front.forecasting.recipes import Recipe, read_inputs, read_recipe
 from server.front.slices import ITEM, Pacer
 
@@ -89,19 +89,28 @@ class ForecastCall:
             raise
         return await response.read()
 
-    async def forecast(self, asked: Sequence[Asked], configuration: Mapping[str, Any]) -> list[Forecast | Refused]:
-        """What came of each instance, in order. Raises Refused for a call that fails as a whole, ClientGone."""
+    async def forecast(
+        self, asked: Sequence[Asked], configuration: Mapping[str, Any], joint: Joint | None = None
+    ) -> list[Forecast | Refused]:
+        """What came of each instance, in order. Raises Refused for a call that fails as a whole, ClientGone.
+
+        With `joint` sample s is the same scenario in all of them.
+        """
         pacer, items = Pacer(), list[Item | Refused]()
         for each in asked:
             instance = msgspec.json.encode(each.instance)
             items.append(Item(each.model, msgspec.Raw(instance)))
             await pacer.spend(ITEM + len(instance))
-        call = MultiModelCall(items, msgspec.json.encode(configuration), None, len(self._request.body))
+        call = MultiModelCall(items, msgspec.json.encode(configuration), joint, len(self._request.body))
         request = self._request
         origin = (request.arrived, request.id, request.client)
         found: list[Forecast | Refused] = []
         with FanOut(self._plane, call, self._limit, request.deadline, request.client_gone, *origin) as fan_out:
-            for prediction in await fan_out.infer():
+            predictions = await fan_out.infer()
+            if joint is not None and any(isinstance(each, Prediction) for each in predictions):
+                scenarios = await fan_out.draw(joint, predictions, JSON)
+                predictions = await pacer.run(put_samples(predictions, scenarios))
+            for prediction in predictions:
                 found.append(_read(prediction))
                 await pacer.spend(ITEM if isinstance(prediction, Refused) else ITEM + len(prediction.body))
         return found

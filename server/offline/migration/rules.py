@@ -61,13 +61,13 @@ def _set_device(config: Configuration) -> Outcome:
 
 def _set_workers(config: Configuration) -> Outcome:
     count = min(parse_whole_number(config.get("default_workers_per_model"), least=0), MOST_WORKERS)
-    why = (
-        "an archive with code has one process, which answers requests that wait as one batch where its "
-        "model-config.yaml says batchSize; models without code need no process at all"
-    )
     if config.server is not MMS:
-        return ignore(why)
-    return become({"default_workers_per_model": count}, f"of models that are registered; {why}")
+        return ignore(
+            "an archive with code has one process, which answers requests that wait as one batch where its "
+            "model-config.yaml says batchSize, until a client scales it; models without code need no process at all"
+        )
+    why = "of models that are registered: processes of archives with code, up to code_replicas, where memory allows"
+    return become({"default_workers_per_model": count}, why)
 
 
 def _set_requirements(config: Configuration) -> Outcome:

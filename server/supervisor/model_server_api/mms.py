@@ -21,6 +21,7 @@ from server.model_server_api.mms_errors import BAD_REQUEST, ERRORS, INTERNAL, NO
 from server.settings import Settings
 from server.supervisor.model_server_api.name_pages import NamePattern, make_token, read_token
 from server.supervisor.model_server_api.parameters import MAX_BATCH, MAX_BATCH_DELAY_MS, Parameters
+from server.supervisor.model_server_api.torchserve_versions import list_processes
 from server.supervisor.registrations.refusals import (
     AlreadyRegistered,
     ArchiveUnreadable,
@@ -200,11 +201,16 @@ def _explain(error: RegistrationRefused) -> Failure:
 
 
 def _list_workers(found: Registration, observed: Sequence[tuple[int, ModelState]]) -> list[dict[str, Any]]:
-    """The workers that a version was given. One that was evicted is started by the next request: it is READY."""
-    states = [each for each in observed if each[1].state in _STATES] or [(0, ModelState(found.key))]
+    """The workers that a version was given. One that was evicted is started by the next request: it is READY.
+
+    A code archive that is loaded has as many as it has processes, but no more than were asked for.
+    """
+    here = [(index, each) for index, state in observed if state.state in _STATES for each in list_processes(state)]
+    states = here or [(0, ModelState(found.key))]
+    workers = min(found.options.min_workers, len(states)) if found.has_code and here else found.options.min_workers
     since = datetime.fromtimestamp(found.loaded_at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     rows = []
-    for i in range(found.options.min_workers):
+    for i in range(workers):
         index, state = states[i % len(states)]
         status = _STATES.get(str(state.state), "READY")
         size = state.bytes if isinstance(state.bytes, int) else 0

@@ -83,6 +83,7 @@ class TorchServeApi:
             return reply(encode_status(UPDATING), ACCEPTED)
         workers = found.options.min_workers
         text = f'Model "{found.name}" Version: {found.version} registered with {workers} initial workers'
+        text += self._note_most(found)
         if not workers:
             text += ". Use scale workers API to add workers for the model."
         return reply(encode_status(text))
@@ -159,11 +160,20 @@ class TorchServeApi:
         most = parameters.parse_number("max_worker", least, 0)
         wait = parameters.parse_flag("synchronous")
         self._service.table.find(where.name, where.version)
-        await self._service.scale(ScaleRequest(where.name, where.version, least, most), wait=wait)
+        found = await self._service.scale(ScaleRequest(where.name, where.version, least, most), wait=wait)
         if not wait:
             return reply(encode_status(UPDATING), ACCEPTED)
         version = "" if where.version is None else f", version: {where.version}"
-        return reply(encode_status(f"Workers scaled to {least} for model: {where.name}{version}"))
+        return reply(
+            encode_status(f"Workers scaled to {least} for model: {where.name}{version}{self._note_most(found)}")
+        )
+
+    def _note_most(self, registration: Registration) -> str:
+        """What the answer says besides where code is to have more processes than the operator allows."""
+        most = self._settings.code_replicas
+        if not registration.has_code or registration.options.min_workers <= most:
+            return ""
+        return f"; {most} of them run, as many as an archive may have (code_replicas)"
 
     async def _describe(self, where: "Place", request: Request) -> Response:
         table = self._service.table

@@ -4,10 +4,14 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
+from msgspec import UnsetType
+from msgspec.structs import replace
+
 from server.ipc.operations import ModelState
 from server.supervisor.registrations.table import Registration
 
 FIRST_WORKER_ID = 9000  #: TorchServe numbers its workers by their ports
+MOST_WORKERS = 1000  #: between the numbers of two replicas on one worker
 
 #: What TorchServe says of features that this server does not have.
 _UNUSED = {
@@ -45,9 +49,20 @@ def describe_version(
         "startupTimeout": int(options.startup_timeout_s),
         **_UNUSED,
         "loadedAtStartup": False,
-        "workers": [_describe_worker(registration, *each) for each in observed or _list_absent(registration)],
+        "workers": [
+            _describe_worker(registration, index + MOST_WORKERS * replica, state)
+            for index, whole in observed or _list_absent(registration)
+            for replica, state in enumerate(list_processes(whole))
+        ],
         "jobQueueStatus": {"remainingCapacity": queue, "pendingRequests": 0},
     }
+
+
+def list_processes(state: ModelState) -> Sequence[ModelState]:
+    """What a worker has of a version, one for each process of a code archive that has several."""
+    if isinstance(state.processes, UnsetType):
+        return [state]
+    return [replace(state, pid=each.pid, bytes=each.bytes) for each in state.processes]
 
 
 def _list_absent(registration: Registration) -> Sequence[tuple[int, ModelState]]:

@@ -7,6 +7,7 @@ from model_store.names import ModelName
 from server.ipc.control import ControlError
 from server.ipc.operations import (
     ArchiveFacts,
+    AwaitReplicas,
     Batching,
     DescribeByCode,
     ListModels,
@@ -16,6 +17,7 @@ from server.ipc.operations import (
     RegisteredModel,
     SetBatching,
     SetRegistrations,
+    SetReplicas,
     UnloadModel,
 )
 from server.supervisor.children import Child
@@ -48,6 +50,14 @@ class RegistrationRollout:
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Have it batched so from its next load on; None: as it says itself."""
         self._workers.tell(SetBatching({key: batching}, whole=False))
+
+    async def set_replicas(self, key: ModelName, count: int) -> None:
+        """Have so many processes of it on each worker that has it loaded."""
+        self._workers.tell(SetReplicas({key: count}, whole=False))
+
+    async def await_replicas(self, key: ModelName) -> int:
+        """How many processes its home has, once none is being started. Raises ControlError."""
+        return await self._workers.ask(self._workers.home(key), AwaitReplicas(key))
 
     async def unload_registered(self, key: ModelName) -> None:
         """Unload it everywhere, unless it is pinned: its memory is free then. Raises ControlError."""

@@ -74,6 +74,12 @@ class RegisteredFleet(Protocol):
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Have it batched so from its next load on; None: as it says itself."""
 
+    async def set_replicas(self, key: ModelName, count: int) -> None:
+        """Have so many processes of it on each worker that has it loaded."""
+
+    async def await_replicas(self, key: ModelName) -> int:
+        """How many processes it has, once none is being started. Raises ControlError."""
+
     async def unload_registered(self, key: ModelName) -> None:
         """Unload it everywhere, unless it is pinned: its memory is free then. Raises ControlError."""
 
@@ -91,6 +97,7 @@ class RegistrationService:
         self._store, self._fleet = store, fleet
         self.table = RegistrationTable()
         self.is_used = False  #: whether anything was registered since the start
+        self._replicas: dict[ModelName, int] = {}  # of the archives with more than one process, as workers were told
         self._changing = asyncio.Lock()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -133,6 +140,7 @@ class RegistrationService:
             self.table.add(registration)
             self.is_used = True
             await self._announce(name)
+        await self._follow_replicas(registration, wait=wait)
         log.info("registered", name=name, version=version, model=key, workers=asked.options.min_workers)
         if loads and not wait:
             self._start(self._load_later(registration, None))
@@ -149,6 +157,7 @@ class RegistrationService:
         async with self._changing:
             self.table.put(after)
             await self._announce(asked.name)
+        await self._follow_replicas(after, wait=wait and loads)
         if not loads:
             await self._unload(after)
         log.info("scaled", name=after.name, version=after.version, workers=asked.min_workers)
@@ -168,6 +177,7 @@ class RegistrationService:
         async with self._changing:
             removed = self.table.remove(name, version)
             await self._announce(name)
+        await self._follow_replicas(removed, wait=False)
         if removed.options.says_batching:
             await self._fleet.set_batching(removed.key, self.table.find_batching(removed.key))
         await self._unload(removed)
@@ -224,6 +234,27 @@ class RegistrationService:
             else:
                 self.table.put(before)
             await self._announce(registration.name)
+        await self._follow_replicas(registration, wait=False)
+
+    async def _follow_replicas(self, registration: Registration, *, wait: bool) -> None:
+        """Have as many processes of the archive as the table says. `wait`: until they are there, or have no room."""
+        key, count = registration.key, self.table.find_replicas(registration.key)
+        if count == self._replicas.get(key, 1):
+            return
+        if count > 1:
+            self._replicas[key] = count
+        else:
+            del self._replicas[key]
+        await self._fleet.set_replicas(key, count)
+        if not wait:
+            return
+        try:
+            there = await self._fleet.await_replicas(key)
+        except ControlError as error:
+            log.warning("replicas_unknown", model=key, wanted=count, why=str(error))
+            return
+        if there < count:
+            log.warning("fewer_replicas", model=key, wanted=count, replicas=there)
 
     async def _unload(self, registration: Registration) -> None:
         """Free the memory, unless the same archive serves under another name or version. Its next load starts anew."""

@@ -70,6 +70,7 @@ class RegistrationTable:
         self._models: dict[str, dict[str, Registration]] = {}
         self._defaults: dict[str, str] = {}
         self._batching: dict[ModelName, dict[tuple[str, str], Batching]] = {}  # in the order of registration
+        self._replicas: dict[ModelName, dict[tuple[str, str], int]] = {}  # workers of code, where they are several
         self._bytes = 0
 
     def __repr__(self) -> str:
@@ -112,6 +113,14 @@ class RegistrationTable:
         """Of all archives for which a client has said it."""
         return {key: self.find_batching(key) for key in self._batching}
 
+    def find_replicas(self, key: ModelName) -> int:
+        """How many processes the archive should have: as the registration says that has the most workers."""
+        return max(self._replicas.get(key, {}).values(), default=1)
+
+    def list_replicas(self) -> dict[str, int]:
+        """Of all archives that should have more than one."""
+        return {key: self.find_replicas(key) for key in self._replicas}
+
     def shares_key(self, registration: Registration) -> bool:
         """Whether another registration with workers is served from the same archive."""
         return any(
@@ -141,6 +150,7 @@ class RegistrationTable:
         self._models.setdefault(name, {})[version] = registration
         self._defaults.setdefault(name, version)
         self._bytes += _size(registration)
+        self._note_replicas(registration, registration.options.min_workers)
         if registration.options.batching is not None:
             self._batching.setdefault(registration.key, {})[name, version] = registration.options.batching
 
@@ -148,6 +158,7 @@ class RegistrationTable:
         """Replace what is known of a version that is registered. Raises ModelUnknown, VersionUnknown."""
         self.find(registration.name, registration.version)
         self._models[registration.name][registration.version] = registration
+        self._note_replicas(registration, registration.options.min_workers)
 
     def set_default(self, name: str, version: str) -> None:
         """Make this version the one that answers where none is named. Raises ModelUnknown, VersionUnknown."""
@@ -175,6 +186,7 @@ class RegistrationTable:
         if removed is None:
             return
         self._bytes -= _size(removed)
+        self._note_replicas(removed, 0)
         said = self._batching.get(registration.key, {})
         if said.pop((name, version), None) is not None and not said:
             del self._batching[registration.key]
@@ -197,6 +209,16 @@ class RegistrationTable:
     def make_whole(self) -> dict[str, RegisteredModel | None]:
         """All of it, for a front that has just come up."""
         return {name: self.describe_for_fronts(name) for name in self._models}
+
+    def _note_replicas(self, registration: Registration, workers: int) -> None:
+        """Keep the number where it is one of processes, so that no change has to look at all registrations."""
+        asked = self._replicas.setdefault(registration.key, {})
+        if registration.has_code and workers > 1:
+            asked[registration.name, registration.version] = workers
+        else:
+            asked.pop((registration.name, registration.version), None)
+        if not asked:
+            del self._replicas[registration.key]
 
     def _find_versions(self, name: str) -> dict[str, Registration]:
         versions = self._models.get(name)

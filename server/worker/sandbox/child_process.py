@@ -88,6 +88,16 @@ class ChildProcess:
         """For example `<ChildProcess 4711 of au/NSW1.mar>`."""
         return f"<ChildProcess {self.pid} of {self._model}{f', ended: {self.ended}' if self.ended else ''}>"
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it answers a batch now."""
+        return self._done is not None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether it was closed, and nothing of it is left."""
+        return self._gone is not None and self._gone.done()
+
     def charge_bytes(self, row: object) -> int:
         """Bytes that it takes in the cache's budget; it has no row."""
         assert row is None, "a process has no row"

@@ -73,6 +73,7 @@ class CodePolicy:
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
     `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
+    `replicas`: processes of one archive at most.
     """
 
     keys: tuple[str, ...]
@@ -86,6 +87,7 @@ class CodePolicy:
     disk_bytes: int = 4 * 1024 * 1024 * 1024
     cores: frozenset[int] = frozenset()
     gpu: bool = False
+    replicas: int = 4
 
     @classmethod
     def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
@@ -102,6 +104,7 @@ class CodePolicy:
             int(settings.code_disk_bytes),
             cores,
             settings.code_device == "device" and plan.device != "cpu",
+            settings.code_replicas,
         )
 
     def allows(self, model: ModelName) -> bool:

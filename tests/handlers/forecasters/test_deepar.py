@@ -201,6 +201,17 @@ def test_floor_and_cap_clip_every_output() -> None:
     assert answer(replace(PLAIN, cap=11), OUTPUT)["quantiles"]["0.1"] == [8, 10]
 
 
+def test_a_level_that_a_client_has_computed_is_the_trained_one() -> None:
+    """A notebook asks for 1 - 0.9: within 1e-9 of an outer level it is that one; the answer repeats the name sent."""
+    names = ["0.09999999999999998", "0.9000000000000001", "0.099999999"]
+    prediction = answer(PLAIN, OUTPUT, quantiles=names, output_types=["quantiles"])
+    assert list(prediction["quantiles"].values()) == [[8.0, 10.0], [12.0, 12.0], [8.0, 10.0]]
+    assert list(prediction["quantiles"]) == names
+    for text in ("0.0999999989", "0.9000000011"):
+        with pytest.raises(RequestError, match="outside the trained range"):
+            DeepAr(FORECAST).decode(body(INSTANCE, quantiles=[text]))
+
+
 def test_samples_follow_the_quantiles() -> None:
     """Same seed, same draws; they lie within the trained range, with the mean of the quantile function."""
     clamped = replace(PLAIN, tail="clamp")

@@ -65,7 +65,9 @@ def test_schedules_cover_every_day_and_share_their_fits(first: int) -> None:
 
 def test_the_flags_of_a_recipe_are_those_of_the_command() -> None:
     """What the record tells a user to type."""
-    assert TCN.flags == ["--architecture", "tcn", "--members", "2", "--config", '{"channels": 48}', "--epochs", "8"]
+    levels = ["--quantiles", "0.1,0.25,0.5,0.75,0.9"]  # the command's default has nine
+    made = ["--architecture", "tcn", "--members", "2", "--config", '{"channels": 48}', "--epochs", "8"]
+    assert TCN.flags == made + levels
     assert Recipe("x", "lear", levels=(0.1, 0.5)).flags == ["--architecture", "lear", "--quantiles", "0.1,0.5"]
     assert WINDOWS.options == {"members": 3}
 

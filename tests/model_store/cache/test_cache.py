@@ -180,6 +180,22 @@ def test_a_single_that_grows_is_counted_and_others_make_room() -> None:
     assert worker.cache.used_bytes == 50
 
 
+def test_room_for_more_of_one_is_made_of_idle_others_or_of_none() -> None:
+    """The coldest go, as few as are needed; neither the one that grows nor one in use; and none where it is no help."""
+    worker = InstantWorker(slabs=1)
+    worker.fill("abcd", SLAB // 4)
+    slot, held = worker.cache.get(name_model("a")), worker.hold("b")
+    assert slot is not None
+    assert worker.cache.make_room(0, slot) == ()
+    assert worker.cache.make_room(3 * SLAB // 4, slot) is None
+    assert list_served(worker.cache) == {"a", "b", "c", "d"}
+    gone = worker.cache.make_room(SLAB // 4, slot)
+    assert gone is not None
+    assert [victim.model for victim in gone] == ["c"]
+    assert all(map(worker.cache.retired, gone))
+    worker.cache.release(held)
+
+
 def test_a_cold_slab_is_reclaimed_by_moving_its_hot_rows() -> None:
     """Cold rows that lie in different slabs go, hot ones move together, leased ones as well, and keep their leases."""
     worker = InstantWorker(slabs=3)

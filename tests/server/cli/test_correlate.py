@@ -233,6 +233,31 @@ def test_what_is_wrong_is_said_in_a_line(market: Path, tmp_path: Path, flags: tu
     assert not (tmp_path / "o.mar").exists()
 
 
+def test_a_dead_target_stops_only_itself(market: Path, tmp_path: Path) -> None:
+    """One without prices in the windows, one without an archive: both are named, the third is estimated."""
+    lines = [line.split(",") for line in (market / "prices.csv").read_text().splitlines()]
+    csv = tmp_path / "prices.csv"
+    csv.write_text(
+        "\n".join(",".join([*row, "QLD1" if not i else "5"]) for i, row in enumerate(lines[:700])) + "\n"
+        + "\n".join(",".join([row[0], row[1], "", row[3], ""]) for row in lines[700:]) + "\n"
+    )  # fmt: skip
+    store = ("--store", str(market / "store"), "--name-template", "au/{target}.mar")
+    asked = (str(csv), *COLUMNS, "--target", "QLD1", *store, "--since", str(datetime(2024, 3, 31)))  # noqa: DTZ001
+    result = run(*asked, "--out", str(tmp_path / "joint.mar"))
+    assert result.exit_code == 1, result.output
+    assert "error: VIC1: no price is observed in the" in result.stderr
+    assert "error: QLD1: " in result.stderr
+    assert load_archive(open_stored(tmp_path / "joint.mar")).products == ("au/NSW1.mar",)
+    errors = np.random.default_rng(0).normal(size=(20, 2, 3))
+    errors[:, 1] = np.nan
+    np.save(tmp_path / "e.npy", errors)
+    own = ("--residuals", str(tmp_path / "e.npy"), "--target", "a", "--target", "b", "--out", str(tmp_path / "e.mar"))
+    result = run(*own)
+    assert result.exit_code == 1
+    assert "error: b: no error is observed" in result.stderr
+    assert load_archive(open_stored(tmp_path / "e.mar")).products == ("a",)
+
+
 def test_an_archive_without_forecast_is_told(market: Path, tmp_path: Path) -> None:
     """An ONNX model has no quantiles to hold prices against."""
     (tmp_path / "m.mar").write_bytes(onnx_model("m.mar", 0).data)

@@ -27,7 +27,7 @@ from tests.server.markets import fill, name_products, pack_market, run, write_pr
 pytestmark = pytest.mark.slow
 
 MARKETS = name_products(4)
-QUICK = ("--epochs", "8", "--windows", "8")
+QUICK = ("--epochs", "8", "--windows", "8", "--keep-worse")  # so few passes beat no naive forecast
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,9 @@ def make_plan(csv: Path, store: Path) -> RetrainingPlan:
     """What the command makes of its flags."""
     settings = settings_from({"store": str(store)})
     market_names = {market: ModelName(f"{market}.mar") for market in MARKETS}
-    return RetrainingPlan(csv, "hour", market_names, settings, GateTerms("pinball", 2, Rolling(most=8)), Fitting(8.0))
+    return RetrainingPlan(
+        csv, "hour", market_names, settings, GateTerms("pinball", 2, Rolling(most=8)), Fitting(8.0), keep_worse=True
+    )
 
 
 def test_a_killed_run_goes_on(csv: Path, store: Path, tmp_path: Path) -> None:
@@ -243,6 +245,27 @@ def test_a_file_that_ends_during_a_day_retrains_archives_of_an_origin(tmp_path: 
     assert "7 later rows are not used" in read_outcomes(log)["M00"]["note"]
 
 
+def test_what_is_no_better_than_naive_is_not_published(tmp_path: Path) -> None:
+    """Prices that repeat every day: the market fails as in `train`, another goes on, and a flag publishes it."""
+    csv, store = write_prices(tmp_path / "prices.csv", ["M00", "M01"]), fill(tmp_path / "models", ["M00", "M01"])
+    rows = [line.split(",") for line in csv.read_text().splitlines()]
+    flat = [",".join([row[0], row[1] if not i else str(i % 24), *row[2:]]) for i, row in enumerate(rows)]
+    csv.write_text("\n".join(flat) + "\n")
+    before, log = store.joinpath("M00.mar").read_bytes(), tmp_path / "log.jsonl"
+    asked = ("retrain", str(csv), "--time", "hour", "--store", str(store), "--windows", "8", "--epochs", "120")
+    result = run(*asked, "--log", str(log))
+    assert result.exit_code == 1, result.output
+    found = read_outcomes(log)
+    assert "is no better than the naive forecast's 0; the old archive stays" in found["M00"]["message"]
+    assert [each["result"] for each in found.values()] == ["failed", "published"], found
+    assert store.joinpath("M00.mar").read_bytes() == before
+    code, said = retrain(csv, store, tmp_path / "again.jsonl", "--keep-worse", "--target", "M00")
+    assert code == 0, said
+    found = read_outcomes(tmp_path / "again.jsonl")
+    assert found["M00"]["result"] == "published"
+    assert "is no better than the naive forecast's 0" in found["M00"]["note"]
+
+
 def test_what_is_published_was_fitted_to_every_row(tmp_path: Path) -> None:
     """Not only to those before the gate's windows: the numbers are those of a fresh fit to the whole file."""
     csv, store = write_prices(tmp_path / "prices.csv", ["M00"]), fill(tmp_path / "models", ["M00"])
@@ -256,6 +279,24 @@ def test_what_is_published_was_fitted_to_every_row(tmp_path: Path) -> None:
     stored = read_tensors(open_archive(store.joinpath("M00.mar").read_bytes(), "M00"))
     for name, numbers in fresh.tensors.items():
         np.testing.assert_array_equal(stored[name], numbers)
+
+
+def test_a_weekly_retraining_publishes_what_train_would(tmp_path: Path) -> None:
+    """The README's figures of weekly fits are those of `train --train-until` weekly: `retrain` gives that archive."""
+    whole = write_prices(tmp_path / "prices.csv", ["M00"], days=67)
+    recipe = ("--time", "hour", "--target", "M00", "--known-future", "load_M00", "--architecture", "lear")
+    for folder, until in (("weekly", "2024-05-03"), ("fresh", "2024-05-10")):
+        flags = ("--members", "3", "--keep-worse", "--train-until", until, "--out", str(tmp_path / folder))
+        made = run("train", str(whole), *recipe, *flags)
+        assert made.exit_code == 0, made.output
+    code, said = retrain(whole, tmp_path / "weekly", tmp_path / "log.jsonl", "--margin", "1e9", "--epochs", "0")
+    assert code == 0, said
+    assert read_outcomes(tmp_path / "log.jsonl")["M00"]["result"] == "published"
+    weekly, fresh = (
+        read_tensors(open_archive((tmp_path / each / "M00.mar").read_bytes(), each)) for each in ("weekly", "fresh")
+    )
+    for name, numbers in fresh.items():
+        np.testing.assert_array_equal(weekly[name], numbers)
 
 
 def test_the_gate_takes_windows_that_neither_has_seen(tmp_path: Path) -> None:

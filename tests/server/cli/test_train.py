@@ -18,6 +18,7 @@ from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive, read_tensors
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.train import choose_architecture
 from server.offline.archive_location import locate_archive
@@ -77,6 +78,17 @@ def test_archives_load_and_carry_what_was_asked_for(prices: Path, tmp_path: Path
         place = locate_archive(settings_from({"store": str(store)}), ModelName(f"au/{target}.mar"))
         assert "golden sample reproduced" in verify_archive(place)
     assert f"fleetcast serve --store {store}" in result.output
+
+
+def test_the_default_levels_have_tails(prices: Path, tmp_path: Path) -> None:
+    """Without --quantiles there are nine levels from 0.01 to 0.99, so that samples are not cut off at 0.1 and 0.9."""
+    result = run(str(prices), "--time", "hour", "--target", "NSW1", "--out", str(tmp_path), *QUICK)
+    assert result.exit_code == 0, result.output
+    (archive,) = tmp_path.glob("*.mar")
+    spec = open_archive(archive.read_bytes(), "m").spec
+    assert spec is not None
+    assert spec.forecast is not None
+    assert spec.forecast.quantile_levels == (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
 def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
@@ -281,3 +293,54 @@ def test_the_least_length_in_the_message_is_true(prices: Path, tmp_path: Path) -
     for steps, code in ((needed - 1, 2), (needed, 0), (needed + 5, 0)):
         result = run(str(prices), *flags, "--train-until", str(begin + timedelta(hours=steps)))
         assert result.exit_code == code, (steps, needed, result.output)
+
+
+def test_targets_can_be_patterns(tmp_path: Path) -> None:
+    """Columns that a pattern matches, less the covariates; `backtest` and `retrain` take those that have an archive."""
+    path = markets.write_prices(tmp_path / "p.csv", ["N1", "N2", "V1"], days=60)
+    store = str(tmp_path / "store")
+    made = run(
+        str(path), "--time", "hour", "--target", "*", "--known-future", "load_{target}", "--keep-worse", "--out", store
+    )
+    assert made.exit_code == 0, made.output
+    assert sorted(each.name for each in (tmp_path / "store").iterdir()) == ["N1.mar", "N2.mar", "V1.mar"]
+    asked = ("backtest", str(path), "--time", "hour", "--models", store, "--windows", "2", "--json")
+    scored = markets.run(*asked, "--target", "V1", "--target", "N*")
+    assert scored.exit_code == 0, scored.output
+    assert [each["target"] for each in json.loads(scored.stdout)["markets"]] == ["V1", "N1", "N2"]
+    wrong = markets.run(*asked, "--target", "load*")
+    assert wrong.exit_code == 2
+    assert "--target load*: no price column of p.csv matches; they are N1, N2, V1" in wrong.stderr
+    joint = markets.run(
+        "correlate", str(path), "--time", "hour", "--store", store, "--target", "N*", "--since", "2024-04-20",
+        "--out", str(tmp_path / "joint.mar"),
+    )  # fmt: skip
+    assert joint.exit_code == 0, joint.output
+    assert "gaussian: 2 products, 24 steps" in joint.stdout
+
+
+def test_a_column_whose_name_is_a_pattern_is_a_column(tmp_path: Path) -> None:
+    """`price [EUR/MWh]` is the name of a column before it is a pattern."""
+    path = tmp_path / "p.csv"
+    path.write_text("t,price [EUR/MWh],p\n2024-01-01 00:00,1,2\n2024-01-01 01:00,1,2\n")
+    assert price_flags.expand_targets(path, ["price [EUR/MWh]", "p"], ["t"]) == ["price [EUR/MWh]", "p"]
+    assert price_flags.expand_targets(path, ["p*"], ["t"]) == ["price [EUR/MWh]", "p"]
+
+
+def test_four_weeks_ahead(tmp_path: Path) -> None:
+    """672 hours by the default flags are fitted, verified and backtested; the least length in the message is true."""
+    path, store = markets.write_prices(tmp_path / "p.csv", ["A"], days=100), str(tmp_path / "store")
+    flags = ("--target", "A", "--prediction-length", "672", "--quantiles", "0.5", "--keep-worse", "--out", store)
+    made = run(str(path), "--time", "hour", *flags)
+    assert made.exit_code == 0, made.output
+    assert "a request contains 672 steps of 1h and its answer the next 672" in made.stdout
+    scored = markets.run("backtest", str(path), "--time", "hour", "--models", store, "--windows", "2", "--json")
+    assert scored.exit_code == 0, scored.output
+    (found,) = json.loads(scored.stdout)["markets"]
+    assert (found["windows"], found["scores"]["rmae"] < 1) == (2, True)
+    short = run(str(path), "--time", "hour", *flags, "--train-until", "2024-04-20")
+    least = re.search(r"at least (\d+) are needed", short.stderr)
+    assert least, short.output
+    for steps, code in ((int(least[1]) - 1, 2), (int(least[1]), 0)):
+        until = str(markets.START + timedelta(hours=steps))
+        assert run(str(path), "--time", "hour", *flags, "--train-until", until).exit_code == code, steps

@@ -2,13 +2,15 @@
 
 import json
 import os
+from codecs import BOM_UTF8
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
 from server.cli.setting_flags import settings_from
 from server.offline import batch_files
-from server.offline.batch_inference import CHUNK
+from server.offline.batch_inference import CHUNK, index_lines
 from server.offline.checkpoint import RECORD
 from tests.e2e.models import Model, pack_forecaster
 
@@ -56,3 +58,16 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(tmp_path: Path, monkeypatch
         Path("out.jsonl.index").write_bytes(left["index"])
         os.truncate("out.jsonl.part", len(left["part"]) * cut // LINES)
         assert run("out.jsonl") == whole, f"after {cut} answers' bytes"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line() -> None:
+    """Files of spreadsheets and some editors begin with one; elsewhere it is no JSON."""
+    line = b'{"target_model": "a.mar", "target": [1]}'
+    plain, marked, twice = (
+        index_lines(BytesIO(text), 100, lambda _: None)
+        for text in (line + b"\n" + line, BOM_UTF8 + line + b"\n" + line, line + b"\n" + BOM_UTF8 + line)
+    )
+    assert marked.names == plain.names == ["a.mar"]
+    assert (marked.model.tolist(), marked.size.tolist()) == (plain.model.tolist(), plain.size.tolist())
+    assert marked.start.tolist() == [3, 3 + len(line) + 1]
+    assert twice.model.tolist() == [0, -1]

@@ -1,7 +1,9 @@
 """The gate lets an archive replace its predecessor only if it is no worse than the margin allows."""
 
 import json
+import re
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -137,3 +139,32 @@ def test_without_a_predecessor_there_is_nothing_to_be_worse_than(desk: Path, csv
     spec = open_archive(found, "M00.mar").spec
     assert spec is not None
     assert "against no predecessor" in spec.description
+
+
+def test_the_gates_file_is_read_by_the_flags_of_backtest(desk: Path, csv: Path, tmp_path: Path) -> None:
+    """Another notation, ends of intervals, another zone, several items: the scores are those of the plain file."""
+    rows = [line.split(",") for line in csv.read_text().splitlines()[1:]]
+    other = tmp_path / "other.csv"
+    lines = ["hour,M00,unique_id"]
+    for stamp, price, *_ in rows:
+        end = datetime.fromisoformat(stamp) + timedelta(hours=1)
+        moved = end + timedelta(hours=10)  # Brisbane's clock, which never changes
+        lines += [f"{moved:%d.%m.%Y %H.%M},{price},here", f"{moved:%d.%m.%Y %H.%M},5,there"]
+    other.write_text("\n".join(lines) + "\n")
+    flags = ("--stamps-zone", "Australia/Brisbane", "--interval-ending", "--time-format", "%d.%m.%Y %H.%M")
+    (desk / "models" / "M00.mar").write_bytes(pack_market(0))
+    code, said, found = pack(
+        desk, other, 1, "--gate-margin", "1e9", *flags, "--item", "unique_id=here", "--time", "hour"
+    )
+    assert code == 0, said
+    (desk / "models" / "M00.mar").write_bytes(pack_market(0))
+    code, _, plain = pack(desk, csv, 1, "--gate-margin", "1e9")
+    assert code == 0
+    said_of = []
+    for each in (found, plain):
+        spec = open_archive(each, "M00.mar").spec
+        assert spec is not None
+        said_of.append(re.sub(r"version [^,]*", "", spec.description))
+    assert said_of[0] == said_of[1]
+    code, said, _ = pack(desk, other, 1, "--interval-ending", "--item", "here")
+    assert (code, "--item: expected COLUMN=VALUE" in said) == (2, True)

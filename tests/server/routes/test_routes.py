@@ -10,7 +10,16 @@ from starlette.routing import BaseRoute, Match
 
 from loadtest.driver.dialects import DIALECTS
 from server.errors import Refused
-from server.front.dialects import choose_dialects, forecasts, open_inference, sagemaker, torchserve
+from server.front.dialects import (
+    choose_dialects,
+    forecasts,
+    kserve_timeseries,
+    mlflow,
+    nixtla,
+    open_inference,
+    sagemaker,
+    torchserve,
+)
 from server.front.exchange import Dialect
 from server.model_server_api import mms_errors
 from server.routes.inference import PROTOCOLS, choose_protocols
@@ -90,6 +99,10 @@ def test_no_operation_is_missing_from_the_table(dialect: Dialect) -> None:
     [
         ("sagemaker", {code.status for code in sagemaker.ERRORS.values()} | {429}),
         ("forecasts", set(forecasts.STATUS.values()) | {429}),
+        ("nixtla", set(nixtla.STATUS.values()) | {429, 501}),
+        ("mlflow", set(mlflow.STATUS.values()) | {429}),
+        ("kserve", set(kserve_timeseries.STATUS.values()) | {422, 429}),
+        ("sagemaker_streams", {code.status for code in sagemaker.ERRORS.values()} | {429}),
         ("v2", set(open_inference.STATUS.values())),
         ("torchserve", {code.status for code in torchserve.ERRORS.values()}),
         ("mms", {status for status, _ in mms_errors.ERRORS.values()}),

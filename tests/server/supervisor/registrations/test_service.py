@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 import pytest
 
+from model_store.archives.manifest import Kind
 from model_store.names import ModelName
 from server.errors import Situation
 from server.ipc.control import ControlError
@@ -54,6 +55,15 @@ class Fleet:
     async def set_batching(self, key: ModelName, batching: Batching | None) -> None:
         """Batch."""
         self.said.append(f"batch {key} {batching and batching.size}")
+
+    async def set_replicas(self, key: ModelName, count: int) -> None:
+        """Scale."""
+        self.said.append(f"replicas {key} {count}")
+
+    async def await_replicas(self, key: ModelName) -> int:
+        """As many as were asked for last."""
+        self.said.append(f"await {key}")
+        return 0
 
     async def unload_registered(self, key: ModelName) -> None:
         """Unload."""
@@ -107,6 +117,43 @@ async def test_archive_says_name_and_version(service: RegistrationService, fleet
         with pytest.raises(BadOption, match="its own handler"):
             await service.register(RegisterRequest(url, name="h", handler=handler), wait=True)
     await service.register(RegisterRequest("probe.mar", name="h", handler="handler"), wait=True)
+
+
+@over_fleet
+async def test_workers_are_processes_of_code_archives_alone(service: RegistrationService, fleet: Fleet) -> None:
+    """As many as the name has that asks for most; who waits, waits for them; others are told nothing."""
+    fleet.archives["code.mar"] = ArchiveFacts("m", "1", "handler.py", "python", kind=Kind.CODE)
+    two = ServingOptions(min_workers=2, max_workers=2)
+    await service.register(RegisterRequest("code.mar", options=two), wait=True)
+    await service.register(RegisterRequest("probe.mar", name="plain", options=two), wait=True)
+    await service.register(RegisterRequest("code.mar", name="other", options=ONE_WORKER), wait=True)
+    await service.scale(ScaleRequest("other", None, 3, 3), wait=False)
+    assert service.table.list_replicas() == {"code.mar": 3}
+    await service.unregister("other")
+    await service.scale(ScaleRequest("m", None, 1, 1), wait=True)
+    await service.unregister("m")
+    told = [said for said in fleet.said if said.startswith(("replicas", "await"))]
+    assert told == [
+        "replicas code.mar 2",
+        "await code.mar",
+        "replicas code.mar 3",
+        "replicas code.mar 2",
+        "replicas code.mar 1",
+        "await code.mar",
+    ]
+    assert service.table.list_replicas() == {}
+
+
+@over_fleet
+async def test_a_scale_that_fails_changes_no_number_of_processes(service: RegistrationService, fleet: Fleet) -> None:
+    """In the background, what was there before holds again; nothing is left of a registration that failed."""
+    fleet.archives["code.mar"] = ArchiveFacts("m", "1", "handler.py", "python", kind=Kind.CODE)
+    await service.register(RegisterRequest("code.mar", options=ONE_WORKER), wait=True)
+    fleet.broken.add("code.mar")
+    await service.scale(ScaleRequest("m", None, 4, 4), wait=False)
+    await await_background(service)
+    assert service.table.list_replicas() == {}
+    assert fleet.said[-1] == "replicas code.mar 1"
 
 
 @over_fleet

@@ -15,7 +15,12 @@ PROCESSES = 12  #: a fork bomb shall not weigh on the tests beside it
 @pytest.fixture(scope="module")
 def host() -> Iterator[CodeHost]:
     """Children have 256 MiB, 3 seconds and few processes; when it is closed, nothing of it is left."""
-    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, TIMEOUT_S, processes=PROCESSES))
+    yield from run_host(TIMEOUT_S)
+
+
+def run_host(timeout_s: float) -> Iterator[CodeHost]:
+    """The same, with so much time for a batch."""
+    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, timeout_s, processes=PROCESSES))
     host.warm()
     yield host
     folder = host._folder

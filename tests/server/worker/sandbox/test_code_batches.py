@@ -49,21 +49,21 @@ def handle(data, context):
 
 
 class CodeLoader(FakeLoader):
-    """As `FakeLoader`; names that begin with `code` are archives of a handler that sleeps, of 3 slabs each."""
+    """As `FakeLoader`; names that begin with `code` are archives of this handler, of 3 slabs a process."""
 
-    def __init__(self, host: CodeHost) -> None:
+    def __init__(self, host: CodeHost, handler: str) -> None:
         super().__init__()
-        self._host = host
+        self._host, self._handler = host, handler
 
     def load(self, model: ModelName, *, revalidate: bool = False, stale: bool = False) -> LoadSteps:
         """In the code lane."""
         if not model.startswith("code"):
             return (yield from super().load(model, revalidate=revalidate, stale=stale))
-        prepared = self._host.prepare(model, make_code_archive(SLEEPER))
+        prepared = self._host.prepare(model, make_code_archive(self._handler))
         yield StartCode()
         child = prepared.start()
         child.charge = 3 * SLAB
-        return LoadedModel(model, "v1", "store", 0.0, child, None, None)
+        return LoadedModel(model, f"v{self.versions.get(model, 1)}", "store", 0.0, child, None, None)
 
 
 @dataclass
@@ -74,9 +74,9 @@ class CodeFront:
     answers: dict[int, bytes] = field(default_factory=dict)
     refusals: dict[int, Refused] = field(default_factory=dict)
 
-    def ask(self, ident: int, model: str, sleep_s: float, *, deadline_s: float = 60.0) -> Job:
-        """One request."""
-        body = str(sleep_s).encode()
+    def ask(self, ident: int, model: str, what: float | str, *, deadline_s: float = 60.0) -> Job:
+        """One request; a number says for how many seconds the handler sleeps."""
+        body = str(what).encode()
         deadline = time.monotonic_ns() + int(deadline_s * 1e9)
         return self.steps.submit(Request(ident, deadline, model, "text/plain", "", len(body), body), self)
 
@@ -97,16 +97,18 @@ class CodeFront:
 Scenario = Callable[[StepLoop, CodeFront], Coroutine[Any, Any, None]]
 
 
-def play(host: CodeHost, scenario: Scenario) -> None:
-    """Run a scenario in a step loop of 4 slabs; in the end no lease is left, and no child."""
+def play(
+    host: CodeHost, scenario: Scenario, *, handler: str = "", slabs: int = 4, loader: CodeLoader | None = None
+) -> None:
+    """Run a scenario in a step loop of so many slabs; in the end no lease is left, and no child."""
 
     async def run() -> None:
-        cache = Cache(4 * SLAB, SLAB)
+        cache = Cache(slabs * SLAB, SLAB)
         steps = StepLoop(
             cache,
             Scheduler(2000, 5000),
-            Engine(Pool(4 * SLAB, torch.device("cpu")), 512),
-            CodeLoader(host),
+            Engine(Pool(slabs * SLAB, torch.device("cpu")), 512),
+            loader or CodeLoader(host, handler or SLEEPER),
             WorkerMetrics(0, "cpu"),
             shelf=HostCache(torch.empty(0), 60),
             long=make_unsliced_jobs(),
