@@ -156,8 +156,12 @@ class BatchJob:
     def _request(self, line: int) -> bytes:
         """Turn a line into a request of one instance to its model."""
         raw = self._line(line)
-        own = bytes(_parse_head(raw).configuration) or self.configuration
-        return b'{"instances":[' + raw + b'],"configuration":' + own + b"}"
+        own = bytes(_parse_head(raw).configuration)
+        if own:  # it stands beside the instance, where a request has it
+            fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+            del fields["configuration"]
+            raw = msgspec.json.encode(fields)
+        return b'{"instances":[' + raw + b'],"configuration":' + (own or self.configuration) + b"}"
 
     def _line(self, line: int) -> bytes:
         self.file.seek(int(self.index.start[line]))

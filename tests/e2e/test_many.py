@@ -124,7 +124,7 @@ def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> N
     bad = httpx.post(url, content=b'{"requests": 1}')
     assert (bad.status_code, set(bad.json())) == (400, {"error"})
     assert bad.json()["error"]["code"] == "bad_request"
-    assert "$.requests" in bad.json()["error"]["message"]
+    assert bad.json()["error"]["message"].startswith("requests: expected a list")
     large = httpx.post(url, content=b" " * 100_001)
     assert (large.status_code, "max_forecasts_bytes" in large.json()["error"]["message"]) == (413, True)
     good = call(server, [make_item(fleet[0])])

@@ -89,7 +89,7 @@ def make_rows(count: int, item: str | None = None) -> list[dict[str, Any]]:
 @pytest.mark.timeout(INSTALL_S + PATIENCE_S)
 def test_unmodified_clients_get_forecasts(house: Server) -> None:
     """The scoring client, the three deployments clients and databricks-sdk, each in its user's own words."""
-    python = make_environment("mlflow-skinny==3.17.2", "pandas", "boto3", "databricks-sdk")
+    python = make_environment("mlflow-skinny==3.17.2", "pandas", "scipy", "boto3", "databricks-sdk")
     said = run_script(python, SCRIPT, *map(str, house.address))
     expected = post(house, {"instances": INSTANCES}).json()["predictions"]
     narrow = post(house, {"instances": INSTANCES, "configuration": {"quantiles": ["0.1"]}}).json()["predictions"]
