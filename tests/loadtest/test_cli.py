@@ -31,6 +31,7 @@ from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import ServerAccess, open_access
 from loadtest.plan.cli import make_unloader
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.loadtest.peer import Peer, run_peer
 from tests.patience import PATIENCE_S
 
@@ -125,6 +126,35 @@ def test_other_servers_clients(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["run", "--protocol", "container", *short, "--cache", "64MiB"])
     assert "3 of them loaded into the container" in " ".join(found.stdout.split())
     assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
+
+
+@pytest.mark.e2e
+def test_calls_by_grpc(tmp_path: Path) -> None:
+    """Tensors and forecasts, at a started server and at one that runs; refusals have gRPC's names and our words."""
+    store = tmp_path / "models"
+    make_fleet(str(store), 3)
+    (store / "forecasts.mar").write_bytes(pack_forecaster("f", 1, config=FORECAST_TCN, forecast=True).data)
+    (tmp_path / "names.txt").write_text("au/nowhere.mar\n")
+    (tmp_path / "forecasts.txt").write_text("forecasts.mar\n")
+    (tmp_path / "body.json").write_text('{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}')
+    short = ["--protocol", "grpc", "--store", str(store), "--rate", "100", "--seconds", "0.5", "--warmup", "0"]
+    started = CliRunner().invoke(app, ["run", *short, "--cache", "64MiB", "--body", "binary"])
+    assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", started.stdout), started.output
+    assert re.search(r"miss +│ +4 ", started.stdout), started.output
+    assert "failed" not in started.stdout
+    with run_local_server(str(store), ["--workers", "1", "--grpc-port", "0"]) as server:
+        forecasts = ["--body", "deepar", "--names", str(tmp_path / "forecasts.txt")]
+        found = CliRunner().invoke(app, ["run", "--url", server.grpc, *short, *forecasts])
+        assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
+        assert "failed" not in found.stdout
+        names = ["--names", str(tmp_path / "names.txt"), "--request", str(tmp_path / "body.json")]
+        found = CliRunner().invoke(app, ["run", "--url", server.grpc, *short, *names])
+        said = " ".join(found.stdout.replace("│", " ").split())
+        assert "failed: status NOT_FOUND, no such model or version" in said, said
+        assert re.search(r"status NOT_FOUND said .*au/nowhere\.mar", said), said
+    gone = CliRunner().invoke(app, ["run", "--url", server.grpc, *short])
+    assert gone.exit_code == 1
+    assert "nobody listens at 127.0.0.1:" in gone.output
 
 
 @pytest.fixture

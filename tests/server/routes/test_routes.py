@@ -120,7 +120,7 @@ def test_the_load_tester_asks_routes_of_the_table() -> None:
         for each in PROTOCOLS.values()
         for route in each.routes
     ]
-    for dialect in DIALECTS.values():
+    for dialect in (each for each in DIALECTS.values() if not each.is_grpc):
         path = dialect.path.partition("?")[0].replace("{model}", "au/m.mar")
         assert any(pattern.fullmatch(path) for pattern in patterns), path
 
