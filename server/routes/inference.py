@@ -18,7 +18,7 @@ SAGEMAKER = Protocol(
         Route("POST", "/endpoints/{endpoint}/invocations", "invoke", "Ask one model, by header or path",
               _BODIES, _BODIES, headers=(_MODEL_HEADER, _TIMEOUT), needed=(_MODEL_HEADER[0],), schema="model_body"),
         Route("POST", "/invocations", "invoke", "Ask one model", _BODIES, _BODIES,
-              headers=(_MODEL_HEADER, _TIMEOUT), schema="model_body"),
+              headers=(_MODEL_HEADER, _TIMEOUT), query=(_MODEL_NAME,), schema="model_body"),
     ),
     (*_REFUSED, 424, 429, 500, 503),
     "sagemaker_error",
