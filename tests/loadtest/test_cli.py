@@ -179,12 +179,14 @@ def test_a_server_with_tls_and_tokens(tmp_path: Path, protected: Mapping[str, li
     """Driver and metrics show certificate and token; without one, or at a plain address, one line says what to give."""
     models = tmp_path / "models"
     names = make_fleet(str(models), 3)
-    with run_local_server(str(models), ["--workers", "1", *protected["serve"]], stderr=subprocess.DEVNULL) as server:
+    serve = ["--workers", "1", "--grpc-port", "0", *protected["serve"]]
+    with run_local_server(str(models), serve, stderr=subprocess.DEVNULL) as server:
         assert server.inference.startswith("https://")
         flags = ["--store", str(models), "--seconds", "0.5", "--warmup", "0"]
         both = ["--url", server.inference, "--metrics-url", server.metrics, *flags]
-        for dialect in ("sagemaker", "forecasts"):
-            whole = [*both, *protected["shown"], *protected["token"], "--dialect", dialect]
+        for dialect in ("sagemaker", "forecasts", "grpc"):
+            address = ["--url", server.grpc] if dialect == "grpc" else []
+            whole = [*both, *address, *protected["shown"], *protected["token"], "--dialect", dialect]
             found = CliRunner().invoke(app, ["run", *whole])
             assert "failed: " not in found.stdout, found.stdout
             assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.stdout
