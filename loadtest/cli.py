@@ -20,7 +20,7 @@ from rich.markup import escape
 from loadtest import cli_groups, record
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS
-from loadtest.driver.open_loop import LoadTarget
+from loadtest.driver.open_loop import LoadTarget, check_listener
 from loadtest.driver.profiles import Load, list_ramp_rates, make_profile
 from loadtest.driver.run import (
     EXPECTED,
@@ -109,6 +109,8 @@ def _load_server(asked: RunFlags) -> tuple[summary.Results, Run, list[ModelName]
         to, load = _make_requests(asked, recorded, opened)
         if ping := DIALECTS[asked.dialect].ping:  # an unreachable server is reported once, not for every request
             opened.access.request("GET", f"{opened.inference.rstrip('/')}{ping}")
+        elif asked.is_grpc:
+            check_listener(to)
         subject = opened.register(asked.dialect, versions=asked.versions, allow_remote=asked.allow_remote)
         if subject is not opened:
             to, load = _make_requests(asked, recorded, subject)

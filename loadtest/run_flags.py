@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +119,8 @@ class RunFlags:
         """Raises ValueError for flags that do not go together."""
         if self.dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {self.dialect!r}: known dialects are {', '.join(DIALECTS)}")
+        if self.is_grpc and find_spec("grpc") is None:
+            raise ValueError("--protocol grpc needs grpcio: pip install 'fleetcast[grpc]'")
         if self.versions and self.dialect != "torchserve":
             raise ValueError("--versions is for the protocol torchserve, whose clients register models with versions")
         if self.allow_code and (self.store is None or self.url is not None):
@@ -130,6 +133,11 @@ class RunFlags:
             )
         if self.url is None and (self.ca or self.client_cert or self.client_key or self.token_file):
             raise ValueError("--ca, --client-cert, --client-key and --token-file are for the server at --url")
+
+    @property
+    def is_grpc(self) -> bool:
+        """Whether requests are calls of gRPC."""
+        return DIALECTS[self.dialect].is_grpc
 
     @property
     def many(self) -> bool:

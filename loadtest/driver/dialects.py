@@ -2,7 +2,8 @@
 
 Sources: Fleetcast and SageMaker, the runtime's InvokeEndpoint with its target-model header; TorchServe and Multi Model
 Server, the inference API (`/predictions`), TorchServe's with versions; container, what SageMaker's platform sends to
-the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2); Ray Serve,
+the one port of a container (`/models/NAME/invoke`); MLServer and Triton, the Open Inference Protocol (V2), also over
+gRPC; Ray Serve,
 the header of its model multiplexing; forecasts, Fleetcast's call for many models (`/v1/forecasts`), whose body names
 them.
 """
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from loadtest.driver.grpc_messages import encode_infer
+from loadtest.driver.run_result import GRPC
 from server.contract import (
     CONTAINER_MODELS_PATH,
     FORECASTS_PATH,
@@ -30,6 +33,7 @@ from server.contract import (
     PREDICTIONS_PATH,
 )
 
+HEADER_JSON_BYTES = "Inference-Header-Content-Length"  #: bytes of the document before binary tensors
 NO_HEADERS: Mapping[str, str] = {}
 MOST_WORDS = 200  #: characters of an error's message that are kept
 DIGITS = 4  #: decimal digits of the numbers in a tensor body
@@ -63,6 +67,7 @@ class ClientDialect:
     ping: str = PING_PATH
     statuses: Mapping[int, str] = field(default_factory=dict)
     free_form: bool = False
+    is_grpc: bool = False  #: the path is a method's of gRPC
 
     def __repr__(self) -> str:
         return f"<ClientDialect {self.name}: POST {self.path}>"
@@ -84,12 +89,14 @@ class ClientDialect:
         headers: Mapping[str, str] = NO_HEADERS,
         version: str = "",
     ) -> bytes:
-        """Make a complete HTTP/1.1 request, with `headers` besides those of the protocol.
+        """Make a complete HTTP/1.1 request, with `headers` besides those of the protocol; of gRPC a message.
 
-        Raises ValueError for a version where the protocol has no place for one.
+        Raises ValueError for a version where the protocol has no place for one, and for a body that gRPC cannot send.
         """
         if version and not self.version:
             raise ValueError(f"the dialect {self.name} has no place for the version of a model")
+        if self.is_grpc:
+            return encode_infer(model, version, body, int(headers.get(HEADER_JSON_BYTES, len(body))))
         named = f"{{model}}{self.version if version else ''}"
         place = named.format(model=quote(model, safe=self.slashes), version=quote(version, safe=""))
         lines = [f"POST {self.path.replace('{model}', place)} HTTP/1.1", f"Host: {host}"]
@@ -141,6 +148,15 @@ DIALECTS: Mapping[str, ClientDialect] = {
             version="/versions/{version}",
             ping="/v2/health/live",
             statuses={400: "the tensors are not the model's", 404: "no such model or version"},
+        ),
+        ClientDialect(
+            "grpc",
+            "/inference.GRPCInferenceService/ModelInfer",
+            {},
+            wraps_v2=True,
+            ping="",
+            statuses={GRPC + 3: "the tensors are not the model's", GRPC + 5: "no such model or version"},
+            is_grpc=True,
         ),
         ClientDialect("ray", "/", {"serve_multiplexed_model_id": "{model}"}, ping=""),
     )

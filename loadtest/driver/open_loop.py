@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -30,9 +30,13 @@ from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, R
 from loadtest.observe.server_access import OPEN, ServerAccess
 from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
 
+if TYPE_CHECKING:
+    from loadtest.driver.grpc_loop import GrpcDriver
+
 SAMPLES = 200  #: least number of answers whose bodies are checked
 IDLE_S = 2.0  #: a connection idle for longer is not used again: the server may be about to close it
 NO_MORE = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL)  #: limits of this machine, not faults of the server
+CONNECT_S = 10.0
 LEAD_S = 0.05  #: from the start of the loop to the start of the schedule
 _CACHE_HEADER = raw_header(HEADER_CACHE)
 _CACHE = {text.encode(): i for i, text in enumerate(CACHE)}
@@ -44,7 +48,7 @@ class RemoteNotAllowed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LoadTarget:
-    """The target of a load: an address, and one complete HTTP request for each model.
+    """The target of a load: an address, and one complete HTTP request, or message of gRPC, for each model.
 
     `forecasts` is the number of models of each call, and empty if the requests are for single models. `tls_name` is the
     name that the server's certificate must have, and None without TLS. `access` holds the authority that the driver
@@ -58,6 +62,12 @@ class LoadTarget:
     tls_name: str | None = None
     access: ServerAccess = OPEN
     free_form: bool = False  #: see `ClientDialect`
+    method: str = ""  #: of gRPC, whose messages the requests then are; empty for HTTP
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What each call of gRPC shows: the token, if any."""
+        return tuple((name.lower(), value) for name, value in self.access.headers.items())
 
     def make_tls(self) -> dict[str, Any]:
         """How a connection is opened: arguments of asyncio's `create_connection`. Raises ValueError for wrong files."""
@@ -72,11 +82,12 @@ def make_target(
     allow_remote: bool = False,
     access: ServerAccess = OPEN,
     free_form: bool = False,
+    method: str = "",
 ) -> LoadTarget:
     """Make a target. Raises ValueError for a URL other than http(s)://host:port, RemoteNotAllowed beyond loopback."""
     address, port, name = resolve_address(url, allow_remote=allow_remote)
     access.check_url(url)
-    return LoadTarget(address, port, requests, forecasts, name, access, free_form)
+    return LoadTarget(address, port, requests, forecasts, name, access, free_form, method)
 
 
 def resolve_address(url: str, *, allow_remote: bool) -> tuple[str, int, str | None]:
@@ -90,6 +101,14 @@ def resolve_address(url: str, *, allow_remote: bool) -> tuple[str, int, str | No
     if not allow_remote and not ipaddress.ip_address(address).is_loopback:
         raise RemoteNotAllowed(f"{parts.hostname} is {address}, not this machine: loading it takes --allow-remote")
     return address, port, parts.hostname if secure else None
+
+
+def check_listener(to: LoadTarget) -> None:
+    """Raises OSError that says at which address nobody listens."""
+    try:
+        socket.create_connection((to.host, to.port), CONNECT_S).close()
+    except OSError as error:
+        raise OSError(f"nobody listens at {to.host}:{to.port}: {error}") from error
 
 
 def send_schedule(
@@ -110,9 +129,16 @@ def send_schedule(
     gc.freeze()  # a full collection over a large program's objects is a pause of many milliseconds
     try:
         with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(_Punctual())) as runner:
-            return runner.run(_Driver(runner.get_loop(), schedule, to, connections).run(patience_s, start))
+            driver = _make_grpc_driver if to.method else _Driver
+            return runner.run(driver(runner.get_loop(), schedule, to, connections).run(patience_s, start))
     finally:
         gc.unfreeze()
+
+
+def _make_grpc_driver(loop: asyncio.AbstractEventLoop, schedule: Schedule, to: LoadTarget, calls: int) -> "GrpcDriver":
+    from loadtest.driver.grpc_loop import GrpcDriver  # noqa: PLC0415 -- grpcio, which is an extra
+
+    return GrpcDriver(loop, schedule, to, calls)
 
 
 class _Punctual(selectors.EpollSelector):

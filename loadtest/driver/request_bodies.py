@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from loadtest.driver.dialects import DIALECTS, DIGITS, BodyKind, ClientDialect, encode_npy
+from loadtest.driver.dialects import DIALECTS, DIGITS, HEADER_JSON_BYTES, BodyKind, ClientDialect, encode_npy
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError
@@ -20,7 +20,7 @@ from server.contract import JSON, NPY
 
 READERS = 16
 DEEPAR_INPUT = "request"  #: the input of the Open Inference Protocol that takes a forecast's JSON
-BINARY, HEADER_JSON_BYTES = "application/octet-stream", "Inference-Header-Content-Length"
+BINARY = "application/octet-stream"
 START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
 
 

@@ -79,6 +79,7 @@ class ServerUnderLoad:
             allow_remote=allow_remote,
             access=self.access,
             free_form=spoken.free_form,
+            method=spoken.path if spoken.is_grpc else "",
         )
 
     def register(self, dialect: str, *, versions: bool, allow_remote: bool = False) -> "ServerUnderLoad":
@@ -185,7 +186,7 @@ def serve_fleet(
     asked = replace(questions, names=names).of(str(STORE), console)
     spoken = list_dialect_flags(questions.dialect)
     with run_local_server(str(STORE), ["--workers", str(workers), *flags, *spoken]) as server:
-        yield _describe_local(server, asked, what)
+        yield _describe_local(server, asked, what, questions.dialect)
 
 
 @contextmanager
@@ -200,17 +201,30 @@ def serve_store(
     )
     spoken = list_dialect_flags(questions.dialect)
     with run_local_server(store, ["--workers", str(workers), *room, *spoken, *more]) as server:
-        yield _describe_local(server, asked, what)
+        yield _describe_local(server, asked, what, questions.dialect)
 
 
 def list_dialect_flags(dialect: str) -> list[str]:
     """The flags of a server that is started to be asked in this dialect."""
-    return {"container": ["--container", "multi-model"], "mms": ["--model-server-api", "mms"]}.get(dialect, [])
+    return {
+        "container": ["--container", "multi-model"],
+        "mms": ["--model-server-api", "mms"],
+        "grpc": ["--grpc-port", "0"],
+    }.get(dialect, [])
 
 
-def _describe_local(server: LocalServer, asked: Mapping[ModelName, RequestBody], what: str) -> ServerUnderLoad:
+def _describe_local(
+    server: LocalServer, asked: Mapping[ModelName, RequestBody], what: str, dialect: str
+) -> ServerUnderLoad:
     memory = partial(measure_memory, server)
-    return ServerUnderLoad(server.inference, server.metrics, asked, what, memory, management=server.management)
+    address = name_by_http(server.grpc) if DIALECTS[dialect].is_grpc else server.inference
+    return ServerUnderLoad(address, server.metrics, asked, what, memory, management=server.management)
+
+
+def name_by_http(url: str) -> str:
+    """The address of a gRPC listener, as a server announces it (grpc://, grpcs://), in the form of the others."""
+    scheme, mark, rest = url.partition("://")
+    return {"grpc": "http", "grpcs": "https"}.get(scheme, scheme) + mark + rest
 
 
 def _format_workers(count: int) -> str:
@@ -227,6 +241,7 @@ def connect_server(
     management_url: str | None = None,
 ) -> ServerUnderLoad:
     """Connect to a running server. Raises ValueError for files of `access` that are wrong, or not for its addresses."""
+    url = name_by_http(url)
     for address in filter(None, (url, metrics_url, management_url)):
         access.check_url(address)
     asked = questions.of(store, console)

@@ -12,6 +12,13 @@ from server.contract import CACHE_RESULTS
 
 CACHE = ("", *CACHE_RESULTS)  #: values of the header X-Fleetcast-Cache; "" if it was absent
 NO_ANSWER, LOST = 0, -1  #: in place of a status: no answer in time; connection refused or lost
+OK = 200
+GRPC = 1000  #: a status of gRPC that is not OK is this and its number, of which gRPC has 17
+_GRPC_NAMES = (
+    "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+    "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE", "UNIMPLEMENTED",
+    "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED",
+)  # fmt: skip
 
 BUSY = "the driver was too busy; ask less, or give it a core of its own"
 NO_CONNECTION = "no more connections could be had, and all were waiting for answers; ask less, or allow more"
@@ -34,9 +41,9 @@ class Run:
     """The results of a schedule's requests; times [n] are in seconds from its start, NaN for what did not happen.
 
     `woken` is when the driver came to the request, `sent` when it wrote it to a connection, `done` when the answer was
-    complete. `status` [n] is a status of HTTP, NO_ANSWER or LOST; `cache` [n] is an index of CACHE. `exhausted` says
-    that all allowed connections were in use at some time. `checked` answers were checked; `unsound` describes the wrong
-    ones.
+    complete. `status` [n] is a status of HTTP, of gRPC (see GRPC), NO_ANSWER or LOST; `cache` [n] is an index of CACHE.
+    `exhausted` says that all allowed connections were in use at some time. `checked` answers were checked; `unsound`
+    describes the wrong ones.
     """
 
     schedule: Schedule
@@ -109,3 +116,8 @@ def _interleave_parts(arrays: Sequence[npt.NDArray[Number]]) -> npt.NDArray[Numb
     for k, array in enumerate(arrays):
         whole[k :: len(arrays)] = array
     return whole
+
+
+def name_status(status: int) -> str:
+    """The status as its protocol says it: `404`, `NOT_FOUND`."""
+    return _GRPC_NAMES[status - GRPC] if status >= GRPC else str(status)

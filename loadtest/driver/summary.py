@@ -10,7 +10,7 @@ import numpy.typing as npt
 from rich.table import Table
 
 from loadtest.driver.profiles import Float64
-from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run
+from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, Run, name_status
 from loadtest.observe.metrics_sampler import MetricsSampler, MetricSums
 from loadtest.observe.server_access import ADVICE
 from server import contract
@@ -74,7 +74,7 @@ def summarize_run(
         "worst_ms": compute_slowest(run.schedule.at, run.latency, run.schedule.seconds),
         "over_time": compute_curves(run),
         "failures": _count_failures(run.status, statuses),
-        "said": {str(status): words for status, words in sorted(run.said.items()) if words},
+        "said": {name_status(status): words for status, words in sorted(run.said.items()) if words},
         "forecasts": _summarize_forecasts(run),
         "checked": run.checked,
         "unsound": [f"request {i}: {why}" for i, why in run.unsound],
@@ -209,9 +209,9 @@ def _compute_failed_share(found: Results) -> tuple[str, float]:
 def _count_failures(status: npt.NDArray[np.int64], statuses: Mapping[int, str]) -> dict[str, int]:
     """Count the failures by status or reason."""
     said = {NO_ANSWER: "no answer in time", LOST: "connection refused or lost"}
-    said |= {code: f"status {code}, {meaning}" for code, meaning in {**statuses, **ADVICE}.items()}
+    said |= {code: f"status {name_status(code)}, {meaning}" for code, meaning in {**statuses, **ADVICE}.items()}
     counted = Counter(status[status != 200].tolist())  # noqa: PLR2004
-    return {said.get(code, f"status {code}"): count for code, count in counted.most_common()}
+    return {said.get(code, f"status {name_status(code)}"): count for code, count in counted.most_common()}
 
 
 def _check_limit(what: str, limit: float | None, found: float, form: str, *, most: bool) -> Results | None:

@@ -29,6 +29,7 @@ class LocalServer:
     management: str
     metrics: str
     process: "subprocess.Popen[bytes]"
+    grpc: str = ""  #: empty where the server has no such listener
 
     def processes(self) -> list[dict[str, Any]]:
         """Return fronts and workers with their pids, as the management API lists them."""

@@ -18,7 +18,7 @@ SAGEMAKER = Protocol(
         Route("POST", "/endpoints/{endpoint}/invocations", "invoke", "Ask one model, by header or path",
               _BODIES, _BODIES, headers=(_MODEL_HEADER, _TIMEOUT), needed=(_MODEL_HEADER[0],), schema="model_body"),
         Route("POST", "/invocations", "invoke", "Ask one model", _BODIES, _BODIES,
-              headers=(_MODEL_HEADER, _TIMEOUT), schema="model_body"),
+              headers=(_MODEL_HEADER, _TIMEOUT), query=(_MODEL_NAME,), schema="model_body"),
     ),
     (*_REFUSED, 424, 429, 500, 503),
     "sagemaker_error",
@@ -99,7 +99,7 @@ SAGEMAKER_STREAMS = Protocol(
 def _list_versions(method: str, below: str, operation: str, summary: str, *, infers: bool = False) -> list[Route]:
     """A route of a model of the Open Inference Protocol, without and with a version."""
     takes, schema = ((JSON, BYTES), "v2_infer") if infers else ((), "")
-    gives = (JSON, BYTES) if infers else (TEXT,) if operation == "ready" else (JSON,)
+    gives = (JSON, BYTES) if infers else (JSON,)
     paths = (f"/v2/models/{{model}}{below}", f"/v2/models/{{model}}/versions/{{version}}{below}")
     return [Route(method, path, operation, summary, takes, gives, schema=schema) for path in paths]
 
@@ -110,8 +110,8 @@ V2 = Protocol(
     "tritonclient, KServe, MLServer",
     (
         Route("GET", "/v2", "server", "The server's name and extensions"),
-        Route("GET", "/v2/health/live", "live", "Whether the process runs", gives=(TEXT,)),
-        Route("GET", "/v2/health/ready", "ready", "Whether requests are served", gives=(TEXT,), statuses=(200, 503)),
+        Route("GET", "/v2/health/live", "live", "Whether the process runs"),
+        Route("GET", "/v2/health/ready", "ready", "Whether requests are served", statuses=(200, 503)),
         Route("GET", "/v2/models/stats", "all stats", "Counts and times of all models"),
         *_list_versions("GET", "", "metadata", "Names, datatypes and shapes of tensors, and what a forecast needs"),
         *_list_versions("GET", "/ready", "ready", "Whether the model is served"),
@@ -159,6 +159,8 @@ TORCHSERVE = Protocol(
         Route("OPTIONS", "/predictions/{model}", "describe_model", "The description of a registered model"),
         *_list_predictions("/explanations/{model}", "explain", "Ask a model's code for an explanation"),
         *_list_predictions("/models/{model}/invoke", "invoke", _PREDICT),
+        Route("GET", "/", "live", "The sign of life that KServe's clients look for"),
+        Route("GET", "/v1/models/{model}", "ready", "Whether a model is served; it is loaded for the question"),
         *_list_predictions("/v1/models/{model}:predict", "predict", _PREDICT),
         *_list_predictions("/v1/models/{model}:explain", "explain", "Ask a model's code for an explanation"),
         *_list_predictions("/{model}/predict", "invoke", _PREDICT),

@@ -83,6 +83,16 @@ def pack_types(datatypes: Sequence[str]) -> bytes:
     )
 
 
+def pack_mixed() -> bytes:
+    """A BF16 and a BYTES go in, the first comes out as FP32."""
+    make, tensor = helper.make_node, helper.make_tensor_value_info
+    return pack_graph(
+        [make("Cast", ["BF16"], ["fp32"], to=TensorProto.FLOAT), make("Identity", ["BYTES"], ["bytes"])],
+        [tensor("BF16", TensorProto.BFLOAT16, ["n", 2]), tensor("BYTES", TensorProto.STRING, ["n", 2])],
+        [tensor("fp32", TensorProto.FLOAT, ["n", 2]), tensor("bytes", TensorProto.STRING, ["n", 2])],
+    )
+
+
 def pack_recorded() -> bytes:
     """What answered the recording: `quantiles` are the first two of the three numbers of `context`."""
     make, tensor = helper.make_node, helper.make_tensor_value_info
@@ -105,6 +115,8 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     for name, datatypes in TYPED.items():
         s3.put(bucket, name, pack_types(datatypes))
     s3.put(bucket, "au/NSW1.mar", pack_recorded())
+    s3.put(bucket, "mixed", pack_mixed())
+    s3.put(bucket, "impossible", pack_types(["BF16", "BYTES"]))
     settings = {"grpc_port": 0, "max_body_bytes": LIMIT, "worker_timeout_s": 60, "repository_control": "on"}
     with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes="64MiB", **settings) as server:
         yield server
@@ -184,6 +196,19 @@ def test_every_datatype_comes_back(client: Any, model: str) -> None:
     config = client.get_model_config(model, as_json=True)["config"]
     kinds = ["TYPE_STRING" if name == "BYTES" else f"TYPE_{name}" for name in given]
     assert [each["data_type"] for each in config["input"]] == kinds
+
+
+def test_brain_floats_and_texts_in_one_model(client: Any) -> None:
+    """Both as inputs, with a text for a text; BF16 for a text is refused with what to do."""
+    inputs = []
+    for name in ("BF16", "BYTES"):
+        inputs.append(triton.InferInput(name, [1, 2], name))
+        inputs[-1].set_data_from_numpy(VALUES[name])
+    answer = client.infer("mixed", inputs)
+    np.testing.assert_array_equal(answer.as_numpy("bytes"), VALUES["BYTES"])
+    np.testing.assert_array_equal(answer.as_numpy("fp32"), VALUES["BF16"].astype(np.float32))
+    with pytest.raises(InferenceServerException, match="cast the model's BF16 outputs to FP32"):
+        client.infer("impossible", inputs)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +352,14 @@ def test_health_and_reflection(house: Server) -> None:
         ]
         listed, described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asked))
         names = {each.name for each in listed.list_services_response.service}
-        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= names
+        newer_name = "grpc.reflection.v1.ServerReflection"
+        assert {"inference.GRPCInferenceService", "grpc.health.v1.Health", newer_name} <= names
+        newer = channel.stream_stream(
+            f"/{newer_name}/ServerReflectionInfo",
+            reflection_pb2.ServerReflectionRequest.SerializeToString,
+            reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        assert list(newer(iter(asked))) == [listed, described]
         assert b"ModelStreamInfer" in described.file_descriptor_response.file_descriptor_proto[0]
 
 

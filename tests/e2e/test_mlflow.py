@@ -139,6 +139,21 @@ def test_frames_are_series(house: Server) -> None:
         assert [each["mean"] for each in rows] == pytest.approx(expected)
 
 
+def test_frames_of_a_target_model(house: Server) -> None:
+    """The header names the model of a frame too, with its parameters; its faults are those of a frame."""
+    expected = post(house, {"instances": INSTANCES}).json()["predictions"][0]["mean"]
+    for path in ("/invocations", "/endpoints/fleet/invocations"):
+        frame = json.dumps({"dataframe_records": make_rows(48), "params": {"h": 5}}).encode()
+        for body in (frame, frame.replace(b'{"dataframe', b'\n{\n  "dataframe', 1)):
+            given = {"content-type": "application/json", "x-amzn-sagemaker-target-model": MODEL}
+            answer = house.http.post(f"{house.url}{path}", content=body, headers=given)
+            assert answer.status_code == 200, answer.text
+            assert [each["mean"] for each in answer.json()["predictions"]] == pytest.approx(expected[:5])
+    given["x-amzn-sagemaker-target-model"] = "au/none.mar"
+    unknown = house.http.post(f"{house.url}/invocations", content=frame, headers=given)
+    assert (unknown.status_code, "au/none.mar" in unknown.json()["message"]) == (400, True)
+
+
 def test_covariates_come_by_name_and_reach_the_forecast(house: Server) -> None:
     """Rows without a value after the last one are the forecast's: they carry what is known of it."""
     rows = [{**row, "demand": 7.0} for row in make_rows(72)]

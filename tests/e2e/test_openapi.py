@@ -18,6 +18,7 @@ from server.routes.inference import choose_protocols
 from server.routes.management import METRICS, choose_management
 from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
+from tests.loadtest.browser import CHROMIUM, open_browser
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.e2e
 MODEL = "au/nsw1.mar"
 EXAMPLES, SEED = 6, 7  #: of each operation
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+#: Waits in the page for what an expression gives, and resolves to it: the page's own requests take their time.
+WAIT = "new Promise((done) => (function look() { const found = %s; found ? done(found) : setTimeout(look, 20); })())"
+#: The box of a route on the page, as a reader finds it: by the words of its line.
+BOX = "[...document.querySelectorAll('details')].find((box) => box.querySelector('summary').textContent.startsWith(%s))"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,52 @@ def test_the_page_takes_nothing_from_elsewhere(house: Server) -> None:
         assert "://" not in get(house, path).text or path == "/openapi.json"
     assert "://" not in page.text
     assert get(house, "/docs/..%2Fmanagement_api.py").status_code == 404
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the page in")
+def test_the_page_works_in_a_browser(house: Server, tmp_path: Path) -> None:
+    """It lists every route, filters them, sends one of its listener, shows another's as a command; all from itself."""
+    management = house.addresses["management"]
+    paths = get(house, "/openapi.json").json()["paths"]
+    assert house.fleet("load", MODEL).is_success
+    operations = sum(len(item) - 1 for item in paths.values())  # beside its servers
+    with open_browser(tmp_path) as page:
+        page.open(f"{management}/docs")
+        assert page.value(WAIT % "document.querySelectorAll('details').length") == operations
+        described, asked = find_box("GET/fleet/models/{model}"), find_box("POST/invocations")
+        page.value(f"{described}.open = true")
+        page.value(f"""(() => {{
+          const name = {described}.querySelector("input");
+          name.value = {json.dumps(MODEL)};
+          name.dispatchEvent(new Event("input", {{ bubbles: true }}));
+          {described}.querySelector("button").click();
+        }})()""")
+        answer = page.value(WAIT % f"{described}.querySelectorAll('pre')[1].textContent")
+        status, _, body = answer.partition("\n")
+        assert status == "200", answer
+        assert MODEL in json.dumps(json.loads(body))
+        command = page.value(f"{described}.querySelector('pre').textContent")
+        assert command == f"curl -i -X GET '{management}/fleet/models/{MODEL}'"
+        page.value(f"{asked}.open = true")
+        command = page.value(WAIT % f"{asked}.querySelector('pre').textContent")
+        assert command.startswith(f"curl -i -X POST '{house.url}/invocations'")
+        assert page.value(f"{asked}.querySelector('button')") is None
+        page.value("""(() => {
+          const filter = document.getElementById("filter");
+          filter.value = "/fleet/models/{model}";
+          filter.dispatchEvent(new Event("input", { bubbles: true }));
+        })()""")
+        assert page.value(f"[{described}.hidden, {asked}.hidden]") == [False, True]
+        # A recommendation is Chromium's taste: that a password's field stands in a form.
+        assert [each for each in page.said if each.get("entry", {}).get("source") != "recommendation"] == []
+        requested = page.requested
+    assert f"{management}/fleet/models/{MODEL}" in requested
+    assert all(url.startswith(f"{management}/") for url in requested), requested
+
+
+def find_box(words: str) -> str:
+    """The expression of a route's box."""
+    return BOX % json.dumps(words)
 
 
 def test_the_document_names_each_listener(house: Server) -> None:

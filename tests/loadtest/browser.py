@@ -26,19 +26,23 @@ TROUBLE = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdde
 
 
 class Browser:
-    """One page. `said` collects every exception, console message and log entry, a refusal by the policy among them."""
+    """One page. `said` collects every exception, console message and log entry, a refusal by the policy among them.
+
+    `requested` collects the address of every request that the page makes, a refused one too.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         self.said: list[dict[str, Any]] = []
+        self.requested: list[str] = []
         self._commands, self._answers = process.stdin, process.stdout
         self._last = 0
         self._session: dict[str, str] = {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self._session = {"sessionId": attached["sessionId"]}
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -53,11 +57,11 @@ class Browser:
         result: dict[str, Any] = answer["result"]
         return result
 
-    def open(self, path: Path, width: int = 1280, scheme: str = "light") -> None:
-        """Show a file in a window of so many CSS pixels, for a reader who prefers light or dark."""
+    def open(self, page: Path | str, width: int = 1280, scheme: str = "light") -> None:
+        """Show a file or a URL in a window of so many CSS pixels, for a reader who prefers light or dark."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
         self.prefer(scheme)
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while self._next().get("method") != "Page.loadEventFired":
             pass
         self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
@@ -90,6 +94,8 @@ class Browser:
         message: dict[str, Any] = json.loads(raw)
         if message.get("method") in TROUBLE:
             self.said.append(message["params"])
+        elif message.get("method") == "Network.requestWillBeSent":
+            self.requested.append(message["params"]["request"]["url"])
         return message
 
 

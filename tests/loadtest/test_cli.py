@@ -31,6 +31,7 @@ from loadtest.observe.local_server import run_local_server
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import ServerAccess, open_access
 from loadtest.plan.cli import make_unloader
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.loadtest.peer import Peer, run_peer
 from tests.patience import PATIENCE_S
 
@@ -127,6 +128,35 @@ def test_other_servers_clients(tmp_path: Path) -> None:
     assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
 
 
+@pytest.mark.e2e
+def test_calls_by_grpc(tmp_path: Path) -> None:
+    """Tensors and forecasts, at a started server and at one that runs; refusals have gRPC's names and our words."""
+    store = tmp_path / "models"
+    make_fleet(str(store), 3)
+    (store / "forecasts.mar").write_bytes(pack_forecaster("f", 1, config=FORECAST_TCN, forecast=True).data)
+    (tmp_path / "names.txt").write_text("au/nowhere.mar\n")
+    (tmp_path / "forecasts.txt").write_text("forecasts.mar\n")
+    (tmp_path / "body.json").write_text('{"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}')
+    short = ["--protocol", "grpc", "--store", str(store), "--rate", "100", "--seconds", "0.5", "--warmup", "0"]
+    started = CliRunner().invoke(app, ["run", *short, "--cache", "64MiB", "--body", "binary"])
+    assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", started.stdout), started.output
+    assert re.search(r"miss +│ +4 ", started.stdout), started.output
+    assert "failed" not in started.stdout
+    with run_local_server(str(store), ["--workers", "1", "--grpc-port", "0"]) as server:
+        forecasts = ["--body", "deepar", "--names", str(tmp_path / "forecasts.txt")]
+        found = CliRunner().invoke(app, ["run", "--url", server.grpc, *short, *forecasts])
+        assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.output
+        assert "failed" not in found.stdout
+        names = ["--names", str(tmp_path / "names.txt"), "--request", str(tmp_path / "body.json")]
+        found = CliRunner().invoke(app, ["run", "--url", server.grpc, *short, *names])
+        said = " ".join(found.stdout.replace("│", " ").split())
+        assert "failed: status NOT_FOUND, no such model or version" in said, said
+        assert re.search(r"status NOT_FOUND said .*au/nowhere\.mar", said), said
+    gone = CliRunner().invoke(app, ["run", "--url", server.grpc, *short])
+    assert gone.exit_code == 1
+    assert "nobody listens at 127.0.0.1:" in gone.output
+
+
 @pytest.fixture
 def protected(tmp_path: Path) -> Mapping[str, list[str]]:
     """Flags of a server with mutual TLS and tokens, and of the load tester for it."""
@@ -149,12 +179,14 @@ def test_a_server_with_tls_and_tokens(tmp_path: Path, protected: Mapping[str, li
     """Driver and metrics show certificate and token; without one, or at a plain address, one line says what to give."""
     models = tmp_path / "models"
     names = make_fleet(str(models), 3)
-    with run_local_server(str(models), ["--workers", "1", *protected["serve"]], stderr=subprocess.DEVNULL) as server:
+    serve = ["--workers", "1", "--grpc-port", "0", *protected["serve"]]
+    with run_local_server(str(models), serve, stderr=subprocess.DEVNULL) as server:
         assert server.inference.startswith("https://")
         flags = ["--store", str(models), "--seconds", "0.5", "--warmup", "0"]
         both = ["--url", server.inference, "--metrics-url", server.metrics, *flags]
-        for dialect in ("sagemaker", "forecasts"):
-            whole = [*both, *protected["shown"], *protected["token"], "--dialect", dialect]
+        for dialect in ("sagemaker", "forecasts", "grpc"):
+            address = ["--url", server.grpc] if dialect == "grpc" else []
+            whole = [*both, *address, *protected["shown"], *protected["token"], "--dialect", dialect]
             found = CliRunner().invoke(app, ["run", *whole])
             assert "failed: " not in found.stdout, found.stdout
             assert re.search(r"sound answers +│ ([1-9]\d*) of \1 ", found.stdout), found.stdout

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from handlers.base import Shape
-from handlers.codecs.datatypes import BF16, Array
+from handlers.codecs.datatypes import BF16, BYTES, Array
 from handlers.errors import RunFailed
 from handlers.kinds.onnx import cuda
 from model_store.errors import ArchiveInvalid, UnsupportedKind
@@ -66,15 +66,25 @@ def _read_load_failure(error: Exception, provider: Provider, path: str) -> Excep
 def run_with_bit_patterns(
     runtime: ModuleType, session: Any, feeds: Mapping[str, Array], types: Mapping[str, str], options: Any
 ) -> list[Array]:
-    """As `session.run`, with BF16 as bit patterns: numpy has no such type, ONNX Runtime tells an address."""
-    given = {}
-    for name, array in feeds.items():
-        kept = np.ascontiguousarray(array)
-        if types.get(name) == BF16:
-            given[name] = runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(kept, BFLOAT16)
-        else:
-            given[name] = runtime.OrtValue.ortvalue_from_numpy(kept)
-    outputs = session.run_with_ort_values([each.name for each in session.get_outputs()], given, options)
+    """As `session.run`, with BF16 as bit patterns: numpy has no such type, ONNX Runtime tells an address.
+
+    It makes no values of its own of strings, and no arrays of BF16: a model that takes BYTES and gives BF16 cannot be
+    asked. Raises RunFailed for one.
+    """
+    kept = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+    given: dict[str, Any] = {
+        name: runtime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16) if types.get(name) == BF16 else array
+        for name, array in kept.items()
+    }
+    names = [each.name for each in session.get_outputs()]
+    if all(each.type != "tensor(bfloat16)" for each in session.get_outputs()):
+        found: list[Array] = session.run(names, given, options)
+        return found
+    if BYTES in (types.get(name) for name in feeds):
+        raise RunFailed("no BF16 can be given for BYTES: cast the model's BF16 outputs to FP32, which holds them")
+    make_value = runtime.OrtValue.ortvalue_from_numpy
+    given = {name: make_value(kept[name]) if types.get(name) != BF16 else value for name, value in given.items()}
+    outputs = session.run_with_ort_values(names, given, options)
     return [_copy_bits(each) if each.data_type() == "tensor(bfloat16)" else each.numpy() for each in outputs]
 
 

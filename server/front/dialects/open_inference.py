@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Annotated, Any
 
 import msgspec
@@ -165,12 +166,13 @@ class OpenInference:
             raise
 
     def _describe_server(self, operation: DialectOperation, plane: InferencePlane) -> HttpReply:
-        """Probes are not counted, and no worker is asked."""
+        """Probes are not counted, and no worker is asked. Triton's have no body; KServe's client reads one."""
         if operation is _LIVE:
-            return HttpReply(200, "text/plain", b"", counted=())
+            return HttpReply(200, contract.JSON, b'{"live":true}', counted=())
         if operation is _READY:
             found = describe_workers(plane.workers, plane.expected, self._stuck_s)
-            return HttpReply(found.status, "text/plain", b"", counted=())
+            said = msgspec.json.encode({"ready": found.status == HTTPStatus.OK})
+            return HttpReply(found.status, contract.JSON, said, counted=())
         body = {"name": "fleetcast", "version": self._version, "extensions": EXTENSIONS}
         return HttpReply(200, contract.JSON, msgspec.json.encode(body), counted=())
 
@@ -197,7 +199,7 @@ async def _describe(verb: str, model: ModelName, request: HttpRequest, plane: In
             return _reply_json(make_statistics(known))
     response = await plane.infer(_make_request(request, model, contract.OPEN_INFERENCE_DESCRIBE))
     if verb == "ready":
-        return HttpReply(200, "text/plain", b"", [], response.stats)
+        return _reply_json({"name": model, "ready": True}, response.stats)
     if verb == "stats":
         return _reply_json(make_statistics([KnownModel(model, "ready")]), response.stats)
     tensors = _decode_tensors(await response.read())

@@ -37,6 +37,7 @@ MAX_ATTRIBUTES = 1024  #: bytes of the custom attributes that are echoed, as Sag
 _NAME = re.compile(r"[A-Za-z0-9](?:-?[A-Za-z0-9]){0,62}")  # of an endpoint of SageMaker's
 _ENDPOINT = re.compile(rf"/endpoints/{_NAME.pattern}/invocations")
 _MODEL_PATH = re.compile(r"/endpoints/(.+)/invocations", re.DOTALL)  # of a name that no endpoint of SageMaker's has
+_FRAME = re.compile(rb'\s{0,16}\{\s{0,16}"dataframe_')  # how the body of MLflow's frames begins
 _COMPONENT = raw_header(contract.HEADER_INFERENCE_COMPONENT)
 _TARGET_MODEL = raw_header(contract.HEADER_TARGET_MODEL)
 _ATTRIBUTES = raw_header(contract.HEADER_CUSTOM_ATTRIBUTES)
@@ -129,6 +130,8 @@ class SageMaker:
         model = self._names.get(raw)
         if model is None:
             model = self._parse_name(raw)
+        if not self._runs_code and _FRAME.match(request.body) is not None:
+            return await self._score_model(model, request, plane)
         asked = InferRequest(
             model,
             request.body,
@@ -172,6 +175,10 @@ class SageMaker:
     async def _score(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The answer to a client that sends no target: MLflow's, or boto3 with the model as endpoint."""
         model = self._choose_model(operation.model if isinstance(operation, NamedModel) else "", request)
+        return await self._score_model(model, request, plane)
+
+    async def _score_model(self, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+        """The answer to MLflow's body."""
         reply = await Scoring(plane, request, model, self._limit).answer()
         reply.headers = _make_headers(request)
         return reply

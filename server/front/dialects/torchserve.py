@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
+
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
@@ -25,6 +27,7 @@ from server.routes.inference import TORCHSERVE
 from server.settings import Settings
 
 PREDICT, EXPLAIN, INVOKE, DESCRIBE_MODEL, DESCRIBE_API = "predict", "explain", "invoke", "describe_model", "describe"
+LIVE, READY = "live", "ready"  #: what clients of KServe's first protocol ask before they predict
 NO_BODY = 64 * 1024  #: most bytes of a body that is not read
 OK, NOT_FOUND, FAILED, UNAVAILABLE = 200, 404, 500, 503
 _V1, _PREDICTIONS, _EXPLANATIONS, _MODELS = "/v1/models/", "/predictions/", "/explanations/", "/models/"
@@ -97,6 +100,8 @@ class TorchServe:
         """What is asked: of one model, or the description of the protocol. It owns `/predictions` and `/models`."""
         if path in ("/", "/api-description"):
             return _match_description(method, path)
+        if method == "GET" and (name := _find_probed_model(path)):
+            return ModelOperation(READY, Limit(NO_BODY, "what this path allows"), name)
         if path == contract.INVOCATIONS_PATH:
             return self._match_invocations(query)
         found = self._match_model(path)
@@ -128,21 +133,33 @@ class TorchServe:
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer as it is, or a description."""
         if not isinstance(operation, ModelOperation):
-            return _reply(encode_pretty(describe_inference()))
+            return _reply(encode_pretty(describe_inference() if operation.name != LIVE else {"status": "alive"}))
         registered = plane.registrations.find_longest(operation.path)
         if operation.name == DESCRIBE_MODEL:
             if registered is None:
                 raise _refuse_model(operation.path)
             return _reply(encode_pretty(describe_model(registered.name)))
+        if operation.name == READY:
+            asked = msgspec.structs.replace(
+                request, body=b"", content_type=contract.OPEN_INFERENCE_DESCRIBE, accept=operation.path
+            )
+            await self._ask(operation, registered, asked, plane)
+            return _reply(encode_pretty({"name": operation.path, "ready": True}))
+        return _make_reply(await self._ask(operation, registered, request, plane))
+
+    async def _ask(
+        self, operation: ModelOperation, registered: RegisteredPath | None, request: HttpRequest, plane: InferencePlane
+    ) -> InferResponse:
+        """The answer of what the path names: a registered model, else an archive of the store. Raises Refused."""
         call = _make_call(operation, request, registered)
         if registered is None:
             unknown = _refuse_model(operation.path)
-            return _make_reply(await self._names.ask(operation.path, call, request, plane, unknown))
+            return await self._names.ask(operation.path, call, request, plane, unknown)
         asked = _choose_version(registered, plane)
         if asked is not None:
-            return _make_reply(await ask_archive(asked, call, request, plane))
+            return await ask_archive(asked, call, request, plane)
         unknown = NoVersion(registered.name, registered.rest.partition("/")[0])
-        return _make_reply(await self._names.ask(operation.path, call, request, plane, unknown))
+        return await self._names.ask(operation.path, call, request, plane, unknown)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """`code`, `type` and `message`. Also for paths that no dialect has, with the header that boto3 reads."""
@@ -161,8 +178,16 @@ class TorchServe:
         return HttpReply(status, JSON, encode_error(status, kind, message), headers)
 
 
+def _find_probed_model(path: str) -> str:
+    """The model of `/v1/models/MODEL`; empty for any other path, and for one that ends in a verb."""
+    name = path.removeprefix(_V1)
+    return "" if name == path or name.endswith(tuple(_VERBS)) else name
+
+
 def _match_description(method: str, path: str) -> DialectOperation:
-    """`OPTIONS /` or `GET /api-description`."""
+    """`OPTIONS /`, `GET /api-description`, or `GET /`, which KServe's clients take for the sign of a living server."""
+    if (method, path) == ("GET", "/"):
+        return DialectOperation(LIVE, None)
     if (path == "/") != (method == "OPTIONS"):
         raise Refused(Situation.BAD_METHOD, NO_SUCH_METHOD)
     return DialectOperation(DESCRIBE_API, None)

@@ -16,6 +16,8 @@ from server.front.grpc.messages import POOL
 
 HEALTH = "grpc.health.v1.Health"
 REFLECTION = reflection.SERVICE_NAME
+#: The newer name, which tools ask first. Its messages are the same on the wire, and grpcio has no classes for it yet.
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 LOOK_S = 0.5  #: between two looks for those who watch
 
 _Response: Any = health_pb2.HealthCheckResponse
@@ -27,7 +29,7 @@ class HealthService:
     def __init__(self, is_ready: Callable[[], bool], is_draining: Callable[[], bool], services: Sequence[str]) -> None:
         self._is_ready, self._is_draining = is_ready, is_draining
         self._services = frozenset(("", HEALTH, *services))
-        names = (*services, HEALTH, REFLECTION)
+        names = (*services, HEALTH, REFLECTION_V1, REFLECTION)
         self._reflection: Any = reflection.ReflectionServicer(names, POOL)
 
     def list_methods(self) -> Sequence[Method]:
@@ -37,7 +39,10 @@ class HealthService:
         return (
             Method(f"/{HEALTH}/Check", request, self._check, is_open=True),
             Method(f"/{HEALTH}/Watch", request, stream=self._watch, is_open=True),
-            Method(f"/{REFLECTION}/ServerReflectionInfo", reflect, stream=self._reflect),
+            *(
+                Method(f"/{name}/ServerReflectionInfo", reflect, stream=self._reflect)
+                for name in (REFLECTION_V1, REFLECTION)
+            ),
         )
 
     async def _check(self, request: Any, call: Call) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from model_store.name_table import ENTRY_BYTES
+from server.contract import OPEN_INFERENCE_DESCRIBE
 from server.errors import Detail, Refused, Situation
 from server.front import archive_requests
 from server.front.app import App
@@ -203,11 +204,24 @@ def test_time_out_of_a_registration_is_a_worker_that_died() -> None:
     assert error_of(short)["message"].startswith("Worker died")
 
 
+def test_probes_of_kserves_first_protocol() -> None:
+    """A sign of life; a model is ready when it answers, by a registered name, by a key, or not."""
+    registered = {**register("a", v1="a.mar"), **register("idle", workers=0, v1="a.mar")}
+    app, worker = make_app(has("a.mar", "b.mar"), **registered)
+    assert json.loads(send(app, "/", "GET").body) == {"status": "alive"}
+    assert worker.asked == []
+    for name in ("a", "b"):
+        assert json.loads(send(app, f"/v1/models/{name}", "GET").body) == {"name": name, "ready": True}
+    assert {asked.model for asked in worker.asked} >= {"a.mar", "b.mar"}
+    assert {asked.content_type for asked in worker.asked} == {OPEN_INFERENCE_DESCRIBE}
+    assert [send(app, f"/v1/models/{name}", "GET").status for name in ("none", "idle")] == [404, 503]
+
+
 def test_descriptions_need_no_model_but_a_registered_one() -> None:
     """`OPTIONS` describes the protocol, or one model."""
     app, worker = make_app(has(), a=register("a", v1="a.mar")["a"])
     assert json.loads(send(app, "/", "OPTIONS").body)["openapi"] == "3.0.1"
-    assert send(app, "/", "GET").status == 405
+    assert send(app, "/", "POST").status == 405
     assert json.loads(send(app, "/predictions/a", "OPTIONS").body)["info"]["title"].endswith("a")
     assert send(app, "/predictions/b", "OPTIONS").status == 404
     assert worker.asked == []
