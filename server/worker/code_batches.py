@@ -22,7 +22,7 @@ from server.worker.code_replicas import CodeReplicas
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
-from server.worker.sandbox.memory_use import is_folder_larger, measure_memory
+from server.worker.sandbox.memory_use import MemorySampler, is_folder_larger
 from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.replicas import Replicas
 from server.worker.scheduler import Job, Scheduler
@@ -72,7 +72,7 @@ class CodeBatches:
         self._collecting: dict[str, tuple[Replicas, float]] = {}  # group -> its children, and when it runs anyhow
         self._due: WeakSet[Replicas] = WeakSet()  # whose next batch has waited, or is full
         self._loop = asyncio.get_running_loop()
-        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="code-memory")
+        self._sampler, self._memory = ThreadPoolExecutor(1, thread_name_prefix="code-memory"), MemorySampler()
         self._sampled_at, self._sampling = 0.0, False
 
     def __repr__(self) -> str:
@@ -197,8 +197,9 @@ class CodeBatches:
 
     def _measure(self, children: Sequence[tuple[Slot, ChildProcess]]) -> None:
         """On the sampler's thread."""
+        sizes = self._memory.measure([child.pid for _, child in children], time.monotonic())
         found = [
-            (slot, child, measure_memory(child.pid), is_folder_larger(child.folder, self._most_disk_bytes, child.pid))
+            (slot, child, sizes[child.pid], is_folder_larger(child.folder, self._most_disk_bytes, child.pid))
             for slot, child in children
         ]
         with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile

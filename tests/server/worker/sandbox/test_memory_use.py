@@ -1,12 +1,14 @@
-"""How much of the disk a folder takes, also as files that are open and deleted."""
+"""What a child takes: memory, measured again where it has done something, and the disk, with files that are deleted."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from server.worker.sandbox import memory_use
-from server.worker.sandbox.memory_use import is_folder_larger
+from server.worker.sandbox.memory_use import is_folder_larger, measure_memory
 
 MIB = 1024 * 1024
 
@@ -36,3 +38,39 @@ def test_a_folder_of_countless_files_is_too_large(tmp_path: Path, monkeypatch: p
     for i in range(4):
         (tmp_path / str(i)).touch()
     assert is_folder_larger(tmp_path, MIB)
+
+
+def test_a_child_that_does_nothing_is_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that has written to memory at once, with what it has started."""
+    measured: list[int] = []
+
+    def count_measurement(pid: int) -> int:
+        measured.append(pid)
+        return measure_memory(pid)
+
+    monkeypatch.setattr(memory_use, "measure_memory", count_measurement)
+    code = """
+import sys
+held = []
+for line in sys.stdin:
+    held.append(bytearray(b"x") * 20_000_000)
+    print("held", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"held\n"
+        sampler = memory_use.MemorySampler()
+        first = sampler.measure([child.pid], now=0.0)
+        assert sampler.measure([child.pid], now=1.0) == first
+        assert measured == [child.pid]
+        child.stdin.write(b"\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == b"held\n"
+        assert sampler.measure([child.pid], now=2.0)[child.pid] >= first[child.pid] + 19_000_000
+        sampler.measure([child.pid], now=2.0 + memory_use.REMEASURE_S)
+        assert len(measured) == 3
+        child.stdin.close()
+    assert sampler.measure([], now=40.0) == {}
