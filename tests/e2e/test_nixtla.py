@@ -50,6 +50,10 @@ said["forecast"] = {"columns": list(made.columns), "rows": len(made), "ds": str(
                     "ordered": bool((made["TimeGPT-lo-80"] <= made["TimeGPT-hi-80"]).all())}
 quantiles = client.forecast(df, h=12, quantiles=[0.1, 0.5, 0.9], **given)
 said["quantiles"] = {"columns": list(quantiles.columns), "rows": len(quantiles)}
+tied = client.forecast(df, h=24, model="joint.mar", freq="h")
+alone = client.forecast(df[df.unique_id == "QLD1"], h=24, **given)
+said["tied"] = [len(tied), [float(each) for each in tied[tied.unique_id == "QLD1"]["TimeGPT"]]]
+said["alone"] = [float(each) for each in alone["TimeGPT"]]
 future = pd.DataFrame({"unique_id": "NSW1", "ds": pd.date_range("2026-01-06", periods=24, freq="h"), "demand": 7.0})
 one = df[df.unique_id == "NSW1"].assign(demand=8.0)
 said["exogenous"] = len(client.forecast(one, h=24, X_df=future, model=model, freq="h"))
@@ -121,6 +125,8 @@ def test_an_unmodified_client_gets_what_its_user_asks(house: Server, version: st
     assert said["forecast"]["ds"] == "2026-01-06 00:00:00"
     assert said["quantiles"]["rows"] == 24
     assert {"TimeGPT-q-10", "TimeGPT-q-50", "TimeGPT-q-90"} <= set(said["quantiles"]["columns"])
+    assert said["tied"][0] == 48
+    assert said["tied"][1] == pytest.approx(said["alone"], rel=1e-5), "the second series goes to the second product"
     assert said["exogenous"] == HORIZON
     assert said["backtest"]["rows"] == 96
     assert said["backtest"]["cutoffs"] == ["2026-01-03 23:00:00", "2026-01-04 23:00:00"]
