@@ -6,10 +6,11 @@ file, the file overrides the defaults.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, Field, SecretStr, field_validator
+from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -299,6 +300,11 @@ class Settings(BaseSettings):
     default_model: str = Field(
         "", description="model of requests of MLflow's and Nixtla's clients that name none; empty: they are refused"
     )
+    async_output: str = Field(
+        "",
+        description="location of the answers to SageMaker's asynchronous invocations, s3://bucket/prefix, below which "
+        "their inputs lie too; apart from `store`; empty: such requests are answered with 400",
+    )
     overload_status: Literal[503, 429] = Field(503, description="status code of the response when a queue is full")
     request_timeout_s: Seconds = Field(
         contract.REQUEST_TIMEOUT_S, description="default and maximum deadline of a request"
@@ -370,6 +376,20 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum level of log messages")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
+    @field_validator("async_output")
+    @classmethod
+    def _is_apart_from_the_store(cls, url: str, info: ValidationInfo) -> str:
+        """INVARIANT: no client writes where archives lie, whatever it names its answer."""
+        if not url:
+            return url
+        if re.fullmatch(r"s3://[^/@?#]+(?:/[^@?#]*)?", url) is None:
+            raise ValueError("it must be s3://bucket or s3://bucket/prefix, without credentials or a query")
+        output, store = _split_location(url), _split_location(str(info.data.get("store", "")))
+        shared = min(len(output), len(store))
+        if output[:shared] == store[:shared]:
+            raise ValueError("it must not be within `store`, nor hold it: clients choose what is written there")
+        return url.rstrip("/")
+
     @field_validator("overload_status", mode="before")
     @classmethod
     def _number(cls, value: object) -> object:
@@ -411,6 +431,14 @@ class Settings(BaseSettings):
         settings = cls.__new__(cls)
         BaseModel.__init__(settings, **values)  # that of BaseSettings would read them
         return settings
+
+
+def _split_location(url: str) -> list[str]:
+    """The bucket of an s3:// URL and the segments of its prefix; for other stores a list that no bucket begins."""
+    scheme, mark, place = url.partition("://")
+    if not mark or scheme not in ("s3", "s3a"):
+        return [""]
+    return [segment for segment in place.split("/") if segment]
 
 
 def format_bytes(size: int) -> str:

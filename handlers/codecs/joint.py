@@ -17,6 +17,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from handlers.base import Float32
+from handlers.codecs import open_inference
 from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate_media
 from handlers.codecs.deepar_schema import NumSamples, Seed, parse_start
 from handlers.codecs.scenarios import (
@@ -76,6 +77,7 @@ class JointRequest:
     samples: int
     seed: int
     media: str
+    description: bytes = b""  #: the answer itself, where it was asked what the archive is
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,8 @@ class JointModel:
 
     def run(self, asked: JointRequest) -> Encoded:
         """Answer one request."""
+        if asked.description:
+            return asked.description, JSON
         if asked.media == NPY:
             return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
         found = iter(draw_scenarios_each(asked.marginals, self.correlation, asked.samples, asked.seed))
@@ -133,12 +137,16 @@ class JointCodec:
     def __init__(self, correlation: CorrelationModel) -> None:
         self._correlation = correlation
         self._decoder = msgspec.json.Decoder(JointBody)
+        products = {"products": correlation.products}
+        self._description = open_inference.describe_tensors(open_inference.Signature({}, {}), correlation=products)
 
     def __repr__(self) -> str:
         return f"<JointCodec {self._correlation!r}>"
 
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> JointCall:
         """Decode body and headers (empty if absent) of a request. Raises RequestError that names instance and field."""
+        if content_type == open_inference.DESCRIBE:
+            return JointCall(JointRequest((), (), 0, 0, JSON, self._description))
         sent, wanted = negotiate_media(content_type, accept)
         if sent != JSON or wanted == LINES:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")

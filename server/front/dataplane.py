@@ -16,6 +16,7 @@ import structlog
 from model_store.names import ModelName
 from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
+from server.front.background import BackgroundJobs
 from server.front.backlog import Bounds, NoAdmission
 from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.near_names import find_near_names
@@ -195,6 +196,7 @@ class InferencePlane(Protocol):
     """
 
     held: HeldBytes
+    background: BackgroundJobs
     registrations: Registrations
     forecasters: "dict[ModelName, None]"
 
@@ -230,6 +232,7 @@ class PlaneInFront:
 
     def __init__(self, plane: InferencePlane) -> None:
         self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
+        self.background = plane.background
         self._plane = plane
 
     @property
@@ -282,6 +285,7 @@ class DataPlane:
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
+        self.background = BackgroundJobs()
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}

@@ -91,6 +91,7 @@ class Front:
                 return repr(self)
             case Drain():
                 self._server.stop()
+                self._app.plane.background.stop()
                 return None
             case _:
                 assert_never(operation)
@@ -161,6 +162,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     if not serving.done():
         server.stop(ORPHAN_S)
         await serving
+    app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
+    await app.plane.background.wait_ended()
     sweeper.cancel()
 
 

@@ -82,14 +82,20 @@ KSERVE = Protocol(
 )  # fmt: skip
 SAGEMAKER_STREAMS = Protocol(
     "sagemaker_streams",
-    "SageMaker response streams",
-    "boto3's `invoke_endpoint_with_response_stream`",
+    "SageMaker response streams and asynchronous invocations",
+    "boto3's `invoke_endpoint_with_response_stream` and `invoke_endpoint_async`",
     (
         Route("POST", "/endpoints/{endpoint}/invocations-response-stream", "invocations-response-stream",
               "Ask one model; the answer comes in frames", _BODIES, ("application/vnd.amazon.eventstream",),
               headers=(_MODEL_HEADER, _TIMEOUT), schema="model_body"),
         Route("POST", "/endpoints/{endpoint}/async-invocations", "async-invocations",
-              "Refused: answers would need a bucket", _BODIES, schema="model_body"),
+              "Ask one model; the answer goes to a bucket (`async_output`, 400 without)", _BODIES, statuses=(202,),
+              headers=(_MODEL_HEADER, ("X-Amzn-SageMaker-InputLocation", "the input in the bucket, instead of a body"),
+                       ("X-Amzn-SageMaker-Inference-Id", "the client's own id"),
+                       ("X-Amzn-SageMaker-RequestTTLSeconds", "longest wait for a turn, 60 to 21600 s"),
+                       ("X-Amzn-SageMaker-InvocationTimeoutSeconds", "longest run, 1 to 3600 s"),
+                       ("X-Amzn-SageMaker-S3OutputPathExtension", "folder of the answer"),
+                       ("X-Amzn-SageMaker-Filename", "file name of the answer")), schema="model_body"),
     ),
     (*_REFUSED, 424, 429, 500, 503),
     "sagemaker_error",

@@ -33,7 +33,7 @@ HEARTBEAT_S = 2.0
 FRONT_SILENCE_S = 15.0  #: a front that has not answered for so long is killed
 WATCH_S = 0.25  #: between two looks at the workers' pulses
 SECRETS = {"FLEETCAST_ACCESS_KEYS", "FLEETCAST_TOKEN"}  #: variables that no child needs: fronts get keys by channel
-STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials: for workers
+STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials
 
 log = structlog.get_logger()
 
@@ -46,6 +46,7 @@ class Child:
     index: int
     plan: WorkerPlan | None = None  #: a worker's
     grpc: Mapping[str, str] = field(default_factory=dict)  #: where a gRPC front listens; HTTP fronts get a socket
+    has_output: bool = False  #: whether a front writes answers to a bucket, for which it needs credentials
     incarnation: int = 0
     failures: int = 0
     condemned: bool = False  #: killed by us, because it was silent
@@ -250,11 +251,14 @@ def _kill_process(child: Child) -> bool:
 
 
 def child_environment(child: Child) -> dict[str, str]:
-    """The child's environment: no secrets but the store's for a worker, our packages importable, its GPU alone."""
+    """The child's environment: our packages importable, its GPU alone, and no secrets but the store's.
+
+    Those are for workers, and for fronts that write asynchronous answers to a bucket.
+    """
     root = str(Path(server.__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
-    if child.kind == "front":
+    if child.kind == "front" and not child.has_output:
         env = {name: value for name, value in env.items() if not name.upper().startswith(STORE_VARIABLES)}
     env["PYTHONPATH"] = os.pathsep.join(paths)
     if child.plan is not None:

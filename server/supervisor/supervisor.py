@@ -102,7 +102,8 @@ class Supervisor:
         self.plans = plan_workers(settings, self.host)
         workers = [Child("worker", plan.index, plan) for plan in self.plans]
         self.workers = Workers(workers, settings.request_timeout_s + OPERATION_S)
-        self.fronts = [Child("front", index) for index in range(settings.fronts)]
+        writes = bool(settings.async_output)
+        self.fronts = [Child("front", index, has_output=writes) for index in range(settings.fronts)]
         if grpc:
             self.fronts.append(Child("front", settings.fronts, grpc=grpc))
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)

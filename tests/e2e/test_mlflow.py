@@ -1,5 +1,7 @@
 """MLflow's and Databricks' clients, unmodified and as they were recorded, asking a real server."""
 
+import importlib.util
+import io
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,6 +20,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 MODEL, DEMAND, TENSORS = "au/NSW1.mar", "au/demand.mar", "au/dense.mar"
+PARQUET, HAS_PARQUET = "application/vnd.apache.parquet", importlib.util.find_spec("pyarrow") is not None
 GOLDEN = ROOT / "tests" / "golden"
 TARGET = [50.0 + i % 24 for i in range(HISTORY)]
 INSTANCES = [{"start": "2026-01-01 00:00:00", "target": TARGET}]
@@ -154,6 +157,22 @@ def test_frames_of_a_target_model(house: Server) -> None:
     assert (unknown.status_code, "au/none.mar" in unknown.json()["message"]) == (400, True)
 
 
+@pytest.mark.skipif(not HAS_PARQUET, reason="the extra fleetcast[parquet] is not installed")
+def test_a_parquet_file_is_a_long_frame(house: Server) -> None:
+    """As pandas writes one, with times of its own; it is answered as the records are."""
+    import pandas as pd  # type: ignore[import-untyped]  # noqa: PLC0415 -- a second that only this test takes
+
+    frame = pd.DataFrame(make_rows(48))
+    frame["ds"] = pd.to_datetime(frame["ds"])
+    file = io.BytesIO()
+    frame.to_parquet(file, index=False)
+    found = post(house, file.getvalue(), media=PARQUET)
+    assert found.status_code == 200, found.text
+    expected = post(house, {"dataframe_records": make_rows(48)}).json()["predictions"]
+    means = [each["mean"] for each in found.json()["predictions"]]
+    assert means == pytest.approx([each["mean"] for each in expected])
+
+
 def test_covariates_come_by_name_and_reach_the_forecast(house: Server) -> None:
     """Rows without a value after the last one are the forecast's: they carry what is known of it."""
     rows = [{**row, "demand": 7.0} for row in make_rows(72)]
@@ -210,7 +229,8 @@ def test_which_model_is_asked(house: Server) -> None:
         ({"instances": INSTANCES, "params": {"h": 25}}, "application/json", 400, "forecasts 24 steps, not 25"),
         ({"instances": INSTANCES, "params": {"horizon": 3}}, "application/json", 400, "horizon"),
         ({"instances": INSTANCES}, "application/json; charset=latin-1", 415, "charset=utf-8"),
-        (b"x", "application/vnd.apache.parquet", 415, "is not served"),
+        (b"x", "application/vnd.apache.arrow.stream", 415, "is not served"),
+        (b"x", PARQUET, *((400, "not a Parquet file") if HAS_PARQUET else (415, "installs fleetcast[parquet]"))),
     ],
 )
 def test_what_is_wrong_is_said(house: Server, body: Any, media: str, status: int, words: str) -> None:

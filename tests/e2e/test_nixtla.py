@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pytest
 
+from handlers.evaluation.correlation import estimate_gaussian
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from tests.e2e.clients import INSTALL_S, make_environment, run_script
-from tests.e2e.forecasters import HORIZON, pack_hourly
+from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import ROOT, Server, run_server
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
@@ -16,6 +20,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 PLAIN, DEMAND, TIMELESS, PAIR = "au/NSW1.mar", "au/demand.mar", "au/timeless.mar", "au/pair.mar"
+OTHER, JOINT = "au/QLD1.mar", "joint.mar"
 RECORDED = [json.loads(line) for line in (ROOT / "tests" / "golden" / "nixtla.jsonl").read_text().splitlines()]
 VERSIONS = ("0.7.3", "0.8.0", "0.9.0")
 #: What is refused on purpose, by the call that was recorded: the status, and a word of the reason.
@@ -45,6 +50,10 @@ said["forecast"] = {"columns": list(made.columns), "rows": len(made), "ds": str(
                     "ordered": bool((made["TimeGPT-lo-80"] <= made["TimeGPT-hi-80"]).all())}
 quantiles = client.forecast(df, h=12, quantiles=[0.1, 0.5, 0.9], **given)
 said["quantiles"] = {"columns": list(quantiles.columns), "rows": len(quantiles)}
+tied = client.forecast(df, h=24, model="joint.mar", freq="h")
+alone = client.forecast(df[df.unique_id == "QLD1"], h=24, **given)
+said["tied"] = [len(tied), [float(each) for each in tied[tied.unique_id == "QLD1"]["TimeGPT"]]]
+said["alone"] = [float(each) for each in alone["TimeGPT"]]
 future = pd.DataFrame({"unique_id": "NSW1", "ds": pd.date_range("2026-01-06", periods=24, freq="h"), "demand": 7.0})
 one = df[df.unique_id == "NSW1"].assign(demand=8.0)
 said["exogenous"] = len(client.forecast(one, h=24, X_df=future, model=model, freq="h"))
@@ -72,6 +81,14 @@ print(json.dumps(said))
 """
 
 
+def pack_correlation(*names: str) -> bytes:
+    """An archive that ties these models together."""
+    errors = np.random.default_rng(5).standard_normal((50, len(names), HORIZON))
+    found = estimate_gaussian(errors, names)
+    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
+    return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
 @pytest.fixture(scope="module")
 def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server of an hourly model, of two with a covariate, of which one needs the time, and of one of two products."""
@@ -81,6 +98,9 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         client.put_object(Bucket=bucket, Key=DEMAND, Body=pack_hourly(2, features=("demand",), calendar=True))
         client.put_object(Bucket=bucket, Key=TIMELESS, Body=pack_hourly(4, features=("demand",)))
         client.put_object(Bucket=bucket, Key=PAIR, Body=pack_hourly(3, products=2))
+        client.put_object(Bucket=bucket, Key=OTHER, Body=pack_hourly(5))
+        client.put_object(Bucket=bucket, Key=JOINT, Body=pack_correlation(OTHER, PLAIN))
+        client.put_object(Bucket=bucket, Key="odd.mar", Body=pack_correlation(PLAIN, DEMAND))
     with run_server(s3, tmp_path_factory.mktemp("nixtla"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
         yield server
 
@@ -105,6 +125,8 @@ def test_an_unmodified_client_gets_what_its_user_asks(house: Server, version: st
     assert said["forecast"]["ds"] == "2026-01-06 00:00:00"
     assert said["quantiles"]["rows"] == 24
     assert {"TimeGPT-q-10", "TimeGPT-q-50", "TimeGPT-q-90"} <= set(said["quantiles"]["columns"])
+    assert said["tied"][0] == 48
+    assert said["tied"][1] == pytest.approx(said["alone"], rel=1e-5), "the second series goes to the second product"
     assert said["exogenous"] == HORIZON
     assert said["backtest"]["rows"] == 96
     assert said["backtest"]["cutoffs"] == ["2026-01-03 23:00:00", "2026-01-04 23:00:00"]
@@ -175,6 +197,34 @@ def test_a_model_of_two_products_takes_two_series(house: Server) -> None:
     assert (status, len(found["mean"])) == (200, 48), found
     status, found = ask(house, PAIR, h=24, series=series)
     assert (status, "multivariate=True" in found["detail"]) == (400, True), found
+
+
+def test_a_correlation_archive_gives_each_series_to_its_product(house: Server) -> None:
+    """Series go to the models that it names, in its order; a backtest has a window of each."""
+    y = [50.0 + i % 24 for i in range(48)]
+    means = [ask(house, name, h=24, series={"y": y, "sizes": [48]})[1]["mean"] for name in (OTHER, PLAIN)]
+    assert means[0] != means[1]
+    status, found = ask(house, JOINT, h=24, level=[80], series={"y": y * 2, "sizes": [48, 48]})
+    assert status == 200, found
+    assert found["mean"] == pytest.approx([*means[0], *means[1]], rel=1e-5)
+    assert len(found["intervals"]["lo-80"]) == 48
+    longer = [50.0 + i % 24 for i in range(72)]
+    series = {"y": longer * 2, "sizes": [72, 72]}
+    status, found = ask(house, JOINT, "/v2/cross_validation", h=24, series=series, n_windows=1)
+    assert (status, found["sizes"]) == (200, [24, 24]), found
+    detail = house.http.get(f"{house.url}/model_params", params={"model": JOINT, "freq": "h"}).json()["detail"]
+    assert detail == {"input_size": HISTORY, "horizon": HORIZON}
+
+
+def test_series_that_do_not_fit_a_correlation_are_refused(house: Server) -> None:
+    """The message says how many series are taken, and why models cannot be asked together."""
+    series = {"y": [50.0] * 48, "sizes": [48]}
+    status, found = ask(house, JOINT, h=24, series=series)
+    assert (status, f"takes 2 series, of {OTHER}, {PLAIN} in this order, not 1" in found["detail"]) == (400, True), (
+        found
+    )
+    status, found = ask(house, "odd.mar", h=24, series={"y": [50.0] * 96, "sizes": [48, 48]})
+    assert (status, "has other covariates than" in found["detail"]) == (400, True), found
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,27 @@ def test_sizes_take_units_and_lists_and_keys_are_json(monkeypatch: pytest.Monkey
     assert settings.access_keys == {"AKIA": SecretStr("secret")}
 
 
+@pytest.mark.parametrize(
+    ("store", "output"),
+    [
+        ("s3://fleet", "s3://fleet/async"),
+        ("s3://fleet/models", "s3://fleet/models/"),
+        ("s3://fleet/models/au", "s3://fleet/models"),
+        ("s3a://fleet/models", "s3://fleet"),
+        ("models", "gs://bucket/async"),
+        ("models", "s3://user:word@bucket"),
+        ("models", "s3://bucket?x"),
+        ("models", "s3://"),
+    ],
+)
+def test_asynchronous_answers_are_never_written_where_archives_lie(store: str, output: str) -> None:
+    """Clients name what is written, so the two places hold nothing of each other; a neighbour in the bucket is fine."""
+    with pytest.raises(ValidationError, match="async_output"):
+        read(store=store, async_output=output)
+    assert read(store="s3://fleet/models", async_output="s3://fleet/models-async/").async_output.endswith("async")
+    assert read(store="models", async_output="s3://bucket").async_output == "s3://bucket"
+
+
 def test_secrets_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by `repr`, `str` or a dump of the settings, nor by the errors of flags and variables that are no settings."""
     settings = read(store="x", access_keys={"AKIA": "hidden-secret"})

@@ -120,12 +120,12 @@ class Nixtla:
         if operation.name.endswith("anomalies") and len(asked.levels) != 1:
             raise Refused(Situation.BAD_REQUEST, "anomalies are outside of one interval: send one level", field="level")
         model = parse_model(self._choose_model(asked.model), "model")
-        recipe = await call.describe(model)
+        models, recipe = await call.describe_each(model, len(asked.series.sizes))
         check_frequency(recipe, asked.freq, "freq")
         horizon = recipe.prediction_length if operation.name == "anomalies" else asked.h
         plan = Plan(asked, recipe, horizon, backtest=operation.name != "forecast")
         plan.cut(_CUTS[operation.name](asked, plan.horizon, recipe.history_length))
-        found = await call.forecast(list(plan.list_instances(model)), plan.build_configuration())
+        found = await call.forecast(list(plan.list_instances(models)), plan.build_configuration())
         return _reply(_ANSWERS[operation.name](asked, plan, require_forecasts(found)))
 
     async def _describe(self, call: ForecastCall, request: HttpRequest) -> HttpReply:
@@ -134,7 +134,7 @@ class Nixtla:
         named, frequency = query.get("model"), query.get("freq")
         if not named:
             raise Refused(Situation.NO_TARGET, "the query names no model: /model_params?model=au/NSW1.mar&freq=h")
-        recipe = await call.describe(parse_model(self._choose_model(named[0]), "model"))
+        _, recipe = await call.describe_each(parse_model(self._choose_model(named[0]), "model"))
         if frequency:
             check_frequency(recipe, frequency[0], "freq")
         detail = {"input_size": recipe.history_length, "horizon": recipe.prediction_length}

@@ -13,7 +13,7 @@ from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, add_near_names
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
-from server.front.forecasting.recipes import Recipe, read_inputs, read_recipe
+from server.front.forecasting.recipes import Recipe, read_inputs, read_products, read_recipe, unite_recipes
 from server.front.slices import ITEM, Pacer
 
 AT_ONCE = 64  #: models that are asked at once what they are
@@ -54,7 +54,31 @@ class ForecastCall:
 
     async def describe(self, model: ModelName) -> Recipe:
         """What the model's forecast requests must be; it is loaded for that. Raises Refused, ClientGone."""
-        recipe = read_recipe(await self._ask_description(model), model)
+        return self._read(await self._ask_description(model), model)
+
+    async def describe_each(self, model: ModelName, series: int | None = None) -> tuple[list[ModelName], Recipe]:
+        """The models that take a call's series, and what these must be.
+
+        That is the model itself for all of them or, for a correlation archive, those that it names, a series each in
+        its order. Raises Refused, also where `series` is another number, and ClientGone.
+        """
+        description = await self._ask_description(model)
+        products = read_products(description)
+        if products is None:
+            return [model], self._read(description, model)
+        if series not in (None, len(products)):
+            message = f"{model} takes {len(products)} series, of {', '.join(products[:10])} in this order, not {series}"
+            raise Refused(Situation.BAD_REQUEST, message, field="series.sizes")
+        models = [parse_model(product, "model") for product in products]
+        recipes = dict[str, Recipe]()
+        for name, found in (await self.describe_all(models)).items():
+            if isinstance(found, Refused):
+                raise found
+            recipes[name] = found
+        return models, unite_recipes(recipes)
+
+    def _read(self, description: bytes, model: ModelName) -> Recipe:
+        recipe = read_recipe(description, model)
         if len(self._plane.forecasters) < MOST_FORECASTERS:
             self._plane.forecasters[model] = None
         return recipe

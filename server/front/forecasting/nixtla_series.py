@@ -116,11 +116,11 @@ class Plan:
         each = self.horizon * len(self._recipe.products) * (1 + 2 * len(self._request.levels))
         require_few(sum(each * len(part.cuts) for part in self.parts), "the answer")
 
-    def list_instances(self, model: ModelName) -> Iterator[Asked]:
-        """Yield the instances, part by part and window by window."""
+    def list_instances(self, models: Sequence[ModelName]) -> Iterator[Asked]:
+        """Yield the instances, part by part and window by window: all for one model, or for each series its own."""
         for part in self.parts:
             for cut in part.cuts:
-                yield Asked(model, self._build_instance(part, cut))
+                yield Asked(models[0 if len(models) == 1 else part.index], self._build_instance(part, cut))
 
     def lay_out(self, forecasts: Sequence[Forecast], choose: Callable[[Forecast], Numbers | None]) -> list[float]:
         """Numbers of the forecasts end to end: series by series, of each its windows in order."""

@@ -1,6 +1,7 @@
 """What a model says that its forecast requests must be, and the rules that follow from it (CONTRACTS 8 to 10). Pure."""
 
 import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -46,8 +47,13 @@ class Recipe(msgspec.Struct, frozen=True):
     needs_start: bool = True
 
 
+class _Correlation(msgspec.Struct):
+    products: list[str]
+
+
 class _Parameters(msgspec.Struct):
     forecast: Recipe | None = None
+    correlation: _Correlation | None = None
 
 
 class _Input(msgspec.Struct):
@@ -74,6 +80,40 @@ def read_recipe(description: bytes, model: str) -> Recipe:
     if recipe is None:
         raise Refused(Situation.BAD_REQUEST, f"the model {model} answers tensors only, no forecasts", field="model")
     return recipe
+
+
+def read_products(description: bytes) -> list[str] | None:
+    """The names that a correlation archive ties together, in its order; None for any other model."""
+    try:
+        correlation = _decode(description).parameters.correlation
+    except msgspec.ValidationError:
+        return None
+    return None if correlation is None else correlation.products
+
+
+def unite_recipes(recipes: Mapping[str, Recipe]) -> Recipe:
+    """What series must be that go to one of these models each: the most history, the fewest steps. Raises Refused.
+
+    Their steps and covariates must be the same, and each has one product.
+    """
+    first_name, first = next(iter(recipes.items()))
+    for name, recipe in recipes.items():
+        why = ""
+        if len(recipe.products) > 1:
+            why = f"{name} has {len(recipe.products)} products"
+        elif normalize_frequency(recipe.frequency) != normalize_frequency(first.frequency):
+            why = f"{name} forecasts in steps of {recipe.frequency}, {first_name} in steps of {first.frequency}"
+        elif recipe.dynamic_feat != first.dynamic_feat:
+            why = f"{name} has other covariates than {first_name}"
+        if why:
+            message = f"the correlation's models cannot be asked by one call of series: {why}; ask them one by one"
+            raise Refused(Situation.BAD_REQUEST, message, field="model")
+    return msgspec.structs.replace(
+        first,
+        history_length=max(recipe.history_length for recipe in recipes.values()),
+        prediction_length=min(recipe.prediction_length for recipe in recipes.values()),
+        needs_start=any(recipe.needs_start for recipe in recipes.values()),
+    )
 
 
 def read_inputs(description: bytes, model: str) -> list[str]:

@@ -27,6 +27,8 @@ from server.front.forecasting.frames import (
     read_csv,
     write_records,
 )
+from server.front.forecasting.parquet import MEDIA as PARQUET
+from server.front.forecasting.parquet import read_parquet
 from server.front.forecasting.recipes import check_horizon
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.slices import Pacer
@@ -68,6 +70,8 @@ class Scoring:
         media = self._read_media()
         if media == CSV:
             return await self._forecast_frame(read_csv(self._request.body), {}, None)
+        if media == PARQUET:
+            return await self._forecast_frame(await read_parquet(self._request.body, self._request.deadline), {}, None)
         if media in (NPY, LINES):
             return await self._pass_on(self._request.body)
         try:
@@ -88,7 +92,7 @@ class Scoring:
         if any(each not in ("charset=utf-8", 'charset="utf-8"') for each in parameters if each):
             message = f"{self._request.content_type[:80]!r}: only charset=utf-8 may follow a content type"
             raise Refused(Situation.UNSUPPORTED_CODING, message, field="content-type")
-        if media not in ("", JSON, CSV, NPY, LINES):
+        if media not in ("", JSON, CSV, PARQUET, NPY, LINES):
             message = f"content type {media[:80]!r} is not served; send {JSON} or {CSV}"
             raise Refused(Situation.UNSUPPORTED_CODING, message, field="content-type")
         return media

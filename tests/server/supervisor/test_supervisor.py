@@ -82,9 +82,10 @@ def test_no_child_inherits_the_access_keys(monkeypatch: pytest.MonkeyPatch, kind
 
 
 def test_fronts_do_not_inherit_the_stores_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A front asks no store; a worker does."""
+    """A front asks no store, unless it writes asynchronous answers to a bucket; a worker does."""
     names = ("AWS_SECRET_ACCESS_KEY", "aws_session_token", "GOOGLE_APPLICATION_CREDENTIALS")
     for name in names:
         monkeypatch.setenv(name, "x")
     assert not child_environment(Child("front", 0)).keys() & set(names)
+    assert child_environment(Child("front", 0, has_output=True)).keys() >= set(names)
     assert child_environment(Child("worker", 0)).keys() >= set(names)

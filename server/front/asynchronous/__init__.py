@@ -1,0 +1,1 @@
+"""SageMaker's asynchronous invocations: requests that are answered into a bucket. Runs in a front."""
