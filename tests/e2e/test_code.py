@@ -235,7 +235,7 @@ def test_an_archive_that_fills_the_disk_is_ended(house: Server) -> None:
 def test_an_archive_that_outgrows_the_cache_is_evicted(house: Server) -> None:
     """Its processes may have so much memory, but it is more than the cache has: the next request starts it again."""
     before, evicted = ask(house, "code/large.mar")["pid"], house.total("fleetcast_model_evictions_total")
-    assert spread(house, 1, 170, model="code/large.mar")
+    assert spread(house, 1, 150, model="code/large.mar")  # the rest is its share of torch, up to 90 MiB
     wait_until(lambda: not is_alive(before), "its processes are gone")
     assert house.total("fleetcast_model_evictions_total") > evicted
     assert ask(house, "code/large.mar")["pid"] != before

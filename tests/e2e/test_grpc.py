@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -333,14 +334,18 @@ def test_what_the_repository_refuses(client: Any) -> None:
     assert refuse(client, "load_model", "au/2.mar", config="{}") == "INVALID_ARGUMENT"
 
 
+def is_serving(health: Any, name: str) -> bool:
+    """Whether the service is there. A worker that another test has killed may be starting still."""
+    found = health.Check(health_pb2.HealthCheckRequest(service=name)).status
+    return bool(found == health_pb2.HealthCheckResponse.SERVING)
+
+
 def test_health_and_reflection(house: Server) -> None:
     """What balancers and tools ask: the server and its service are SERVING, others unknown; services are described."""
     with grpc.insecure_channel(house.grpc) as channel:
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "inference.GRPCInferenceService"):
-            asked = health_pb2.HealthCheckRequest(service=name)
-            serving = health_pb2.HealthCheckResponse.SERVING  # not while a worker that another test has killed restarts
-            wait_until(lambda asked=asked: health.Check(asked).status == serving, f"{name or 'the server'} is serving")
+            wait_until(partial(is_serving, health, name), f"{name or 'the server'} is serving")
         with pytest.raises(grpc.RpcError, match="no such service"):
             health.Check(health_pb2.HealthCheckRequest(service="other"))
         watch = health.Watch(health_pb2.HealthCheckRequest(service="other"))
