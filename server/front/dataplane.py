@@ -514,15 +514,23 @@ class DataPlane:
         said = decode_head(head.head) if head.head else None
         response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call, said)
         if head.situation:
-            detail = msgspec.json.decode(await response.read(), type=Detail)
-            refused = RefusedByWorker(Situation(head.situation), detail, stats)
-            if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE):
-                refused.advise(backlog.expected_s(ahead, ended))
-            raise refused
+            # A variable here would be held by the exception's own traceback, and with it the request's body, until the
+            # collector's next full run.
+            raise _refused_by_worker(
+                Situation(head.situation), await response.read(), stats, backlog.expected_s(ahead, ended)
+            )
         if ended > request.deadline:
             response.cancel()
             raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
+
+
+def _refused_by_worker(situation: Situation, body: bytes, stats: InferStats, expected_s: float) -> RefusedByWorker:
+    """The worker's refusal. `expected_s`: in how many seconds another try may succeed, where load is the reason."""
+    refused = RefusedByWorker(situation, msgspec.json.decode(body, type=Detail), stats)
+    if situation in (Situation.OVERLOADED, Situation.DEADLINE):
+        refused.advise(expected_s)
+    return refused
 
 
 def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) -> None:

@@ -1,8 +1,11 @@
 """The data plane: routing, one more try, refusals, large answers, bytes held, clients that leave."""
 
 import asyncio
+import contextlib
+import gc
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import msgspec
@@ -44,6 +47,27 @@ async def catch_refusal(made: DataPlane, asked: InferRequest | None = None) -> R
 
 def die_always(_: Any) -> None:
     """A worker that dies with every request."""
+
+
+def test_a_refusal_keeps_no_body() -> None:
+    """It would until the collector's next full run if its own traceback held it: 400 items of a call are 40 MB."""
+
+    async def scenario() -> None:
+        made = make_plane(Worker(lambda _: (Situation.BAD_REQUEST, b'{"message":"no"}')))
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(Refused):
+                await made.infer(make_request())
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            assert not [each for each in gc.garbage if isinstance(each, FrameType | RefusedByWorker)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+    asyncio.run(scenario())
 
 
 def test_an_answer_and_what_happened() -> None:
