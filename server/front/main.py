@@ -4,6 +4,8 @@ The supervisor starts it as `python -m server.front.main CONTROL_FD LISTEN_FD`. 
 """
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import socket
 import sys
@@ -38,6 +40,8 @@ log = structlog.get_logger()
 
 SWEEP_S = 0.1
 RECONNECT_S = 0.1
+LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
+_M_MMAP_THRESHOLD = -3  # mallopt(3)
 ORPHAN_S = 1.0  #: for the requests of a front whose supervisor has died, with which the workers die
 
 
@@ -135,6 +139,16 @@ class Front:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 
 
+def return_large_blocks() -> None:
+    """Have the C library give blocks of `LARGE_BYTES` back to the system when they are freed.
+
+    Of its own accord glibc raises that size to 32 MiB once such blocks are freed, and keeps smaller ones: a front that
+    had read a call of 50 MB kept 5 to 92 MB of it. Does nothing where the C library has no such call.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
 async def main(control_fd: int, listen_fd: int) -> None:
     """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
     member = ChildChannel(AskedOfFront)
@@ -168,4 +182,5 @@ async def main(control_fd: int, listen_fd: int) -> None:
 
 
 if __name__ == "__main__":
+    return_large_blocks()
     uvloop.run(main(int(sys.argv[1]), int(sys.argv[2])))
