@@ -190,6 +190,10 @@ class SageMaker:
             return self._parse_name(raw)
         return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
 
+    def find_status(self, situation: Situation) -> int:
+        """The status that this situation has, and is counted with."""
+        return self._errors[situation].status
+
     @staticmethod
     def make_headers(request: HttpRequest) -> Headers:
         """What every answer carries."""
