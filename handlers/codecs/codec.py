@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from handlers.base import Float32, Shape
-from handlers.codecs import open_inference, tensors
+from handlers.codecs import open_inference, open_inference_requests, tensors
 from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
@@ -181,7 +181,7 @@ class FamilyCodec:
             nothing = np.empty((0, *self._shapes[self._name]), np.float32)
             description = self._describe_tensors()
             return DecodedCall(nothing, lambda _: (description, JSON))
-        document = open_inference.InferDocument(body, content_type)
+        document = open_inference_requests.InferDocument(body, content_type)
         if self._deepar is not None and document.names == [DEEPAR_INPUT]:
             return self._infer_forecast(document.read(DEEPAR), self._deepar, model, place)
         call = document.read(self._signature)
@@ -310,7 +310,7 @@ class SingleCodec:
         if content_type == open_inference.DESCRIBE:
             description = open_inference.describe_tensors(self._signature)
             return SingleCall({}, 0, lambda _: (description, JSON))
-        call = open_inference.read_request(body, content_type, self._signature)
+        call = open_inference_requests.read_request(body, content_type, self._signature)
 
         def encode(outputs: Mapping[str, Array]) -> Encoded:
             sound = {asked.name: self._check(asked.name, outputs) for asked in call.outputs}
