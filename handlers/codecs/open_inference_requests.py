@@ -26,6 +26,7 @@ MOST_ROWS = 1024  #: of one request
 MOST_DIGITS = 12  #: of a length
 MOST_ID = 1024  #: characters of a request's id, which the answer repeats
 MOST_WHOLE = 2**64  #: `timeout` and `priority` are below it
+UNNAMED, CONTENT_TYPE = "input-1", "content_type"  #: how MLServer's codecs of whole requests name the only input
 
 Length = Annotated[int, Meta(ge=0, le=LONGEST_AXIS)]
 
@@ -72,6 +73,13 @@ class InferDocument:
         """Of the inputs; none where the body is one input's numbers."""
         return [] if self._document is None else [each.name for each in self._document.inputs]
 
+    def is_text_for(self, name: str) -> bool:
+        """Whether the only input is this one, or a text that MLServer's codec of whole requests has named itself."""
+        if self._document is None or len(self._document.inputs) != 1:
+            return False
+        (given,) = self._document.inputs
+        return given.name == name or (given.datatype == BYTES and _is_unnamed(self._document))
+
     def read(self, signature: Signature) -> Call:
         """The call for a model. Raises RequestError that names the input and the place in it."""
         document = self._document
@@ -79,6 +87,8 @@ class InferDocument:
             return _read_raw(self.behind, signature)
         _check_whole(document.parameters, "timeout")
         _check_whole(document.parameters, "priority")
+        if _is_unnamed(document) and len(signature.inputs) == 1 and UNNAMED not in signature.inputs:
+            (document.inputs[0].name,) = signature.inputs
         outputs = list(_choose_outputs(document, signature))
         rows = _check_inputs(document, signature)
         feeds, behind = dict[str, Array](), self.behind
@@ -126,6 +136,11 @@ def _parse_document(text: memoryview) -> _Document:
         if not isinstance(error, msgspec.ValidationError):
             raise RequestError(f"not an inference request: {fault.message}") from error
         raise RequestError(fault.message, field=fault.place or None) from error
+
+
+def _is_unnamed(document: _Document) -> bool:
+    """Whether a codec of MLServer has made the request of one value, so that the input's name is not the client's."""
+    return CONTENT_TYPE in document.parameters and [each.name for each in document.inputs] == [UNNAMED]
 
 
 def _read_raw(body: memoryview, signature: Signature) -> Call:

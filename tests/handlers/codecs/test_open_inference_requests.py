@@ -121,6 +121,16 @@ def test_mistakes_are_named(inputs: list[dict[str, Any]], more: dict[str, Any], 
     assert said in f"{caught.value.field}: {caught.value.message}"
 
 
+def test_the_only_input_may_have_the_name_that_mlserver_gives_it() -> None:
+    """Where the request says that a codec made it, and the model has one input."""
+    unnamed = {"name": "input-1", "shape": [2, 3], "data": SIX}
+    assert list(make_request(unnamed, parameters={"content_type": "np"}).feeds) == ["x"]
+    with pytest.raises(RequestError, match="none of the model's, which takes x"):
+        make_request(unnamed)
+    with pytest.raises(RequestError, match="none of the model's, which takes x, scale"):
+        make_request(unnamed, parameters={"content_type": "np"}, signature=OPEN)
+
+
 def test_inputs_have_equal_rows() -> None:
     """Of a model with several inputs."""
     with pytest.raises(RequestError, match="differ in their rows"):
