@@ -13,8 +13,8 @@ from handlers.codecs.codec import describe_recipe
 from handlers.model import open_model
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.names import ModelName
-from server.example_requests import NoExample, make_forecast_example
 from server.offline.archive_location import ArchiveLocation
+from server.routes.example_requests import NoExample, make_forecast_example
 from server.settings import format_bytes
 
 SHOWN = 3  #: numbers of a list in an example

@@ -30,12 +30,12 @@ from server.access.sites import Sites
 from server.access.tls import open_tls
 from server.contract import EVENTS_PATH
 from server.errors import Situation
-from server.example_requests import NoExample, make_forecast_example
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.model_server_api.bodies import encode_pretty
 from server.model_server_api.torchserve_description import describe_metrics
+from server.routes.example_requests import NoExample, make_forecast_example
 from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
