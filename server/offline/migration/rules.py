@@ -118,10 +118,10 @@ def _explain_handler(config: Configuration) -> Outcome:
     return leave("an archive that names no handler is not run: pack it with --handler")
 
 
-def _explain_envelope(config: Configuration) -> Outcome:
+def _set_envelope(config: Configuration) -> Outcome:
     if not config.get("service_envelope"):
         return hold("requests are not unwrapped")
-    return leave("no envelope is taken off a request: let the handler read `instances` or `inputs` of the body")
+    return become({"code_envelope": config.get("service_envelope")}, "it needs pip install 'fleetcast[torchserve]'")
 
 
 def _explain_envvars(config: Configuration) -> Outcome:
@@ -180,7 +180,7 @@ RULES: Mapping[str, Rule] = {
     "allowed_urls": _explain_urls,
     "use_env_allowed_urls": _explain_urls,
     "default_service_handler": _explain_handler,
-    "service_envelope": _explain_envelope,
+    "service_envelope": _set_envelope,
     "enable_envvars_config": _explain_envvars,
     "blacklist_env_vars": always(
         hold("the code of an archive sees no variables but those of paths, language and zone")

@@ -73,7 +73,7 @@ class CodePolicy:
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
     `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
-    `replicas`: processes of one archive at most.
+    `replicas`: processes of one archive at most. `envelope`: of TorchServe's archives that name none.
     """
 
     keys: tuple[str, ...]
@@ -88,6 +88,7 @@ class CodePolicy:
     cores: frozenset[int] = frozenset()
     gpu: bool = False
     replicas: int = 4
+    envelope: str = ""
 
     @classmethod
     def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
@@ -105,6 +106,7 @@ class CodePolicy:
             cores,
             settings.code_device == "device" and plan.device != "cpu",
             settings.code_replicas,
+            settings.code_envelope,
         )
 
     def allows(self, model: ModelName) -> bool:
@@ -282,7 +284,7 @@ class CodeHost:
                 template = self._keep_template()
                 batching = self._find_batching(model)
                 told = (self.policy.threads, str(packages or ""), *batching)
-                asked = ForkChild(model, str(folder), entry, limits, *told)
+                asked = ForkChild(model, str(folder), entry, limits, *told, envelope=self.policy.envelope)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
                 self._users_in_use.discard(user or 0)

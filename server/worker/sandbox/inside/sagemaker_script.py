@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_problem import HandlerProblem
 from server.worker.sandbox.inside.request_parts import JSON, read_fields
-from server.worker.sandbox.inside.torchserve_handler import BYTES, HandlerProblem, write_body
+from server.worker.sandbox.inside.torchserve_handler import BYTES, write_body
 from server.worker.sandbox.messages import (
     MAX_STATUS,
     MIN_STATUS,

@@ -22,6 +22,8 @@ import msgspec
 
 from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import (
     MAX_STATUS,
@@ -43,15 +45,15 @@ BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 Handle = Callable[[Any, HandlerContext], Any]
 
 
-class HandlerProblem(Exception):
-    """The archive's handler cannot be loaded; the message says what to do."""
-
-
 class Handler:
     """A loaded handler; see LoadedHandler."""
 
-    def __init__(self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded) -> None:
-        self._handle, self._context, self.loaded = handle, context, loaded
+    def __init__(
+        self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded, envelope: Envelope | None = None
+    ) -> None:
+        self._handle = envelope.wrap(handle) if envelope else handle
+        self._alone = envelope is not None and envelope.is_for_one
+        self._context, self.loaded = context, loaded
 
     def __repr__(self) -> str:
         """For example `<Handler of <HandlerContext ...>>`."""
@@ -67,7 +69,7 @@ class Handler:
             except BadParts as error:
                 answers[i] = make_failure(BAD_REQUEST, str(error))
             else:  # a handler looks at the first request of a call to see what is asked of it
-                asked = tuple(request.properties.get(name) for name in ASKED)
+                asked: object = i if self._alone else tuple(request.properties.get(name) for name in ASKED)
                 calls.setdefault(asked, []).append((i, parts, fields))
         for call in calls.values():
             places, data, headers = zip(*call, strict=True)
@@ -118,16 +120,17 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
     context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id)
     torchserve_package.fit(model_dir, asked.threads, has_device=asked.limits.gpu)
     module = import_handler(asked.entry)
+    envelope = find_envelope(asked, manifest, config)
     function = getattr(module, asked.entry.function or "handle", None)
     if function is not None:
         function(None, context)
-        return Handler(function, context, loaded)
+        return Handler(function, context, loaded, envelope)
     handler = _find_class(module, asked.entry)()
     if not hasattr(handler, "handle"):
         raise HandlerProblem(f"the class {type(handler).__name__} of {module.__name__} has no method `handle`")
     if hasattr(handler, "initialize"):
         handler.initialize(context)
-    return Handler(handler.handle, context, loaded)
+    return Handler(handler.handle, context, loaded, envelope)
 
 
 def import_handler(entry: Entry) -> ModuleType:

@@ -156,7 +156,6 @@ def test_listeners_that_others_reach_stay_on_loopback_until_there_are_tokens() -
         ("decode_input_request=false", "decode_input_request", "always decoded"),
         ("default_workers_per_model=x", "default_workers_per_model", "no whole number"),
         ("default_service_handler=a:b", "default_service_handler", "pack it with --handler"),
-        ("service_envelope=body", "service_envelope", "no envelope"),
         ("disable_token_authorization=false", "disable_token_authorization", "key_file.json"),
         ("model_store=$$NOPE$$", "model_store", "the variable NOPE, which is not set"),
     ],
