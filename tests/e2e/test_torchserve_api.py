@@ -43,6 +43,24 @@ def handle(data, context):
         time.sleep(0.01)
     return [{"pid": os.getpid(), "home": home}]
 """
+#: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
+MEASURING = """
+class Dimension:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+def handle(data, context):
+    if data is None:
+        return None
+    print("[METRICS]Forged.Count:7|#ModelName:measured,Level:Model|#type:COUNTER|#hostname:h,1700000000", flush=True)
+    metrics = context.metrics
+    metrics.add_counter("Asked", len(data), None, [Dimension("Kind", "text"), Dimension("ModelName", "someone else")])
+    metrics.add_time("HandlerTime", 1.5, None, "ms")
+    metrics.add_metric("fleetcast_loaded_models", 1e6, "count")
+    for i in range(200):
+        metrics.add_size("Sized", i, None, "MB", [Dimension("Part", str(i))])
+    return ["ok" for _ in data]
+"""
 SMALL, FORECASTER = (
     pack_forecaster("au/small.mar", 0),
     pack_forecaster("au/NSW1.mar", 1, config=FORECAST_TCN, forecast=True),
@@ -57,6 +75,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
         "code/waits.mar": pack_code(WAITER),
+        "code/measured.mar": pack_code(MEASURING),
         "code/broken.mar": pack_code("import nosuch"),
         "code/no-archive.mar": b"no archive",
         **{model.name: model.data for model in (SMALL, FORECASTER)},
@@ -108,6 +127,24 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     assert not {"code/one.mar", "code/two.mar"} & server.resident()
     assert server.total("ts_inference_requests_total", model_name="team/m") == 0
     assert "team/m" not in manage(server, "GET", "").text
+
+
+def test_what_handlers_measure_is_shown_while_their_model_is_in_memory(server: Server) -> None:
+    """Under its own name and the archive's, bounded; a printed line makes no metric, and no name of ours is taken."""
+    for _ in range(2):
+        assert predict(server, "code/measured").text == "ok"
+    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == 2
+    assert server.total("HandlerTime", ModelName="code/measured", Level="Model") == 1.5
+    shown = server.exposition()
+    for each in ("QueueTime{", "WorkerThreadTime{", "WorkerLoadTime{", 'ModelName="code/measured"', "PredictionTime{"):
+        assert each in shown
+    assert 0 < sum(line.startswith("Sized{") for line in shown.splitlines()) <= 50
+    assert "Forged" not in shown
+    assert "someone else" not in shown
+    assert server.total("fleetcast_loaded_models") < 1000
+    manage(server, "POST", "", url="code/measured.mar", model_name="gone", initial_workers="1", synchronous="true")
+    assert manage(server, "DELETE", "/gone").status_code == 200
+    assert "code/measured" not in server.exposition()
 
 
 def list_pids(server: Server) -> list[int]:

@@ -30,6 +30,7 @@ from server.worker.sandbox.messages import (
     FromChild,
     HandlerLoaded,
     LoadFailed,
+    Measure,
     ProtocolError,
     RunBatch,
     frame,
@@ -71,6 +72,9 @@ class ChildProcess:
         self.pid, self.folder, self.loaded = pid, folder, HandlerLoaded()
         self.charge = 0  #: bytes as measured last
         self.ended = ""  #: why it has ended; empty while it lives
+        self.load_s = 0.0  #: from its fork until its handler was loaded
+        self.measures: list[Measure] = []  #: what its handler has measured until the last answer
+        self._forked = time.monotonic()
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s
         self._output, self._messages = ChildOutput(model, output), ChildMessages()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -115,6 +119,7 @@ class ChildProcess:
             ready = {descriptor for descriptor, _ in poll.poll(min(left, TICK_S) * 1e3)}
             reads = not self._output.ended and self._output.read(time.monotonic())
             if ready & {self._channel.fileno(), self._pidfd} and self._take_loaded():
+                self.load_s = time.monotonic() - self._forked
                 self.charge = measure_memory(self.pid)
                 return
             if self._pidfd in ready:  # what it has started may hold the channel open
@@ -217,6 +222,7 @@ class ChildProcess:
             if not isinstance(message, BatchAnswered) or self._done is None or len(message.answers) != self._batch:
                 self.end("it answered what it was not asked")
                 return
+            self.measures = message.measures
             self._finish(message.answers)
 
     def _read_output(self) -> None:

@@ -22,6 +22,9 @@ _LENGTH = Layout("<I")
 MIN_STATUS, MAX_STATUS = 200, 599  #: of a final answer
 OK = 200
 MAX_HEADERS, MAX_HEADER = 100, 8192  #: of an answer, and characters of one
+MAX_MEASURES = 100  #: that travel with one batch's answers
+#: Characters of a measurement's name, of a label's name and of its value; and how many labels it has.
+MEASURE_NAME, MEASURE_LABEL, MEASURE_TEXT, MEASURE_LABELS = 128, 64, 128, 8
 
 Text = Annotated[str, Meta(max_length=4 * MAX_TEXT)]
 Count = Annotated[int, Meta(ge=0, le=2**31)]
@@ -64,6 +67,7 @@ class ForkChild(Struct, frozen=True, tag=True):
     `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `packages`: where those that were
     installed for the archive are; empty where none were. `batch_size`: instead of the archive's own, and so
     `max_batch_delay_s`; 0: the archive's own. `envelope`: of an archive of TorchServe that names none; may be empty.
+    `metrics`: the text of TorchServe's metrics.yaml; may be empty.
     """
 
     model: str
@@ -75,6 +79,7 @@ class ForkChild(Struct, frozen=True, tag=True):
     batch_size: int = 0
     max_batch_delay_s: float = 0.0
     envelope: str = ""
+    metrics: str = ""
 
 
 class TemplateReady(Struct, frozen=True, tag=True):
@@ -160,10 +165,23 @@ def make_failure(status: int, message: str) -> CodeAnswer:
     return CodeAnswer(status, message=shorten(message), failed=True)
 
 
-class BatchAnswered(Struct, frozen=True, tag=True):
-    """From a child: as many answers as the batch has requests, in their order."""
+class Measure(Struct, frozen=True, array_like=True):
+    """What a handler has measured. `kind`: counter (the value is added), gauge (it replaces) or histogram."""
+
+    name: Annotated[str, Meta(max_length=MEASURE_NAME)]
+    kind: Annotated[str, Meta(pattern="^(counter|gauge|histogram)$")]
+    labels: Annotated[
+        dict[Annotated[str, Meta(max_length=MEASURE_LABEL)], Annotated[str, Meta(max_length=MEASURE_TEXT)]],
+        Meta(max_length=MEASURE_LABELS),
+    ]
+    value: float
+
+
+class BatchAnswered(Struct, frozen=True, tag=True, omit_defaults=True):
+    """From a child: as many answers as the batch has requests, in their order. `measures`: by its handler until now."""
 
     answers: list[CodeAnswer]
+    measures: Annotated[list[Measure], Meta(max_length=MAX_MEASURES)] = []
 
 
 FromChild = HandlerLoaded | LoadFailed | BatchAnswered

@@ -11,6 +11,7 @@ from typing import NoReturn, Protocol
 
 from server.worker.sandbox.inside import module_space
 from server.worker.sandbox.inside.confinement import allow_cpu, confine, keep_descriptors
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.sagemaker_script import load_script
 from server.worker.sandbox.inside.torchserve_handler import load_handler
 from server.worker.sandbox.messages import (
@@ -36,6 +37,10 @@ class LoadedHandler(Protocol):
     @property
     def loaded(self) -> HandlerLoaded:
         """How it wants its requests."""
+
+    @property
+    def metrics(self) -> HandlerMetrics:
+        """What its code measures."""
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """As many answers as requests. Raises nothing but what ends the process."""
@@ -76,7 +81,7 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
         answers = handler.answer(batch.requests)
         sys.stdout.flush()
         sys.stderr.flush()
-        worker.sendall(frame(BatchAnswered(refuse_large(answers))))
+        worker.sendall(frame(BatchAnswered(refuse_large(answers), handler.metrics.take())))
     _end(0)
 
 

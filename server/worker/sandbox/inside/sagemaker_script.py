@@ -43,7 +43,7 @@ class Script:
     loaded = HandlerLoaded()
 
     def __init__(self, module: ModuleType, context: HandlerContext, model: Any) -> None:
-        self._context, self._model = context, model
+        self._context, self._model, self.metrics = context, model, context.metrics
         self._transform = getattr(module, "transform_fn", None)
         self._input = getattr(module, "input_fn", read_array)
         self._predict = getattr(module, "predict_fn", predict)

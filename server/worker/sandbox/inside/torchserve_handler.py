@@ -22,6 +22,7 @@ import msgspec
 
 from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
 from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
@@ -53,7 +54,7 @@ class Handler:
     ) -> None:
         self._handle = envelope.wrap(handle) if envelope else handle
         self._alone = envelope is not None and envelope.is_for_one
-        self._context, self.loaded = context, loaded
+        self._context, self.loaded, self.metrics = context, loaded, context.metrics
 
     def __repr__(self) -> str:
         """For example `<Handler of <HandlerContext ...>>`."""
@@ -117,7 +118,11 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
         loaded = HandlerLoaded(asked.batch_size, asked.max_batch_delay_s)
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
     gpu_id = FIRST_GPU if asked.limits.gpu else None
-    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id)
+    metrics = HandlerMetrics(is_mms=asked.entry.style == "mms")
+    metrics.model_name = name
+    if asked.metrics:
+        metrics.declare(_read_yaml(asked.metrics, "the server's code_metrics file").get("model_metrics") or {})
+    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id, metrics)
     torchserve_package.fit(model_dir, asked.threads, has_device=asked.limits.gpu)
     module = import_handler(asked.entry)
     envelope = find_envelope(asked, manifest, config)
@@ -219,9 +224,17 @@ def _read_config(manifest: Mapping[str, Any], model_dir: Path) -> Mapping[str, A
     name = manifest.get("model", {}).get("configFile")
     if not name:
         return {}
+    return _read_yaml((model_dir / str(name)).read_text(), str(name))
+
+
+def _read_yaml(text: str, name: str) -> Mapping[str, Any]:
+    """Raises HandlerProblem where it cannot be read."""
     try:
         import yaml  # noqa: PLC0415 -- no dependency of ours
     except ModuleNotFoundError as error:
         raise HandlerProblem(f"{name} is YAML: pip install pyyaml beside the server") from error
-    found = yaml.safe_load((model_dir / str(name)).read_bytes())
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HandlerProblem(f"{name} is no YAML: {error}") from error
     return found if isinstance(found, dict) else {}

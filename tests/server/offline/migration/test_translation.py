@@ -167,6 +167,12 @@ def test_what_is_left_to_do_is_said(text: str, key: str, expected: str) -> None:
     assert expected in why
 
 
+def test_envelopes_and_files_of_metrics_have_settings() -> None:
+    """What handlers get and measure moves with them."""
+    found = settings_of("service_envelope=kserve\nmetrics_config=/etc/metrics.yaml")
+    assert (found["code_envelope"], found["code_metrics"]) == ("kserve", "/etc/metrics.yaml")
+
+
 def test_models_at_the_start_are_pinned() -> None:
     """Under their keys; a name that is not the key's is said; so are those of a snapshot, and none of `all`."""
     text = "load_models=a.mar, b=b.mar, c=other.mar"
