@@ -16,7 +16,7 @@ from google.protobuf import empty_pb2
 from grpc import StatusCode
 
 from server.errors import Refused, Situation
-from server.front.app import CLIENT_GONE
+from server.front.chunks import CLIENT_GONE
 from server.front.dataplane import ClientWatch, InferencePlane
 from server.front.dialects.torchserve import ERRORS, OK, TorchServe
 from server.front.exchange import HttpRequest
