@@ -20,20 +20,19 @@ from typing import Any
 
 import msgspec
 
-from server.worker.sandbox.inside import torchserve_package
-from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
-from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
     CodeAnswer,
     CodeRequest,
-    Entry,
-    ForkChild,
     HandlerLoaded,
     make_answer,
     make_failure,
 )
+from server.worker.sandbox.inside import torchserve_package
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
+from server.worker.sandbox.messages import Entry, ForkChild
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
