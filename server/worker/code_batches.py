@@ -18,6 +18,7 @@ from handlers.codecs.codec import JSON
 from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
+from server.code_messages import CodeAnswer, CodeRequest
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
 from server.worker.code_measures import CodeMeasures
@@ -26,7 +27,6 @@ from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
 from server.worker.sandbox.memory_use import MemorySampler, is_folder_larger
-from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.replicas import Replicas
 from server.worker.scheduler import Job, Scheduler
 

@@ -22,9 +22,9 @@ from prometheus_client.registry import Collector
 
 from model_store.cache.slots import Slot
 from model_store.names import ModelName, split_version
+from server.code_messages import Measure
 from server.contract import METRIC_PREFIX
 from server.single_thread_metrics import LoopHistogram
-from server.worker.sandbox.messages import Measure
 from server.worker.sandbox.replicas import Replicas
 
 MOST_PER_MODEL, MOST_SERIES, MOST_NAMES = 50, 1000, 200

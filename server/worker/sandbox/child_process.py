@@ -19,9 +19,7 @@ import structlog
 
 from model_store.errors import CodeFailed, CodeNoMemory
 from model_store.names import ModelName
-from server.worker.sandbox.child_output import ChildOutput
-from server.worker.sandbox.memory_use import measure_memory
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     RECEIVE_BYTES,
     BatchAnswered,
     ChildMessages,
@@ -35,6 +33,8 @@ from server.worker.sandbox.messages import (
     RunBatch,
     frame,
 )
+from server.worker.sandbox.child_output import ChildOutput
+from server.worker.sandbox.memory_use import measure_memory
 
 TICK_S = 0.1  #: how often a loading child's output is looked at again after it has had its share
 ENDED = "its process ended by itself or by a limit (memory, processor time, a signal, os._exit)"

@@ -33,6 +33,7 @@ from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
 from model_store.names import ModelName, split_version
+from server.code_messages import ProtocolError
 from server.host import WorkerPlan
 from server.ipc.operations import Batching
 from server.settings import Settings
@@ -48,7 +49,6 @@ from server.worker.sandbox.messages import (
     ForkChild,
     Forked,
     FromTemplate,
-    ProtocolError,
     TemplateReady,
     decode_from_template,
     encode_packet,

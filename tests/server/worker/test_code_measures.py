@@ -4,8 +4,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from model_store.names import ModelName
+from server.code_messages import Measure
 from server.worker.code_measures import MOST_NAMES, MOST_PER_MODEL, MOST_SERIES, CodeMeasures
-from server.worker.sandbox.messages import Measure
 
 A, B = ModelName("a.mar"), ModelName("b.mar")
 

@@ -9,24 +9,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from server.worker.sandbox.inside import module_space
-from server.worker.sandbox.inside.confinement import allow_cpu, confine, keep_descriptors
-from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
-from server.worker.sandbox.inside.sagemaker_script import load_script
-from server.worker.sandbox.inside.torchserve_handler import load_handler
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_ANSWER_BYTES,
     BatchAnswered,
+    Batches,
     CodeAnswer,
     CodeRequest,
-    ForkChild,
     HandlerLoaded,
     LoadFailed,
     frame,
     make_failure,
-    receive_batch,
     shorten,
 )
+from server.worker.sandbox.inside import module_space
+from server.worker.sandbox.inside.confinement import CpuAllowance, confine, keep_descriptors
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
+from server.worker.sandbox.inside.sagemaker_script import load_script
+from server.worker.sandbox.inside.torchserve_handler import load_handler
+from server.worker.sandbox.messages import ForkChild
 
 FAILED = 1  #: exit code of a child that could not load its handler
 
@@ -76,8 +76,9 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
         worker.sendall(frame(LoadFailed(shorten(explain(error)), isinstance(error, MemoryError))))
         _end(FAILED)
     worker.sendall(frame(handler.loaded))
-    while (batch := receive_batch(worker)) is not None:
-        allow_cpu(asked.limits.cpu_s)
+    batches, allowance = Batches(worker), CpuAllowance(asked.limits.cpu_s)
+    while (batch := batches.take()) is not None:
+        allowance.renew()
         answers = handler.answer(batch.requests)
         sys.stdout.flush()
         sys.stderr.flush()

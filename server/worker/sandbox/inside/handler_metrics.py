@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_MEASURES,
     MEASURE_LABEL,
     MEASURE_LABELS,
@@ -226,7 +226,9 @@ def _make_measure(name: str, kind: str, labels: Mapping[str, str], value: float)
 
 
 def _find_key_error() -> type[Exception]:
-    """TorchServe's own error where its package is there: handlers catch it."""
+    """TorchServe's own error where its package has been imported: handlers catch it."""
+    if "ts" not in sys.modules:
+        return KeyError
     try:
         found = importlib.import_module("ts.metrics.metric_cache_errors").MetricsCacheKeyError
     except (ImportError, AttributeError):

@@ -17,20 +17,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
-from server.worker.sandbox.inside.handler_problem import HandlerProblem
-from server.worker.sandbox.inside.request_parts import JSON, read_fields
-from server.worker.sandbox.inside.torchserve_handler import BYTES, write_body
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
     CodeAnswer,
     CodeRequest,
-    ForkChild,
     HandlerLoaded,
     make_answer,
     make_failure,
 )
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.request_parts import JSON, read_fields
+from server.worker.sandbox.inside.torchserve_handler import BYTES, write_body
+from server.worker.sandbox.messages import ForkChild
 
 CSV, NPY, ANY = "text/csv", "application/x-npy", "*/*"
 FAILED = 500

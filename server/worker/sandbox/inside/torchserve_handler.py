@@ -20,23 +20,22 @@ from typing import Any
 
 import msgspec
 
+from server.code_messages import (
+    MAX_STATUS,
+    MIN_STATUS,
+    CodeAnswer,
+    CodeRequest,
+    HandlerLoaded,
+    make_answer,
+    make_failure,
+)
 from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
 from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
-from server.worker.sandbox.messages import (
-    MAX_STATUS,
-    MIN_STATUS,
-    CodeAnswer,
-    CodeRequest,
-    Entry,
-    ForkChild,
-    HandlerLoaded,
-    make_answer,
-    make_failure,
-)
+from server.worker.sandbox.messages import Entry, ForkChild
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"

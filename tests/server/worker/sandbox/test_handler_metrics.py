@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from model_store.errors import CodeFailed
+from server.code_messages import MAX_MEASURES, Measure
 from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
-from server.worker.sandbox.messages import MAX_MEASURES, Measure
 from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
 
 MIB = 1024 * 1024
