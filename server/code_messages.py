@@ -21,6 +21,7 @@ _LENGTH = Layout("<I")
 MIN_STATUS, MAX_STATUS = 200, 599  #: of a final answer
 OK = 200
 MAX_HEADERS, MAX_HEADER = 100, 8192  #: of an answer, and characters of one
+MAX_PARTS = 16 * 1024  #: that are sent before the answers of one batch
 MAX_MEASURES = 100  #: that travel with one batch's answers
 #: Characters of a measurement's name, of a label's name and of its value; and how many labels it has.
 MEASURE_NAME, MEASURE_LABEL, MEASURE_TEXT, MEASURE_LABELS = 128, 64, 128, 8
@@ -50,7 +51,8 @@ class LoadFailed(Struct, frozen=True, tag=True):
 class CodeRequest(Struct, frozen=True):
     """One request as the handler gets it; see `server.ipc.handler_calls.HandlerCall`.
 
-    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then.
+    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then. `streams`: parts of
+    its answer may come before the end, as `PartAnswered`; otherwise the child joins them.
     """
 
     id: str
@@ -60,6 +62,7 @@ class CodeRequest(Struct, frozen=True):
     headers: list[tuple[str, str]] | None = None
     parts: list[tuple[str, str]] = []
     properties: dict[str, str] = {}
+    streams: bool = False
 
 
 class RunBatch(Struct, frozen=True, tag=True):
@@ -102,6 +105,13 @@ def make_failure(status: int, message: str) -> CodeAnswer:
     return CodeAnswer(status, message=shorten(message), failed=True)
 
 
+class PartAnswered(Struct, frozen=True, tag=True):
+    """From a child, before its batch's answers: a part of the answer to one request of the batch, which is not all."""
+
+    index: Annotated[int, Meta(ge=0)]
+    answer: CodeAnswer
+
+
 class Measure(Struct, frozen=True, array_like=True):
     """What a handler has measured. `kind`: counter (the value is added), gauge (it replaces) or histogram."""
 
@@ -121,7 +131,7 @@ class BatchAnswered(Struct, frozen=True, tag=True, omit_defaults=True):
     measures: Annotated[list[Measure], Meta(max_length=MAX_MEASURES)] = []
 
 
-FromChild = HandlerLoaded | LoadFailed | BatchAnswered
+FromChild = HandlerLoaded | LoadFailed | PartAnswered | BatchAnswered
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_from_child = msgspec.msgpack.Decoder(FromChild).decode

@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from weakref import WeakSet
 
 from handlers.codecs.codec import JSON
@@ -122,7 +123,7 @@ class CodeBatches:
             if len(replicas.children) > replicas.wanted and not child.ended:
                 self._scaling.end_surplus(slot, replicas)
 
-        child.run([_make_request(job) for job in batch], end)
+        child.run([_make_request(job) for job in batch], end, partial(self._answer_part, batch))
         if child.is_busy and replicas.find_idle() is None:
             self._park_full(group, replicas)
 
@@ -182,6 +183,18 @@ class CodeBatches:
                 self._replies.answer(job, encoded, began, took)
             else:  # who asks cannot say another status than that of a success
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status))
+
+    def _answer_part(self, batch: Sequence[Job], index: int, answer: CodeAnswer) -> None:
+        """Pass on a part of an answer that the handler is still making."""
+        job = batch[index]
+        if job.done:
+            return
+        try:
+            body, head = _make_body(answer), _make_head(answer)
+        except Refused as refused:
+            self._replies.tell_refused(job, refused)
+            return
+        self._replies.answer_part(job, (body, answer.content_type or answer.body_type or BYTES), encode_head(head))
 
     def advance_time(self, now: float) -> None:
         """Refuse late jobs, measure the children."""
@@ -244,7 +257,8 @@ def _make_request(job: Job) -> CodeRequest:
     if not request.call:
         return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    return CodeRequest(call.request_id, content_type, accept, body, call.headers, call.parts, call.properties)
+    told = (call.headers, call.parts, call.properties, call.streams)
+    return CodeRequest(call.request_id, content_type, accept, body, *told)
 
 
 def _make_body(answer: CodeAnswer) -> bytes:

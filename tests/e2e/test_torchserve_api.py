@@ -61,6 +61,26 @@ def handle(data, context):
         metrics.add_size("Sized", i, None, "MB", [Dimension("Part", str(i))])
     return ["ok" for _ in data]
 """
+#: Answers in parts, the second once its folder has a file `go`.
+PARTS = """
+import os, time
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+def handle(data, context):
+    if data is None:
+        return None
+    asked = data[0].get("body")
+    context.set_response_content_type(0, "text/event-stream")
+    context.set_response_header(0, "X-Made-By", "parts")
+    send = lambda text: send_intermediate_predict_response([text], context.request_ids, "", 200, context)
+    send(os.environ["HOME"] + ";")
+    while asked == "wait" and not os.path.exists(os.environ["HOME"] + "/go"):
+        time.sleep(0.01)
+    if asked == "fail":
+        raise ValueError("half way")
+    send("x" * (1000000 if asked == "large" else 1))
+    return ["end"]
+"""
 SMALL, FORECASTER = (
     pack_forecaster("au/small.mar", 0),
     pack_forecaster("au/NSW1.mar", 1, config=FORECAST_TCN, forecast=True),
@@ -76,6 +96,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
         "code/waits.mar": pack_code(WAITER),
         "code/measured.mar": pack_code(MEASURING),
+        "code/parts.mar": pack_code(PARTS),
         "code/broken.mar": pack_code("import nosuch"),
         "code/no-archive.mar": b"no archive",
         **{model.name: model.data for model in (SMALL, FORECASTER)},
@@ -145,6 +166,44 @@ def test_what_handlers_measure_is_shown_while_their_model_is_in_memory(server: S
     manage(server, "POST", "", url="code/measured.mar", model_name="gone", initial_workers="1", synchronous="true")
     assert manage(server, "DELETE", "/gone").status_code == 200
     assert "code/measured" not in server.exposition()
+
+
+def ask_parts(server: Server, asked: str) -> httpx.Request:
+    """A request to the archive that answers in parts."""
+    headers = {"Content-Type": "application/json"}
+    return server.http.build_request(
+        "POST", f"{server.url}/predictions/code/parts", content=f'"{asked}"'.encode(), headers=headers
+    )
+
+
+def test_an_answer_in_parts_arrives_while_it_is_made(server: Server) -> None:
+    """The first part is there while the handler waits, with the handler's headers. All of a large part comes."""
+    pytest.importorskip("ts")
+    answer = server.http.send(ask_parts(server, "wait"), stream=True)
+    parts = answer.iter_raw()
+    home = next(parts).decode().removesuffix(";")
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert (answer.headers["x-made-by"], answer.headers["transfer-encoding"]) == ("parts", "chunked")
+    (Path(home) / "go").write_text("")
+    assert b"".join(parts) == b"xend"
+    answer.close()
+    large = server.http.send(ask_parts(server, "large"))
+    assert large.text.endswith("x" * 1000000 + "end")
+    assert server.http.send(ask_parts(server, "now")).text == f"{home};xend"
+
+
+def test_half_of_an_answer_in_parts_is_no_answer(server: Server) -> None:
+    """What fails behind the first part cuts the connection. Who leaves, or asks in another protocol, breaks nothing."""
+    pytest.importorskip("ts")
+    with pytest.raises(httpx.RemoteProtocolError):
+        server.http.send(ask_parts(server, "fail"))
+    left = server.http.send(ask_parts(server, "large"), stream=True)
+    next(left.iter_raw())
+    left.close()
+    headers = {"Content-Type": "application/json", "X-Amzn-SageMaker-Target-Model": "code/parts.mar"}
+    joined = server.http.post(f"{server.url}/invocations", content=b'"now"', headers=headers)
+    assert (joined.status_code, joined.text.endswith(";xend")) == (200, True)
+    wait_until(lambda: count_leases(server, "code/parts.mar") == 0, "nothing is under way")
 
 
 def list_pids(server: Server) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
+from server.worker.sandbox.inside.partial_answers import PartialAnswers
 from server.worker.sandbox.inside.request_parts import RequestHeaders
 
 OK: Final = 200
@@ -82,6 +83,7 @@ class HandlerContext:
             "limit_max_image_pixels": True,
         }
         self.metrics = metrics or HandlerMetrics()
+        self.cl_socket = PartialAnswers()  #: where TorchServe's function for parts of answers writes
         self.request_ids: dict[int, str] = {}
         self.request_processor: Sequence[RequestProperties] = ()
         self.stopping_criteria = None

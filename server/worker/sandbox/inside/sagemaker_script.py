@@ -28,6 +28,7 @@ from server.code_messages import (
 )
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.partial_answers import SendPart
 from server.worker.sandbox.inside.request_parts import JSON, read_fields
 from server.worker.sandbox.inside.torchserve_handler import BYTES, write_body
 from server.worker.sandbox.messages import ForkChild
@@ -52,6 +53,9 @@ class Script:
     def __repr__(self) -> str:
         """For example `<Script of <HandlerContext ...>>`."""
         return f"<Script of {self._context!r}>"
+
+    def connect(self, send: SendPart) -> None:
+        """See LoadedHandler. Scripts answer in one piece."""
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. Scripts know no batches: each request is answered by itself."""

@@ -33,6 +33,7 @@ from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.partial_answers import SendPart
 from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
 from server.worker.sandbox.messages import Entry, ForkChild
@@ -52,12 +53,17 @@ class Handler:
         self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded, envelope: Envelope | None = None
     ) -> None:
         self._handle = envelope.wrap(handle) if envelope else handle
+        self._parts = context.cl_socket
         self._alone = envelope is not None and envelope.is_for_one
         self._context, self.loaded, self.metrics = context, loaded, context.metrics
 
     def __repr__(self) -> str:
         """For example `<Handler of <HandlerContext ...>>`."""
         return f"<Handler of {self._context!r}>"
+
+    def connect(self, send: SendPart) -> None:
+        """See LoadedHandler."""
+        self._parts.connect(send)
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
@@ -73,8 +79,10 @@ class Handler:
                 calls.setdefault(asked, []).append((i, parts, fields))
         for call in calls.values():
             places, data, headers = zip(*call, strict=True)
-            self._context.begin([requests[i].id for i in places], headers)
-            answers.update(zip(places, self._run(list(data)), strict=True))
+            asked_here = [requests[i] for i in places]
+            self._context.begin([each.id for each in asked_here], headers)
+            self._parts.begin(places, asked_here)
+            answers.update(zip(places, self._parts.end(self._run(list(data))), strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
