@@ -272,6 +272,17 @@ class Settings(BaseSettings):
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
         description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
     )
+    code_envelope: str = Field(
+        "",
+        pattern=r"([A-Za-z_][A-Za-z0-9_]*)?",
+        description="TorchServe's service_envelope for archives that name none: body, json, kserve or kservev2 takes "
+        "the requests' values out of their bodies before a handler gets them, and wraps its answers",
+    )
+    code_metrics: Path | None = Field(
+        None,
+        description="TorchServe's metrics.yaml: handlers find its `model_metrics` by `context.metrics.get_metric`; at "
+        "most 16 KiB",
+    )
     code_disk_bytes: ByteSize = Field(
         _to_byte_size(4096 * MIB),
         ge=16 * MIB,
