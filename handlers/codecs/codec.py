@@ -358,6 +358,7 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
         "prediction_length": forecast.prediction_length,
         "dynamic_feat": [*forecast.dynamic_feat[:SHOWN_NAMES], *([f"and {more} more"] if more > 0 else [])],
         "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}",
+        **({"residual_to": forecast.residual_to} if forecast.residual_to else {}),
     }
 
 
