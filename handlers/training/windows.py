@@ -17,16 +17,27 @@ FORWARD_ROWS = 512  #: windows in one forward, whose scratch of some MiB stays i
 class Windows:
     """The series in network numbers on one time axis, and windows of them by the first forecast step."""
 
-    def __init__(self, series: Sequence[Series], forecasts: Sequence[ForecastSpec], reach: int, holdout: float) -> None:
-        """Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values."""
+    def __init__(
+        self,
+        series: Sequence[Series],
+        forecasts: Sequence[ForecastSpec],
+        reach: int,
+        holdout: float,
+        history: int = 0,
+    ) -> None:
+        """`history`: least steps before a forecast; the parts of a mixture hold out the same windows by it.
+
+        Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values.
+        """
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
+        self.history = max(history, first.history_length)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         places = list_origins(series[0], first)
-        self.train, self.holdout = _split_places(places, steps, first.history_length, self.horizon, holdout)
+        self.train, self.holdout = _split_places(places, steps, self.history, self.horizon, holdout)
         if not self.train or not self.holdout:
-            needed = _count_needed_steps(places, first.history_length, self.horizon, holdout)
+            needed = _count_needed_steps(places, self.history, self.horizon, holdout)
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
