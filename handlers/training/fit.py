@@ -440,10 +440,12 @@ class _Fit:
 
         def of(models: slice) -> list[tuple[float, float]]:
             answers, found = self._answers(weights, models).double().numpy(), []
-            for answer, values, scaler in zip(answers, data.values[models], data.scalers[models], strict=True):
+            for answer, values, base, scaler in zip(
+                answers, data.values[models], data.bases[models], data.scalers[models], strict=True
+            ):
                 before = values[ahead - data.naive_lag]
                 y = torch.from_numpy(np.where(np.isnan(before), np.nan, values[ahead]))[None]
-                quantiles = torch.from_numpy(self._quantiles(from_network(answer, scaler)))
+                quantiles = torch.from_numpy(self._quantiles(from_network(answer, scaler) + base[ahead][..., None]))
                 naive = torch.from_numpy(np.nan_to_num(before))[..., None]
                 observed = (~y.isnan()).sum()  # 0 / 0 is NaN: where nothing is observed there is no loss
                 ours, theirs = (compute_pinball(y, each, levels).sum() / observed for each in (quantiles, naive))

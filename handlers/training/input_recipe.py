@@ -62,6 +62,7 @@ def make_recipe(
     origin: str = "",
     weekdays: bool = False,
     paths: int = 0,
+    residual_to: str = "",
 ) -> ForecastSpec:
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
@@ -70,6 +71,7 @@ def make_recipe(
     known-future covariates of the forecast steps, a covariate on several channels if the reach is shorter than the
     forecast. `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the
     network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
+    `residual_to`: the covariate from which the network learns the deviations of the target.
     """
     step_s = round(series.step.total_seconds())
     channels = choose_channels(step_s, prediction_length, reach, len(series.known_names), weekdays=weekdays)
@@ -89,11 +91,25 @@ def make_recipe(
         time_zone=time_zone,
         dynamic_feat=series.known_names,
         unit=unit,
-        scaler=fit_robust_scaler(series.values, scaling, series.name),
+        scaler=fit_robust_scaler(subtract_base(series, residual_to), scaling, series.name),
         tail="clamp",
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
+        residual_to=residual_to or msgspec.UNSET,
     )
+
+
+def get_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
+    """Return what the forecasts of a network are added to [T]: a covariate, or zeros."""
+    if not residual_to:
+        return np.broadcast_to(np.float64(0), len(series.values))
+    base: Float64 = series.known[series.known_names.index(residual_to)]
+    return base
+
+
+def subtract_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
+    """Return what a network learns [T]: the values, or their deviations from a covariate."""
+    return series.values - get_base(series, residual_to) if residual_to else series.values
 
 
 def choose_channels(

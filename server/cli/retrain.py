@@ -42,6 +42,7 @@ class RetrainFlags:
     config: Annotated[
         str, typer.Option(metavar="JSON", help="config fields of --architecture that differ from its defaults")
     ] = "{}"
+    residual_to: price_flags.ResidualTo = ""
     score: price_flags.GateScore = "pinball"
     margin: price_flags.GateMargin = price_flags.GATE_MARGIN
     windows: Annotated[
@@ -88,7 +89,8 @@ def retrain(flags: RetrainFlags) -> None:
     fleetcast retrain prices.csv --time hour --store ./models --architecture gru --log to-gru.jsonl
     fleetcast retrain prices.csv --time hour --store ./models --calibrate 56
 
-    Each market keeps its lengths, quantile levels and covariates, so that clients need not change; a server that
+    Each market keeps its lengths, quantile levels and covariates, so that clients need not change; only --residual-to
+    adds a covariate, the column whose error every market then learns, as in `fleetcast train`. A server that
     --reload names swaps to the new version between two steps. The gate lets the old and the new archive forecast the
     same last windows of the file, to which the new one was not fitted. With --calibrate these days are held back too;
     from the errors there each level learns how far it is off (see `fleetcast calibrate`). A market that fails, or would
@@ -141,6 +143,7 @@ def _make_plan(flags: RetrainFlags) -> "RetrainingPlan":
         servers=flags.reload or (),
         rules=price_flags.make_file_rules(flags.interval_ending, flags.stamps_zone, flags.time_format, flags.item),
         keep_worse=flags.keep_worse,
+        residual_to=flags.residual_to,
         calibrate=flags.calibrate,
     )
 

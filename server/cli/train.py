@@ -53,6 +53,7 @@ class TrainFlags:
             help="column that is known in advance, such as a load forecast (repeatable); may contain {target}"
         ),
     ] = None
+    residual_to: price_flags.ResidualTo = ""
     architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = ""
     members: Annotated[int, typer.Option(min=1, max=64, help="number of networks in the ensemble of one archive")] = 1
     stack: architecture_flags.Stack = False
@@ -125,6 +126,9 @@ def train(flags: TrainFlags) -> None:
     value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
     quantile levels. What is stored is fitted once more, in the same way, to all rows.
 
+    With --residual-to the network learns how prices deviate from a column that forecasts them, such as an operator's
+    own forecast; each request brings that column's numbers, and the forecast is added to them.
+
     Stamps with an offset are taken to the clock of --time-zone, and so are those of a local clock that skips and
     repeats hours. An archive forecasts days of 24 hours: a repeated hour is read as the mean of both.
     """  # noqa: D301 -- click's mark for "do not wrap"
@@ -183,7 +187,8 @@ def _make_plan(flags: TrainFlags) -> "TrainingPlan":
         csv=flags.csv,
         time=flags.time,
         names=name_archives(targets, flags.name_template),
-        known_future=flags.known_future or (),
+        known_future=_list_known_future(flags),
+        residual_to=flags.residual_to,
         rules=rules,
         out=flags.out,
         settings=settings_from({"store": flags.out}),
@@ -200,14 +205,21 @@ def _make_plan(flags: TrainFlags) -> "TrainingPlan":
 
 def _choose_targets(flags: TrainFlags) -> list[str]:
     """The columns that the targets and their patterns name. Raises ValueError for one that is known in advance."""
-    known_future = flags.known_future or []
+    known_future = _list_known_future(flags)
     ahead_of = [escape(name).replace("{target}", "*") for name in known_future]
     others = [flags.time, flags.item.partition("=")[0]]
     targets = price_flags.expand_targets(flags.csv, flags.target, others, ahead_of)
     for name in known_future:
         if ahead := {name.replace("{target}", each) for each in targets}.intersection(targets):
-            raise ValueError(f"--known-future {name}: {min(ahead)} is a target, whose future no request can know")
+            flag = "--residual-to" if name == flags.residual_to else "--known-future"
+            raise ValueError(f"{flag} {name}: {min(ahead)} is a target, whose future no request can know")
     return targets
+
+
+def _list_known_future(flags: TrainFlags) -> list[str]:
+    """The columns that each request brings: those known in advance, and the one that deviations are from."""
+    known = flags.known_future or []
+    return [*known, flags.residual_to] if flags.residual_to and flags.residual_to not in known else known
 
 
 def _make_rules(flags: TrainFlags) -> "FileRules":

@@ -13,8 +13,8 @@ from handlers.codecs.codec import describe_recipe
 from handlers.model import open_model
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.names import ModelName
-from server.example_requests import NoExample, make_forecast_example
 from server.offline.archive_location import ArchiveLocation
+from server.routes.example_requests import NoExample, make_forecast_example
 from server.settings import format_bytes
 
 SHOWN = 3  #: numbers of a list in an example
@@ -146,6 +146,8 @@ def _list_prices(spec: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[
         yield "history", f"{found['request']['history_length']} steps of `target`, the oldest first"
         yield "clock", f"{forecast['time_zone']}, forecasts start at {forecast.get('origin', 'any time')}"
         yield "covariates", ", ".join(forecast["dynamic_feat"]) or "none"
+        if "residual_to" in forecast:
+            yield "residual to", f"{forecast['residual_to']}: what the network forecasts is added to it"
         levels = forecast["quantile_levels"]
         yield "tails", f"{forecast['tail']} beyond the levels {levels[0]:g} and {levels[-1]:g}"
         yield "products", ", ".join(forecast["products"])

@@ -110,7 +110,7 @@ def calibrate_archive(
     if forecast.paths:
         raise Unfit(f"{model.name} draws sample paths; only archives of quantiles can be calibrated")
     plain = model.without_calibration()
-    series = add_known_series(columns, target, forecast.dynamic_feat)
+    series = add_known_series(columns, target, forecast)
     origins = Rolling(most=count_windows(days, forecast)).origins(series, [forecast])
     unseen = count_unseen(model, series, origins)
     if unseen is not None:

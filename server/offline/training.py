@@ -33,11 +33,12 @@ class TrainingPlan:
     csv: Path
     time: str
     names: Mapping[str, ModelName]  #: by target
-    known_future: Sequence[str]
+    known_future: Sequence[str]  #: column names, in which {target} may stand; with `residual_to` if there is one
     rules: FileRules
     out: str
     settings: Settings  #: of the store at `out`
     fitting: Fitting
+    residual_to: str = ""  #: the known-future column from which deviations are learnt
     until: datetime | None = None
     architecture: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class Trained:
 
 def read_prices(plan: TrainingPlan) -> list[Series]:
     """Read the columns of the plan. Raises SeriesInvalid, OSError; ValueError if the file does not have its step."""
-    series = read_csv(plan.csv, plan.time, list(plan.names), plan.known_future, plan.rules)
+    series = read_csv(plan.csv, plan.time, list(plan.names), plan.known_future, plan.rules, plan.residual_to)
     if plan.rules.step_s and round(series[0].step.total_seconds()) != plan.rules.step_s:
         frequency = series[0].frequency
         raise ValueError(
@@ -101,13 +102,16 @@ def _make_possible_recipes(
     lengths = (plan.prediction_length, plan.context_length)
     for each in series:
         try:
-            (recipe,) = make_recipes([each], architecture, plan.config, *lengths, plan.options)
+            base = plan.residual_to.replace("{target}", each.name)
+            one = each.without_gaps(base) if base else each
+            options = {**plan.options, "residual_to": base}
+            (recipe,) = make_recipes([one], architecture, plan.config, *lengths, options)
         except SeriesInvalid as error:
             if len(series) == 1:
                 raise
             dead[each.name] = str(error)
         else:
-            found[each.name] = (each, recipe)
+            found[each.name] = (one, recipe)
     if not found:
         raise SeriesInvalid("; ".join(dead.values()))
     return [each for each, _ in found.values()], [recipe for _, recipe in found.values()], dead
