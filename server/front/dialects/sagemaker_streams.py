@@ -22,7 +22,8 @@ from server.contract import JSON, raw_header
 from server.errors import Refused, Situation
 from server.front.asynchronous.bucket import Bucket
 from server.front.asynchronous.calls import MOST_BODY_BYTES, read_call
-from server.front.asynchronous.jobs import AsyncJobs, Job
+from server.front.asynchronous.jobs import AsyncJobs
+from server.front.asynchronous.journal import JobRecord, Journal
 from server.front.chunks import Chunks, Ending
 from server.front.dataplane import (
     HALF_ANSWER,
@@ -39,6 +40,7 @@ from server.front.forecasting.event_stream import MEDIA, EventWriter, write_exce
 from server.front.forecasting.line_calls import LINES, LineCalls, cut_instances, split_lines
 from server.front.slices import Pacer
 from server.front.worker_client import WorkerLost
+from server.metrics import FrontMetrics
 from server.routes.inference import SAGEMAKER_STREAMS
 from server.settings import Settings
 
@@ -85,8 +87,20 @@ class SageMakerStreams:
             min(int(settings.max_body_bytes), MOST_BODY_BYTES),
             "of an asynchronous invocation, as SageMaker has it; put larger inputs into the bucket",
         )
+        self._settings = settings
         self._bucket = Bucket(settings) if settings.async_output else None
-        self._jobs = AsyncJobs(settings, self._bucket) if self._bucket is not None else None
+        self._jobs: AsyncJobs | None = None
+
+    def keep_jobs(self, journal: Journal, metrics: FrontMetrics) -> AsyncJobs:
+        """Accept asynchronous invocations, which are kept in this journal."""
+        bucket = self._bucket = self._bucket or Bucket(self._settings)
+        self._jobs = AsyncJobs(self._settings, bucket, journal, metrics.async_jobs, self._explain)
+        return self._jobs
+
+    def _explain(self, why: Refused, request_id: bytes) -> bytes:
+        """The failure object: what a caller who had waited would have got."""
+        nobody = HttpRequest("POST", "", {}, asyncio.Event().wait, id=request_id)
+        return self.refused(why, nobody).body
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """POST to an endpoint's stream, or its queue."""
@@ -103,7 +117,7 @@ class SageMakerStreams:
         """The model's answer in frames, or where it will be written."""
         assert isinstance(operation, EndpointOperation), "`match` makes no other"
         if operation.name == "async-invocations":
-            return self._accept(operation, request, plane)
+            return await self._accept(operation, request, plane)
         return await self._stream(self._sagemaker.find_model(request, operation.endpoint), request, plane)
 
     async def _stream(self, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
@@ -126,18 +140,19 @@ class SageMakerStreams:
         kind = "InternalStreamFailure" if code is None else "ModelStreamError"
         return Ending(status, write_exception(kind, why.detail.say(), code))
 
-    def _accept(self, operation: EndpointOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+    async def _accept(self, operation: EndpointOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """Start an asynchronous invocation, and say where its answer will be. Raises Refused."""
-        if self._bucket is None or self._jobs is None:
+        if self._bucket is None:
             message = "asynchronous invocations are not served: this server has no bucket to write answers to"
             raise Refused(Situation.BAD_REQUEST, f"{message} (async_output); call /endpoints/NAME/invocations")
         model = self._sagemaker.find_model(request, operation.endpoint)
         if not plane.permits(model):
             raise Refused(Situation.FORBIDDEN, f"the token does not allow to ask {model}")
         call = read_call(request, self._bucket)
-        nobody = HttpRequest("POST", request.path, {}, asyncio.Event().wait, id=request.id)
-        job = Job(call, model, request.body, plane, time.monotonic(), request.id, request.client)
-        self._jobs.accept(job, lambda why: self.refused(why, nobody).body)
+        if self._jobs is None:
+            raise Refused(Situation.NOT_READY, "this front cannot keep asynchronous requests: its log says why")
+        origin = (time.monotonic(), request.id, request.client, plane.token_name)
+        await self._jobs.accept(JobRecord(call, model, bytes(request.body), *origin), plane)
         headers = [
             (_OUTPUT_LOCATION, f"{self._bucket.url}/{call.output}".encode()),
             (_FAILURE_LOCATION, f"{self._bucket.url}/{call.failure}".encode()),
