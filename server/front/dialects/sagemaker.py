@@ -96,7 +96,6 @@ class SageMaker:
 
     name = "sagemaker"
     routes = SAGEMAKER
-    paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")

@@ -78,7 +78,6 @@ class SageMakerStreams:
 
     name = "sagemaker_streams"
     routes = SAGEMAKER_STREAMS
-    paths = "/endpoints/NAME/invocations-response-stream, /endpoints/NAME/async-invocations"
 
     def __init__(self, settings: Settings) -> None:
         self._sagemaker = SageMaker(settings)
