@@ -33,11 +33,12 @@ from server.front.dataplane import (
     InferStats,
     add_near_names,
 )
-from server.front.dialects.sagemaker import SageMaker
-from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
+from server.front.dialects.sagemaker import SageMaker, add_code_headers
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.forecasting.calls import ForecastCall
 from server.front.forecasting.event_stream import MEDIA, EventWriter, write_exception
 from server.front.forecasting.line_calls import LINES, LineCalls, cut_instances, split_lines
+from server.front.handler_calls import CallDetails
 from server.front.slices import Pacer
 from server.front.worker_client import WorkerLost
 from server.metrics import FrontMetrics
@@ -123,13 +124,15 @@ class SageMakerStreams:
         """The model's answer in frames, each sent as soon as it is there. Raises Refused, ClientGone."""
         accept = request.headers.get(_ACCEPT, b"").decode("latin-1")[:1024] or request.accept
         origin = (request.arrived, request.id, request.client)
+        told = CallDetails(request.headers, streams=True) if self._settings.allow_code else None
         asked = InferRequest(
-            model, request.body, request.content_type, accept, request.deadline, request.client_gone, *origin
+            model, request.body, request.content_type, accept, request.deadline, request.client_gone, *origin, told
         )
         lines = await _find_lines(asked, request, plane, self._limit)
         stream = _Stream(plane, msgspec.structs.replace(asked, client_gone=None), lines)
+        stream.headers = self._sagemaker.make_headers(request)
         chunks = await Chunks.open(stream.frames(), self._end, request.deadline, request.client_gone)
-        headers = [(_CONTENT_TYPE, stream.content_type.encode()), *self._sagemaker.make_headers(request)]
+        headers = [(_CONTENT_TYPE, stream.content_type.encode()), *stream.headers]
         return HttpReply(OK, MEDIA, b"", headers, stream.stats, chunks=chunks)
 
     def _end(self, why: Refused) -> Ending:
@@ -165,11 +168,15 @@ class SageMakerStreams:
 
 
 class _Stream:
-    """One answer on its way. `content_type` and `stats` are the first response's, once the first frame is there."""
+    """One answer on its way. `content_type` and `stats` are the first response's, once the first frame is there.
+
+    `headers`: those of the reply, with what an archive's code has set.
+    """
 
     def __init__(self, plane: InferencePlane, asked: InferRequest, lines: Sequence[bytes] | None) -> None:
         self._plane, self._asked, self._lines = plane, asked, lines
         self.content_type, self.stats = "", cast("InferStats | None", None)
+        self.headers: Headers = []
 
     def __repr__(self) -> str:
         """For example `<_Stream of au/NSW1.mar, application/jsonlines>`."""
@@ -183,7 +190,7 @@ class _Stream:
                 async for frames in self._write(await self._infer()):
                     yield frames
                 return
-            asked = msgspec.structs.replace(self._asked, content_type=LINES, accept=LINES)
+            asked = msgspec.structs.replace(self._asked, content_type=LINES, accept=LINES, call=None)
             async with aclosing(LineCalls(self._plane, asked, self._lines).answers()) as answers:
                 async for response in answers:
                     async for frames in self._write(response):
@@ -198,21 +205,33 @@ class _Stream:
 
     async def _write(self, response: InferResponse) -> AsyncGenerator[bytes]:
         """The frames of one response. A part of it that is not read is given up."""
+        if response.head is not None:
+            try:
+                self.headers = await add_code_headers(self.headers, response)
+            except Refused:
+                response.cancel()
+                raise
         if not self.content_type:
             self.content_type, self.stats = response.content_type, response.stats
         writer = EventWriter(lines=response.content_type.startswith(LINES))
-        try:
-            if frames := writer.write(response.body):
-                yield frames
-            async for part in response.parts():
-                if frames := writer.write(part):
+        async with aclosing(response.stream() if response.is_streamed else _list_pieces(response)) as pieces:
+            async for piece in pieces:
+                if frames := writer.write(piece):
                     yield frames
-        except WorkerLost:
-            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
-        finally:
-            response.cancel()
         if frames := writer.finish():
             yield frames
+
+
+async def _list_pieces(response: InferResponse) -> AsyncGenerator[bytes]:
+    """The pieces of an answer that a worker has whole. What is not read is given up. Raises Refused."""
+    try:
+        yield response.body
+        async for part in response.parts():
+            yield part
+    except WorkerLost:
+        raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
+    finally:
+        response.cancel()
 
 
 async def _find_lines(
