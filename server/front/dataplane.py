@@ -239,6 +239,7 @@ class InferencePlane(Protocol):
     background: BackgroundJobs
     registrations: Registrations
     forecasters: "dict[ModelName, None]"
+    token_name: str  #: of the token that the client has shown; empty where it showed none
 
     @property
     def expected(self) -> int:
@@ -272,7 +273,7 @@ class PlaneInFront:
 
     def __init__(self, plane: InferencePlane) -> None:
         self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
-        self.background = plane.background
+        self.background, self.token_name = plane.background, plane.token_name
         self._plane = plane
 
     @property
@@ -325,7 +326,7 @@ class DataPlane:
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
-        self.background = BackgroundJobs()
+        self.background, self.token_name = BackgroundJobs(), ""
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}

@@ -224,7 +224,8 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc))
+                journal = self._folder.make("jobs") if child.has_output else ""
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc), journal)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
