@@ -41,7 +41,7 @@ from server.metrics import FrontMetrics
 log = structlog.get_logger()
 
 SWEEP_S = 0.1
-JOBS_FOLDER = "jobs"  #: of finished jobs, within the server's own
+JOBS_FOLDER = "finished_jobs"  #: of finished jobs, within the server's own
 RECONNECT_S = 0.1
 LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
