@@ -43,6 +43,7 @@ def handle(data, context):
         time.sleep(0.01)
     return [{"pid": os.getpid(), "home": home}]
 """
+AT_START = ["url=code/one.mar&model_name=first&initial_workers=1", "url=code/nowhere.mar"]
 #: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
 MEASURING = """
 class Dimension:
@@ -105,7 +106,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         path: Path = folder / "store" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    with run_server(s3, folder, str(folder / "store"), allow_code=["code/"]) as running:
+    with run_server(s3, folder, str(folder / "store"), allow_code=["code/"], register_models=AT_START) as running:
         yield running
 
 
@@ -118,6 +119,15 @@ def predict(server: Server, path: str, body: bytes = b"{}") -> httpx.Response:
     """A prediction."""
     url, headers = f"{server.url}/predictions/{path}", {"Content-Type": "application/json"}
     return server.http.post(url, content=body, headers=headers)
+
+
+def test_what_the_settings_name_is_registered_from_the_start(server: Server) -> None:
+    """It answers by its name, and is listed; what is not there is in the log."""
+    assert predict(server, "first/1.0").text == "version 1"
+    (described,) = manage(server, "GET", "/first").json()
+    assert (described["loadedAtStartup"], described["minWorkers"]) == (True, 1)
+    assert "not_registered_at_start" in server.said()
+    assert manage(server, "DELETE", "/first").status_code == 200
 
 
 def test_versions_from_registration_to_removal(server: Server) -> None:
