@@ -111,7 +111,11 @@ class Credit(_Frame, tag=5):
     room: Count
 
 
-Frame = Request | Data | Response | Cancel | Credit
+class Held(_Frame, tag=6):
+    """From a front: no further request for the model of the lend `id` follows. See `server.ipc.lends`."""
+
+
+Frame = Request | Data | Response | Cancel | Credit | Held
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode
