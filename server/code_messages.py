@@ -22,6 +22,10 @@ _LENGTH = Layout("<I")
 MIN_STATUS, MAX_STATUS = 200, 599  #: of a final answer
 OK = 200
 MAX_HEADERS, MAX_HEADER = 100, 8192  #: of an answer, and characters of one
+MAX_PARTS = 16 * 1024  #: that are sent before the answers of one batch
+MAX_MEASURES = 100  #: that travel with one batch's answers
+#: Characters of a measurement's name, of a label's name and of its value; and how many labels it has.
+MEASURE_NAME, MEASURE_LABEL, MEASURE_TEXT, MEASURE_LABELS = 128, 64, 128, 8
 
 Text = Annotated[str, Meta(max_length=4 * MAX_TEXT)]
 Header = Annotated[str, Meta(max_length=MAX_HEADER)]
@@ -48,7 +52,8 @@ class LoadFailed(Struct, frozen=True, tag=True):
 class CodeRequest(Struct, frozen=True):
     """One request as the handler gets it; see `server.ipc.handler_calls.HandlerCall`.
 
-    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then.
+    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then. `streams`: parts of
+    its answer may come before the end, as `PartAnswered`; otherwise the child joins them.
     """
 
     id: str
@@ -58,6 +63,7 @@ class CodeRequest(Struct, frozen=True):
     headers: list[tuple[str, str]] | None = None
     parts: list[tuple[str, str]] = []
     properties: dict[str, str] = {}
+    streams: bool = False
 
 
 class RunBatch(Struct, frozen=True, tag=True):
@@ -100,13 +106,33 @@ def make_failure(status: int, message: str) -> CodeAnswer:
     return CodeAnswer(status, message=shorten(message), failed=True)
 
 
-class BatchAnswered(Struct, frozen=True, tag=True):
-    """From a child: as many answers as the batch has requests, in their order."""
+class PartAnswered(Struct, frozen=True, tag=True):
+    """From a child, before its batch's answers: a part of the answer to one request of the batch, which is not all."""
+
+    index: Annotated[int, Meta(ge=0)]
+    answer: CodeAnswer
+
+
+class Measure(Struct, frozen=True, array_like=True):
+    """What a handler has measured. `kind`: counter (the value is added), gauge (it replaces) or histogram."""
+
+    name: Annotated[str, Meta(max_length=MEASURE_NAME)]
+    kind: Annotated[str, Meta(pattern="^(counter|gauge|histogram)$")]
+    labels: Annotated[
+        dict[Annotated[str, Meta(max_length=MEASURE_LABEL)], Annotated[str, Meta(max_length=MEASURE_TEXT)]],
+        Meta(max_length=MEASURE_LABELS),
+    ]
+    value: float
+
+
+class BatchAnswered(Struct, frozen=True, tag=True, omit_defaults=True):
+    """From a child: as many answers as the batch has requests, in their order. `measures`: by its handler until now."""
 
     answers: list[CodeAnswer]
+    measures: Annotated[list[Measure], Meta(max_length=MAX_MEASURES)] = []
 
 
-FromChild = HandlerLoaded | LoadFailed | BatchAnswered
+FromChild = HandlerLoaded | LoadFailed | PartAnswered | BatchAnswered
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_from_child = msgspec.msgpack.Decoder(FromChild).decode

@@ -10,6 +10,7 @@ import contextlib
 import socket
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
 from enum import Enum, auto
 from typing import NamedTuple, Protocol
 
@@ -19,10 +20,14 @@ import structlog
 from server.access_log import LOST, REFUSED
 from server.code_messages import (
     ENDED,
+    MAX_ANSWER_BYTES,
+    MAX_PARTS,
     RECEIVE_BYTES,
     BatchAnswered,
     ChildMessages,
     CodeAnswer,
+    Measure,
+    PartAnswered,
     ProtocolError,
     RunBatch,
     frame,
@@ -30,15 +35,17 @@ from server.code_messages import (
 from server.contract import OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
 from server.front.backlog import Turns
-from server.ipc.code_answers import make_request, read_answer, refuse_ended
-from server.ipc.frames import CacheResult, Held, Request, Response, Tier
+from server.ipc.code_answers import make_request, read_answer, read_part, refuse_ended
+from server.ipc.frames import CacheResult, Held, Partial, Request, Response, Tier
 from server.ipc.lends import (
+    MOST_MEASURES,
     MOST_TURNS,
     AskReport,
     ChildLost,
     HoldRequests,
     LendChannel,
     LendChild,
+    Measured,
     Message,
     Misbehaved,
     Overdue,
@@ -48,6 +55,7 @@ from server.ipc.lends import (
     Turn,
     Used,
 )
+from server.ipc.part_streams import PartStreams
 
 AHEAD = 4  #: requests that a child has at most, so that it finds the next one when it has answered
 QUICK_S = 0.005  #: what a request takes at most that others are sent behind: these cannot be taken back
@@ -75,8 +83,8 @@ class RequestOwner(Protocol):
     def hand_back(self, request: Request) -> None:
         """The child has not begun it."""
 
-    def answer(self, response: Response) -> bool:
-        """Its answer. False where nobody waits for it any more."""
+    def answer(self, response: Response | Partial) -> None:
+        """Its answer, or a part of one."""
 
 
 class Stage(Enum):
@@ -109,6 +117,7 @@ class LentChild:
         self._unsent = memoryview(b"")
         self._free_at = self._used_at = time.monotonic()  # since when the child has had the first of those running
         self._is_quick, self._is_reading, self._is_overdue = False, False, False
+        self._parts = self._part_bytes = 0  # of the answer that is being made
         self._turns: list[Turn] = []
 
     def __repr__(self) -> str:
@@ -133,8 +142,9 @@ class LentChild:
         if self._queue.drop(ident):
             now = time.monotonic()
             self._turns.append(Turn(now, now, now, outcome))
-        else:
+        elif any(each.request.id == ident for each in self._running):
             self._dropped[ident] = outcome
+        self._owner.drop_parts(ident)
 
     def begin(self, channel: socket.socket, version: str, timeout_s: float) -> None:
         """The child is this front's."""
@@ -199,9 +209,12 @@ class LentChild:
         if not data:
             raise ProtocolError(ENDED)
         for message in self._messages.feed(data):
+            if isinstance(message, PartAnswered) and self._running and not message.index:
+                self._pass_part(message.answer)
+                continue
             if not isinstance(message, BatchAnswered) or not self._running or len(message.answers) != 1:
                 raise ProtocolError("it answered what it was not asked")
-            self._finish(message.answers[0])
+            self._finish(message.answers[0], measures=message.measures)
         if self._counted or self._messages:
             self._count_held()
         return True
@@ -214,42 +227,59 @@ class LentChild:
         if held and not room.has_room:
             self._stop_reading()
 
-    def _finish(self, answer: CodeAnswer | None, refused: Refused | None = None) -> None:
+    def _pass_part(self, answer: CodeAnswer) -> None:
+        """Pass on a part of the first one's answer. Raises ProtocolError for more than an answer may have."""
+        self._parts += 1
+        self._part_bytes += len(answer.body)
+        if self._parts > MAX_PARTS or self._part_bytes > MAX_ANSWER_BYTES:
+            raise ProtocolError(f"the answers of a batch have {MAX_PARTS} parts and {MAX_ANSWER_BYTES} bytes at most")
+        ident = self._running[0].request.id
+        if ident in self._dropped:
+            return
+        try:
+            content_type, body, head = read_part(answer)
+            self._owner.pass_part(Partial(ident, content_type, body, head))
+        except Refused as refused:
+            self._dropped[ident] = REFUSED
+            self._owner.answer(self._make_response(ident, "", b"", b"", (0, 0), refused))
+
+    def _make_response(
+        self, ident: int, content_type: str, body: bytes, head: bytes, times: tuple[int, int], refused: Refused | None
+    ) -> Response:
+        """As the worker would send it. `times`: in the queue and in the child, in microseconds."""
+        if refused is not None:
+            content_type, body, head = "application/json", msgspec.json.encode(refused.detail), b""
+        situation, hit = Situation.OK if refused is None else refused.situation, CacheResult.HIT
+        queue_us, run_us = times
+        version, size = self._version, len(body)
+        return Response(ident, situation, hit, Tier.NONE, version, content_type, queue_us, 0, run_us, size, body, head)
+
+    def _finish(
+        self, answer: CodeAnswer | None, refused: Refused | None = None, measures: Sequence[Measure] = ()
+    ) -> None:
         """The first of those running has its answer, or the reason why there is none."""
         request, sent = self._running.popleft()
         now, began = time.monotonic(), max(sent, self._free_at)
         self._free_at = self._used_at = now
         self._is_quick, self._is_overdue = now - began < QUICK_S, False
-        content_type, body, head = "application/json", b"", b""
+        self._parts = self._part_bytes = 0
+        content_type, body, head = "", b"", b""
         if answer is not None:
             try:
                 content_type, body, head = read_answer(answer, is_told=bool(request.call))
             except Refused as error:
                 refused = error
-        if refused is not None:
-            body = msgspec.json.encode(refused.detail)
         arrived = min(began, request.arrived_ns / 1e9) or began
         outcome = REFUSED if refused is not None else int(CacheResult.HIT)
         if request.id in self._dropped:
             outcome = self._dropped.pop(request.id)
         else:
-            times = (int((began - arrived) * 1e6), 0, int((now - began) * 1e6))
-            situation = Situation.OK if refused is None else refused.situation
-            self._owner.link.answer(
-                Response(
-                    request.id,
-                    situation,
-                    CacheResult.HIT,
-                    Tier.NONE,
-                    self._version,
-                    content_type,
-                    *times,
-                    len(body),
-                    body,
-                    head,
-                )
-            )
-        self._turns.append(Turn(arrived, began, now, outcome))
+            times = int((began - arrived) * 1e6), int((now - began) * 1e6)
+            self._owner.answer(self._make_response(request.id, content_type, body, head, times, refused))
+        turn = Turn(arrived, began, now, outcome)
+        for at in range(0, len(measures), MOST_MEASURES):
+            self._owner.tell(Measured(self.id, turn, list(measures[at : at + MOST_MEASURES])))
+        self._turns.append(turn)
         if len(self._turns) >= MOST_TURNS:
             self.report()
 
@@ -290,6 +320,8 @@ class LentChild:
     def abandon(self) -> None:
         """The worker is gone, or knows nothing of this front any more: all that has no answer is asked anew."""
         self.stage = Stage.LOST
+        if self._running and self._parts:  # half of its answer is with the client
+            self._finish(None, Refused(Situation.WORKER_LOST, "the worker has forgotten the process that answered"))
         self._hand_back_running()
         self._hand_back_queue()
         self.close()
@@ -361,6 +393,7 @@ class LentChildren:
     def __init__(self, link: RequestOwner, connection: socket.socket, room: AnswerRoom) -> None:
         self.link, self.room = link, room
         self._children: dict[int, LentChild] = {}
+        self._streams, self._counted = PartStreams(), 0
         self._of: dict[str, LentChild] = {}  # those that take requests, by model
         self._channel = LendChannel(connection, self._hear, self._end)
 
@@ -377,6 +410,38 @@ class LentChildren:
         if child is None or request.alone or request.content_type == OPEN_INFERENCE_DESCRIBE:
             return None
         return child
+
+    def answer(self, response: Response) -> None:
+        """The answer, behind its parts that wait."""
+        if self._streams.has(response.id):
+            self._pass_on(self._streams.end(response))
+        else:
+            self.link.answer(response)
+
+    def pass_part(self, part: Partial) -> None:
+        """A part of an answer. Raises Refused where the front holds too much for slow clients."""
+        if not self.room.has_room:
+            message = "bytes of answers wait for slow clients already, as many as max_inflight_bytes allows"
+            raise Refused(Situation.OVERLOADED, message)
+        self._pass_on(self._streams.add(part))
+
+    def add_credit(self, ident: int, size: int) -> None:
+        """The client of such an answer has taken so many bytes."""
+        self._pass_on(self._streams.add_credit(ident, size))
+
+    def drop_parts(self, ident: int) -> None:
+        """Nobody waits for the answer any more."""
+        self._streams.drop(ident)
+        self._count_parts()
+
+    def _pass_on(self, frames: Iterator[Partial | Response]) -> None:
+        for each in frames:
+            self.link.answer(each)
+        self._count_parts()
+
+    def _count_parts(self) -> None:
+        self.room.size += self._streams.held_bytes - self._counted
+        self._counted = self._streams.held_bytes
 
     def sweep(self, now: float) -> None:
         """What depends on time, regularly."""

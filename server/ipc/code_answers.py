@@ -37,7 +37,8 @@ def make_request(request: Request) -> CodeRequest:
     if not request.call:
         return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    return CodeRequest(call.request_id, content_type, accept, body, call.headers, call.parts, call.properties)
+    told = (call.headers, call.parts, call.properties, call.streams)
+    return CodeRequest(call.request_id, content_type, accept, body, *told)
 
 
 def read_answer(answer: CodeAnswer, *, is_told: bool) -> tuple[str, bytes, bytes]:
@@ -52,6 +53,11 @@ def read_answer(answer: CodeAnswer, *, is_told: bool) -> tuple[str, bytes, bytes
     if OK <= answer.status < MULTIPLE_CHOICES:
         return content_type, body, b""
     raise Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status)
+
+
+def read_part(answer: CodeAnswer) -> tuple[str, bytes, bytes]:
+    """The same of a part of an answer, for who has told a call and takes parts. Raises Refused."""
+    return read_answer(answer, is_told=True)
 
 
 def refuse_ended(model: str, why: object) -> Refused:

@@ -20,6 +20,7 @@ from server.ipc.frames import (
     Frame,
     FrameReader,
     Held,
+    Partial,
     Request,
     Response,
     WireError,
@@ -44,14 +45,14 @@ class FrameConnection(asyncio.Protocol, ABC):
     # --- for the subclass -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
         """A frame has arrived. A WireError from here ends the connection."""
 
     @abstractmethod
     def handle_end(self) -> None:
         """The connection has ended. Called once."""
 
-    def send(self, frame: Request | Response | Cancel | Credit | Held) -> None:
+    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial) -> None:
         """Send a frame, soon; the part of a body above `CHUNK` follows as the peer gives credit.
 
         On a connection that has ended it does nothing: `handle_end` reports the end. Raises WireError for a frame that
@@ -98,13 +99,17 @@ class FrameConnection(asyncio.Protocol, ABC):
         try:
             for frame in self._reader.feed(data):
                 if isinstance(frame, Credit):
-                    self._outbox.add_credit(frame.id, frame.room)
-                    self._send_chunks()
+                    self.add_credit(frame.id, frame.room)
                 else:
                     self.handle_frame(frame)
         except WireError as error:
             log.error("bad_frame", connection=repr(self), error=str(error))  # noqa: TRY400 -- the peer's fault, not ours
             self.close()
+
+    def add_credit(self, ident: int, room: int) -> None:
+        """The peer has room for more of this body."""
+        self._outbox.add_credit(ident, room)
+        self._send_chunks()
 
     def pause_writing(self) -> None:
         """The peer reads slower than we write: large bodies wait, and what the subclass keeps back."""

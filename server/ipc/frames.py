@@ -115,7 +115,18 @@ class Held(_Frame, tag=6):
     """From a front: no further request for the model of the lend `id` follows. See `server.ipc.lends`."""
 
 
-Frame = Request | Data | Response | Cancel | Credit | Held
+class Partial(_Frame, tag=7):
+    """A part of an answer that is sent while it is made, before its response; see `server.ipc.part_streams`.
+
+    `content_type` and `head` are those of the response; only the first part's count.
+    """
+
+    content_type: str
+    body: Part
+    head: bytes = b""
+
+
+Frame = Request | Data | Response | Cancel | Credit | Held | Partial
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode

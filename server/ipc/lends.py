@@ -25,9 +25,11 @@ import msgspec
 import structlog
 from msgspec import Struct
 
+from server.code_messages import Measure
+
 SUFFIX = ".lends"  #: of the socket's path, behind that of the worker's socket
 MAX_PACKET = 64 * 1024
-MOST_TURNS = 512  #: that one packet tells
+MOST_TURNS, MOST_MEASURES = 512, 16  #: that one packet tells
 RECEIVED_AT_ONCE = 32  #: packets, before others have their turn on the event loop
 _CREDENTIALS = struct.Struct("3i")
 
@@ -82,6 +84,14 @@ class Used(Struct, frozen=True, tag=True):
     turns: list[Turn]
 
 
+class Measured(Struct, frozen=True, tag=True):
+    """From a front: what the child's handler has measured during a request."""
+
+    id: int
+    turn: Turn
+    measures: list[Measure]
+
+
 class Returned(Struct, frozen=True, tag=True):
     """From a front: it is the worker's again."""
 
@@ -106,7 +116,7 @@ class Reported(Struct, frozen=True, tag=True):
 
 
 ToFront = HoldRequests | LendChild | RecallChild | ChildLost | AskReport
-FromFront = Used | Returned | Overdue | Misbehaved | Reported
+FromFront = Used | Measured | Returned | Overdue | Misbehaved | Reported
 Message = ToFront | FromFront
 
 _encode = msgspec.msgpack.Encoder().encode

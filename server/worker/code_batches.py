@@ -7,16 +7,22 @@ is full before.
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from weakref import WeakSet
 
 from handlers.codecs.codec import JSON
 from handlers.codecs.open_inference import DESCRIBE, Signature, describe_tensors
 from model_store.cache.slots import Slot
+from model_store.names import ModelName
+from server.code_messages import CodeAnswer, Measure
 from server.errors import Refused, Situation
-from server.ipc.code_answers import make_request, read_answer, refuse_ended
+from server.ipc.code_answers import make_request, read_answer, read_part, refuse_ended
+from server.ipc.lends import Turn
+from server.worker.code_measures import CodeMeasures
 from server.worker.code_replicas import CodeReplicas
 from server.worker.lent_children import LentChildren
 from server.worker.quarantine import Quarantine
@@ -53,7 +59,17 @@ class CodeBatches:
         self._replies, self._residents, self._scheduler, self._scaling = replies, residents, scheduler, scaling
         scaling.note_free = self._free_groups
         self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
-        self.lent = LentChildren(residents, scheduler, replies, quarantine, freed=self._free_groups, wake=wake, now=now)
+        self.measures = CodeMeasures(residents.children, os.uname().nodename)
+        self.lent = LentChildren(
+            residents,
+            scheduler,
+            replies,
+            quarantine,
+            freed=self._free_groups,
+            wake=wake,
+            now=now,
+            note_turn=self._note_turn,
+        )
         self._running: dict[ChildProcess, Sequence[Job]] = {}
         self._full: dict[str, Replicas] = {}  # groups that are parked because no child of theirs is idle
         self._collecting: dict[str, tuple[Replicas, float]] = {}  # group -> its children, and when it runs anyhow
@@ -98,19 +114,35 @@ class CodeBatches:
 
     def _have_answered(self, slot: Slot, child: ChildProcess, batch: Sequence[Job], now: float) -> None:
         """Give the child a batch of its slot's jobs, and answer these when it has."""
-        replicas, started = self._residents.children[slot], time.perf_counter()
+        replicas, began = self._residents.children[slot], time.perf_counter()
         self._running[child] = batch
+        queued_s, started = batch[0].queued_s(now), time.perf_counter()
 
         def end(outcome: Outcome) -> None:
             del self._running[child]
             self._free_groups(replicas)
-            self._answer(batch, outcome, now, time.perf_counter() - started)
+            ended = time.perf_counter()
+            self._answer(batch, outcome, now, ended - started)
+            own_s = started - began + time.perf_counter() - ended
+            self._note_measures(slot.model, child, queued_s=queued_s, ran_s=ended - started, own_s=own_s)
             if len(replicas.children) > replicas.wanted and not child.ended:
                 self._scaling.end_surplus(slot, replicas)
             if not batch[-1].request.alone:
                 self.lent.note_answer(slot, replicas, child, batch[-1].origin)
 
-        child.run([make_request(job.request) for job in batch], end)
+        child.run([make_request(job.request) for job in batch], end, partial(self._answer_part, batch))
+
+    def _note_measures(
+        self, model: ModelName, child: ChildProcess, *, queued_s: float, ran_s: float, own_s: float
+    ) -> None:
+        """Show what the handler has measured, and the times of a batch that its process has answered."""
+        if not child.ended:
+            self.measures.note_batch(model, child.measures, queued_s=queued_s, ran_s=ran_s, own_s=own_s)
+
+    def _note_turn(self, model: ModelName, turn: Turn, measures: Sequence[Measure]) -> None:
+        """The same of a request that a front had a lent child answer; nothing of it was this worker's."""
+        times = {"queued_s": max(0.0, turn.began - turn.arrived), "ran_s": turn.ended - turn.began}
+        self.measures.note_batch(model, measures, **times, own_s=0.0)
 
     def _park_full(self, group: str, replicas: Replicas) -> None:
         """Make no batches of the group until one of these has answered."""
@@ -154,6 +186,18 @@ class CodeBatches:
                 self._replies.refuse(job, refused)
             else:
                 self._replies.answer(job, (body, content_type), began, took, head)
+
+    def _answer_part(self, batch: Sequence[Job], index: int, answer: CodeAnswer) -> None:
+        """Pass on a part of an answer that the handler is still making."""
+        job = batch[index]
+        if job.done:
+            return
+        try:
+            content_type, body, head = read_part(answer)
+        except Refused as refused:
+            self._replies.tell_refused(job, refused)
+            return
+        self._replies.answer_part(job, (body, content_type), head)
 
     def advance_time(self, now: float) -> None:
         """Refuse late jobs, look after what is lent, measure the children."""

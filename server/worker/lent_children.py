@@ -10,7 +10,7 @@ when it is to be unloaded, replaced, scaled or refused, and when memory is short
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -19,18 +19,21 @@ import structlog
 
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName
+from server.code_messages import Measure
 from server.ipc.lends import (
     AskReport,
     ChildLost,
     HoldRequests,
     LendChannel,
     LendChild,
+    Measured,
     Message,
     Misbehaved,
     Overdue,
     RecallChild,
     Reported,
     Returned,
+    Turn,
     Used,
 )
 from server.worker.quarantine import Quarantine
@@ -79,7 +82,10 @@ class Lend:
 
 
 class LentChildren:
-    """See the module. `freed` is told whose child can be given batches again; `wake` schedules a step."""
+    """See the module. `freed` is told whose child can be given batches again; `wake` schedules a step.
+
+    `note_turn` is told of each request that a front had answered, and of what was measured during it.
+    """
 
     def __init__(
         self,
@@ -91,9 +97,10 @@ class LentChildren:
         freed: Callable[[Replicas], None],
         wake: Callable[[], None],
         now: Callable[[], float],
+        note_turn: Callable[[ModelName, Turn, Sequence[Measure]], None],
     ) -> None:
         self._residents, self._scheduler, self._replies, self._quarantine = residents, scheduler, replies, quarantine
-        self._freed, self._wake, self._now = freed, wake, now
+        self._freed, self._wake, self._now, self._note_turn = freed, wake, now, note_turn
         self._channels: dict[int, LendChannel] = {}  # by the front's process
         self._fronts: dict[int, int] = {}  # their processes, by the identity of their connections
         self._lends: dict[int, Lend] = {}
@@ -269,7 +276,7 @@ class LentChildren:
         if isinstance(message, Reported):
             self._answer_report(channel)
             return
-        if not isinstance(message, Used | Returned | Overdue | Misbehaved):
+        if not isinstance(message, Used | Measured | Returned | Overdue | Misbehaved):
             channel.close()  # no front of ours
             return
         lend = self._lends.get(message.id)
@@ -278,6 +285,9 @@ class LentChildren:
         if isinstance(message, Used):
             for turn in message.turns:
                 self._replies.count_lent(lend.slot, turn)
+                self._note_turn(lend.slot.model, turn, ())
+        elif isinstance(message, Measured):
+            self._note_turn(lend.slot.model, message.turn, message.measures)
         elif isinstance(message, Returned):
             self._take(lend)
         elif isinstance(message, Overdue):

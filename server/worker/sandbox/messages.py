@@ -39,7 +39,8 @@ class ForkChild(Struct, frozen=True, tag=True):
 
     `folder` holds `model`, the archive's files, and `tmp`. `threads`: of torch. `packages`: where those that were
     installed for the archive are; empty where none were. `batch_size`: instead of the archive's own, and so
-    `max_batch_delay_s`; 0: the archive's own.
+    `max_batch_delay_s`; 0: the archive's own. `envelope`: of an archive of TorchServe that names none; may be empty.
+    `metrics`: the text of TorchServe's metrics.yaml; may be empty.
     """
 
     model: str
@@ -50,6 +51,8 @@ class ForkChild(Struct, frozen=True, tag=True):
     packages: str = ""
     batch_size: int = 0
     max_batch_delay_s: float = 0.0
+    envelope: str = ""
+    metrics: str = ""
 
 
 class TemplateReady(Struct, frozen=True, tag=True):
