@@ -25,6 +25,14 @@ def handle(data, context):
     if data is None:
         return None
     CALLS.append(1)
+    if data[0]["body"]["mode"] == "parts":
+        from ts.handler_utils.utils import send_intermediate_predict_response
+        for i in range(data[0]["body"]["n"]):
+            parts = [chr(ord("a") + i) * 100_000]
+            send_intermediate_predict_response(parts, context.request_ids, "Prediction success", 200, context)
+        if data[0]["body"]["ends"]:
+            os._exit(1)
+        return ["end"]
     return [answer(row["body"]) for row in data]
 
 def answer(asked):
@@ -43,7 +51,18 @@ def answer(asked):
 
 MARK = 1
 """
-NAMES = ("counted", "loop", "exit", "garbage", "mixed", "moved", "late", "large", *(f"many{i}" for i in range(6)))
+NAMES = (
+    "counted",
+    "loop",
+    "exit",
+    "garbage",
+    "mixed",
+    "moved",
+    "late",
+    "large",
+    "parts",
+    *(f"many{i}" for i in range(6)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +178,23 @@ def test_large_bodies_go_both_ways(house: Server) -> None:
     found = ask(house, "large", "large", n=3_000_000, filling="y" * 3_000_000)
     assert found.content == b"x" * 3_000_000
     assert ask(house, "large").json()["pid"] == pid
+
+
+def test_a_lent_child_answers_part_by_part(house: Server) -> None:
+    """More than a client may leave unread, in order; an answer whose process ends is cut."""
+    pid = lend(house, "parts")
+    whole = ask_parts(house, n=20, ends=False)
+    assert whole == b"".join(bytes([ord("a") + i]) * 100_000 for i in range(20)) + b"end"
+    assert read_row(house, "parts")["leases"] == 1
+    with pytest.raises(httpx.RemoteProtocolError):
+        ask_parts(house, n=2, ends=True)
+    assert ask(house, "parts").json()["pid"] != pid
+
+
+def ask_parts(server: Server, *, n: int, ends: bool) -> bytes:
+    """What comes of an answer that is sent while it is made, by TorchServe's path."""
+    body = {"mode": "parts", "n": n, "ends": ends}
+    return server.http.post(f"{server.url}/predictions/parts", json=body).content
 
 
 def test_memory_for_others_is_found_while_children_are_lent(house: Server) -> None:
