@@ -15,6 +15,7 @@ from msgspec import Meta, Struct
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  #: of a message that a child sends
 MAX_TEXT = 2000  #: characters of an error that a child tells
 RECEIVE_BYTES = 64 * 1024  #: at a time: a larger buffer would be mapped and unmapped for each message
+ENDED = "its process ended by itself or by a limit (memory, processor time, a signal, os._exit)"
 
 _LENGTH = Layout("<I")
 
@@ -153,6 +154,9 @@ class ChildMessages:
     def __repr__(self) -> str:
         """For example `<ChildMessages 12 bytes wait>`."""
         return f"<ChildMessages {len(self._buffer)} bytes wait>"
+
+    def __len__(self) -> int:
+        return len(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[FromChild]:
         """The messages that `data` completes. Raises ProtocolError for what no child of ours would send."""

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
-from server.sagemaker_environment import find_model_folder, read_sagemaker_environment
+from server.sagemaker_container.environment import find_model_folder, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -46,7 +46,7 @@ class SageMakerSource(PydanticBaseSettingsSource):
         return self().get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """See `server.sagemaker_environment`."""
+        """See `server.sagemaker_container.environment`."""
         has_model = find_model_folder(os.environ).is_dir()
         return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 

@@ -209,7 +209,7 @@ class App:
         return reply
 
     def _refuse_path(self, path: str) -> NoReturn:
-        places = ", ".join(dialect.paths for dialect in self._dialects)
+        places = ", ".join(f"{each.routes.main_path} ({each.routes.title})" for each in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
     async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:

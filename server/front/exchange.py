@@ -78,7 +78,6 @@ class Dialect(Protocol):
 
     name: str  #: the metrics' label `protocol`
     routes: Routes  #: its part of the table of `server.routes.inference`, with which `match` agrees
-    paths: str  #: for the message about a path that no dialect has
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """The operation that is asked for; None for a path that is not this dialect's. `query`: as it was sent.

@@ -43,6 +43,7 @@ def handle(data, context):
         time.sleep(0.01)
     return [{"pid": os.getpid(), "home": home}]
 """
+WARM = 30  #: requests in a row, after which a front asks a child itself
 AT_START = ["url=code/one.mar&model_name=first&initial_workers=1", "url=code/nowhere.mar"]
 #: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
 MEASURING = """
@@ -162,9 +163,9 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
 
 def test_what_handlers_measure_is_shown_while_their_model_is_in_memory(server: Server) -> None:
     """Under its own name and the archive's, bounded; a printed line makes no metric, and no name of ours is taken."""
-    for _ in range(2):
+    for _ in range(WARM):
         assert predict(server, "code/measured").text == "ok"
-    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == 2
+    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == WARM
     assert server.total("HandlerTime", ModelName="code/measured", Level="Model") == 1.5
     shown = server.exposition()
     for each in ("QueueTime{", "WorkerThreadTime{", "WorkerLoadTime{", 'ModelName="code/measured"', "PredictionTime{"):
@@ -189,6 +190,8 @@ def ask_parts(server: Server, asked: str) -> httpx.Request:
 def test_an_answer_in_parts_arrives_while_it_is_made(server: Server) -> None:
     """The first part is there while the handler waits, with the handler's headers. All of a large part comes."""
     pytest.importorskip("ts")
+    for _ in range(WARM):
+        assert server.http.send(ask_parts(server, "now")).text.endswith(";xend")
     answer = server.http.send(ask_parts(server, "wait"), stream=True)
     parts = answer.iter_raw()
     home = next(parts).decode().removesuffix(";")

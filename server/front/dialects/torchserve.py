@@ -92,7 +92,6 @@ class TorchServe:
 
     name = "torchserve"
     routes = TORCHSERVE
-    paths = "/predictions/MODEL"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
