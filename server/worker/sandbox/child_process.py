@@ -40,6 +40,8 @@ from server.code_messages import (
 from server.worker.sandbox.child_output import ChildOutput
 from server.worker.sandbox.memory_use import measure_memory
 
+SHOW_AND_END = signal.SIGXCPU  #: at which a child says where its code is, and ends, as where a limit sends it
+SHOW_S = 0.2  #: that it has for it
 TICK_S = 0.1  #: how often a loading child's output is looked at again after it has had its share
 
 log = structlog.get_logger()
@@ -77,7 +79,7 @@ class ChildProcess:
         self.ended = ""  #: why it has ended; empty while it lives
         self.load_s = 0.0  #: from its fork until its handler was loaded
         self.measures: list[Measure] = []  #: what its handler has measured until the last answer
-        self._forked = time.monotonic()
+        self._forked, self._late = time.monotonic(), ""
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s
         self._output, self._messages = ChildOutput(model, output), ChildMessages()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -135,7 +137,19 @@ class ChildProcess:
                 return
             if self._pidfd in ready:  # what it has started may hold the channel open
                 raise CodeFailed(f"{self._model}: its code could not be loaded: {ENDED}")
-        raise CodeFailed(f"{self._model}: its code was not loaded within {self._timeout_s:g} s (code_timeout_s)")
+        self._show_where()
+        raise CodeFailed(
+            f"{self._model}: its code was not loaded within {self._timeout_s:g} s (code_timeout_s); the server's log "
+            "says where it was (code_said)"
+        )
+
+    def _show_where(self) -> None:
+        """Have a child that is to be ended say where its code is, and wait for that for a moment."""
+        _send_signal(self._pidfd, SHOW_AND_END)
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(SHOW_S * 1e3)
+        self._output.read_last()
 
     def _take_loaded(self) -> bool:
         """Whether the child says that it has loaded its handler. Raises CodeFailed."""
@@ -211,16 +225,25 @@ class ChildProcess:
             self._loop.add_reader(self._channel.fileno(), self._read_channel)
 
     def tell_late(self) -> None:
-        """End it: a batch has taken too long."""
-        self.end(f"it took longer than {self._timeout_s:g} s for a batch (code_timeout_s)")
+        """End it: a batch has taken too long. Before that it says where its code is."""
+        if self.ended or self._late:
+            return
+        assert self._loop is not None, "a child is watched before it is asked"
+        self._late = f"it took longer than {self._timeout_s:g} s for a batch (code_timeout_s)"
+        _send_signal(self._pidfd, SHOW_AND_END)
+        self._loop.call_later(SHOW_S, self.end, self._late)
 
     def end(self, why: str) -> None:
-        """Kill the child, and tell whoever waits for it why. No-op if it has ended."""
+        """Kill the child, and tell whoever waits for it why. No-op if it has ended.
+
+        Of one that was told that it is late this is why, however it ends.
+        """
         if self.ended:
             return
-        self.ended = why
+        self.ended = why = self._late or why
         log.warning("code_ended", model=self._model, pid=self.pid, why=why)
         self._stop_watching()
+        self._output.read_last()
         _kill(self._pidfd)
         self._finish(ChildEnded(why))
         note_lost, self._note_lost = self._note_lost, None
@@ -331,8 +354,12 @@ def _ignore() -> None:
 
 
 def _kill(pidfd: int) -> None:
+    _send_signal(pidfd, signal.SIGKILL)
+
+
+def _send_signal(pidfd: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, number)
 
 
 def _release(
