@@ -116,7 +116,8 @@ class LentChild:
         self._messages, self._counted = ChildMessages(), 0
         self._unsent = memoryview(b"")
         self._free_at = self._used_at = time.monotonic()  # since when the child has had the first of those running
-        self._is_quick, self._is_reading, self._is_overdue = False, False, False
+        self._most = 1  # requests that it may have at a time
+        self._is_reading = self._is_overdue = False
         self._parts = self._part_bytes = 0  # of the answer that is being made
         self._turns: list[Turn] = []
 
@@ -134,8 +135,10 @@ class LentChild:
 
     def put(self, request: Request) -> None:
         """A request, to be answered by the child or handed back."""
-        self._queue.put(self.model, request.id, request, request.client)
-        self._send_next()
+        if self.stage is Stage.LENT and not self._unsent and not self._queue and len(self._running) < self._most:
+            self._send([request])
+        else:
+            self._queue.put(self.model, request.id, request, request.client)
 
     def drop(self, ident: int, outcome: int = LOST) -> None:
         """Nobody waits for the answer any more. What runs goes on."""
@@ -155,16 +158,16 @@ class LentChild:
 
     def _send_next(self) -> None:
         """Send what the child may have now, in one write."""
-        if self.stage is not Stage.LENT or self._unsent:
-            return
-        data, most = b"", AHEAD if self._is_quick else 1
-        while self._queue and len(self._running) < most:
-            request = self._queue.take()
-            data += frame(RunBatch([make_request(request)]))
-            self._running.append(_Running(request, time.monotonic()))
-        if data:
-            self._unsent = memoryview(data)
-            self._write()
+        if self.stage is Stage.LENT and self._queue and not self._unsent:
+            room = min(self._most - len(self._running), len(self._queue))
+            if room > 0:
+                self._send([self._queue.take() for _ in range(room)])
+
+    def _send(self, requests: Sequence[Request]) -> None:
+        now = time.monotonic()
+        self._running.extend(_Running(request, now) for request in requests)
+        self._unsent = memoryview(b"".join([frame(RunBatch([make_request(request)])) for request in requests]))
+        self._write()
 
     def _write(self) -> None:
         assert self._socket is not None, "only a child that is here is asked"
@@ -261,7 +264,7 @@ class LentChild:
         request, sent = self._running.popleft()
         now, began = time.monotonic(), max(sent, self._free_at)
         self._free_at = self._used_at = now
-        self._is_quick, self._is_overdue = now - began < QUICK_S, False
+        self._most, self._is_overdue = AHEAD if now - began < QUICK_S else 1, False
         self._parts = self._part_bytes = 0
         content_type, body, head = "", b"", b""
         if answer is not None:
