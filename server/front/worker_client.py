@@ -12,7 +12,8 @@ from typing import Any
 from server.access_log import REFUSED
 from server.errors import Refused, Situation
 from server.front.backlog import Backlog, Turns
-from server.front.lent_children import AnswerRoom, LentChild, LentChildren
+from server.front.lent_child import AnswerRoom, LentChild
+from server.front.lent_children import LentChildren
 from server.ipc.connection import FrameConnection
 from server.ipc.frames import CHUNK, Cancel, Credit, Data, Held, Partial, Request, Response, WireError
 from server.ipc.lends import connect_for_lends

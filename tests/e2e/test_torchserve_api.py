@@ -46,7 +46,7 @@ def handle(data, context):
     return [{"pid": os.getpid(), "home": home}]
 """
 WARM = 30  #: requests in a row, after which a front asks a child itself
-AT_START = ["url=code/one.mar&model_name=first&initial_workers=1", "url=code/nowhere.mar"]
+AT_START = ["url=code/start.mar&model_name=first&initial_workers=1", "url=code/nowhere.mar"]
 #: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
 MEASURING = """
 class Dimension:
@@ -97,6 +97,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("torchserve-api")
     archives = {
         "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
+        "code/start.mar": pack_code("VERSION = 0\n" + HANDLER),
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
         "code/waits.mar": pack_code(WAITER),
         "code/measured.mar": pack_code(MEASURING),
@@ -126,7 +127,7 @@ def predict(server: Server, path: str, body: bytes = b"{}") -> httpx.Response:
 
 def test_what_the_settings_name_is_registered_from_the_start(server: Server) -> None:
     """It answers by its name, and is listed; what is not there is in the log."""
-    assert predict(server, "first/1.0").text == "version 1"
+    assert predict(server, "first/1.0").text == "version 0"
     (described,) = manage(server, "GET", "/first").json()
     assert (described["loadedAtStartup"], described["minWorkers"]) == (True, 1)
     assert "not_registered_at_start" in server.said()
