@@ -213,9 +213,14 @@ class HeldBytes:
         """For example `<HeldBytes 12000 of 1000000>`."""
         return f"<HeldBytes {self.size} of {self._limit}>"
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be held."""
+        return self.size <= self._limit
+
     def check(self) -> None:
         """Raises Refused while there are too many."""
-        if self.size > self._limit:
+        if not self.has_room:
             raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
 
     @contextlib.contextmanager

@@ -66,6 +66,7 @@ from server.supervisor.host_files import (
 )
 from server.supervisor.management_calls import call_management
 from server.supervisor.model_server_api.mms import MultiModelApi
+from server.supervisor.model_server_api.startup_models import register_startup_models
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -157,6 +158,7 @@ class Supervisor:
         if self._children.fatal.done():
             ready.cancel()
             raise StartFailed(self._children.fatal.result())
+        await register_startup_models(self.registrations, self.settings)
         self._watcher = asyncio.create_task(self._watch.run(lambda: open_settings_store(self.settings)))
 
     async def _keep_disk(self) -> None:

@@ -23,6 +23,7 @@ from server.access_log import ArrivalBuffer
 from server.host import WorkerPlan
 from server.ipc.control import ChildChannel
 from server.ipc.frames import CHUNK
+from server.ipc.lends import listen_for_lends
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
 from server.ipc.pulse import Pulse
 from server.ipc.sockets import listen_at
@@ -175,9 +176,16 @@ async def main(control_fd: int) -> None:
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
-    listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
+    lent = None if code is None else steps.lent
+    lends = None if lent is None else listen_for_lends(assignment.socket, lent.accept)
+    listening = await listen_at(
+        lambda: FrontConnection(steps, limit, unsent, lent), assignment.socket, made_anew=pulse.link
+    )
     member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s).handle)
     await member.released
+    if lends is not None:
+        asyncio.get_running_loop().remove_reader(lends.fileno())
+        lends.close()
     listening.cancel()  # the steps stay open: a request may still come while the process ends
 
 

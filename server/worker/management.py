@@ -81,6 +81,7 @@ class Management:
             case UnloadModel(model):
                 return await self._steps.unload(parse_versioned_name(model))
             case ListModels(prefix, after, limit, whole):
+                await self._steps.lent.gather_reports()
                 return msgspec.convert(self._steps.describe(prefix, after, limit, whole=whole), list[ModelState])
             case ListVersions(after, limit):
                 return self._steps.list_versions(after, limit)
@@ -99,8 +100,10 @@ class Management:
             case AwaitReplicas(model):
                 return await self._steps.replicas.wait_settled(parse_model_name(model))
             case ScrapeMetrics():
+                await self._steps.lent.gather_reports()
                 return self._steps.render_metrics()
             case TakeAccessLog():
+                await self._steps.lent.gather_reports()
                 return AccessLogRows(*(("", 0, 0) if self._arrivals is None else self._arrivals.take()))
             case Ping():
                 return repr(self._steps)

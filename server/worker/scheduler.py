@@ -86,6 +86,10 @@ class Scheduler:
         """Whether `next_batch` would return any job."""
         return bool(self._ready)
 
+    def count(self, model: ModelName) -> int:
+        """The model's jobs that wait or run."""
+        return self._counts.get(model, 0)
+
     def admit(self, job: Job) -> None:
         """Count the job. Raises QueueFull if the queue of its model or of the worker is full."""
         queued = self._counts.get(job.model, 0)
