@@ -272,6 +272,8 @@ def test_series_that_do_not_fit_a_correlation_are_refused(house: Server) -> None
         ({"series": {"y": [1.0] * 48, "sizes": [48], "X": [[1.0] * 48], "X_future": [[1.0] * 24]}}, 400, "series.X"),
         ({"series": {"y": ["a"], "sizes": [1]}}, 400, "series.y[0]: expected a number or null, not text"),
         ({"level": [100]}, 400, "level"),
+        ({"levels": [80]}, 400, "levels: there is no such key; did you mean level?"),
+        ({"series": {"y": [1.0] * 48, "sizes": [48], "start_datetimes": []}}, 400, "series.start_datetimes: there is"),
         ({"finetune_steps": 3}, 501, "not trained"),
         ({"finetuned_model_id": "x"}, 501, "not trained"),
         ({"model_parameters": {"seeds": 1}}, 400, "seeds"),

@@ -20,8 +20,9 @@ from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequ
 from server.front.finished_jobs import KEEP_S
 from server.front.forecasting.bodies import decode_body, say_place
 from server.front.forecasting.calls import ForecastCall, list_known, parse_model, require_forecasts
+from server.front.forecasting.misspelt_keys import cut_keys, refuse_misspelt
 from server.front.forecasting.nixtla_answers import ANSWERS, CUTS
-from server.front.forecasting.nixtla_series import OLD_CLIENT, SIMULATE, NixtlaRequest, Plan
+from server.front.forecasting.nixtla_series import OLD_CLIENT, SIMULATE, NixtlaRequest, Plan, Series
 from server.front.forecasting.nixtla_simulation import NoPaths, simulate_paths
 from server.front.forecasting.recipes import check_frequency
 from server.front.statuses import USUAL_STATUS
@@ -50,6 +51,11 @@ _REFUSED: Mapping[str, str] = {
 }
 _JOBS = {"simulate": "simulate", "forecast": "forecast_job", "cross_validation": "backtest_job"}  #: path -> operation
 _JOB, _CANCEL = re.compile(r"/v2/(\w+)/jobs/([^/]{1,100})"), re.compile(r"/v2/async/jobs/([^/]{1,100})/cancel")
+#: What clients send and no model here needs.
+IGNORED = (
+    "clean_ex_first", "feature_contributions_type", "finetune_depth", "finetune_loss", "full_history", "job_options",
+    "output_model_id", "quantiles", "refit", "threshold_method",
+)  # fmt: skip
 _decoder = msgspec.json.Decoder(NixtlaRequest)
 #: Answers that take no model, by operation.
 _SIMPLE: Mapping[str, Callable[[InferencePlane], Mapping[str, object]]] = {
@@ -143,6 +149,7 @@ class Nixtla:
         if operation.name == "parameters":
             return await self._describe(call, request)
         asked, name = decode_body(_decoder, request.body), operation.name.removesuffix("_job")
+        _refuse_misspelt(request.body)
         try:
             found = await self._forecast(call, asked, name)
         except (NotDone, NoPaths) as refusal:
@@ -212,6 +219,13 @@ async def _answer_job(operation: NumberedJob, request: HttpRequest, plane: Infer
         return HttpReply(OK, JSON, answer)
     message = f"there is no job {operation.number[:40]!r}: they are kept for {KEEP_S:g} s, for who made them"
     raise NoJob(Situation.NOT_FOUND, message)
+
+
+def _refuse_misspelt(body: bytes) -> None:
+    """Raises Refused for a key that looks like one of the client's: others are let through, as they may be to come."""
+    whole = cut_keys(body)
+    refuse_misspelt(whole, (*NixtlaRequest.__struct_fields__, *IGNORED))
+    refuse_misspelt(cut_keys(whole["series"]), (*Series.__struct_fields__, "categorical_exog"), "series.")
 
 
 def _require_done(asked: NixtlaRequest, name: str) -> None:
