@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -130,8 +131,11 @@ class FamilyCodec:
         forecast: ForecastSpec | None = None,
         budget: RequestBudget | None = None,
         calibration: BandCalibration | None = None,
+        facts: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         """`budget` refuses forecasts of too many rows; None means no limit. `calibration` shifts their levels.
+
+        `facts` are further plain values of a whole description.
 
         Raises model_store.errors.ArchiveInvalid if the recipe of the forecast cannot be run.
         """
@@ -139,7 +143,7 @@ class FamilyCodec:
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
         self._deepar = None if forecast is None else DeepAr(forecast, budget, calibration)
-        self._budget = budget
+        self._budget, self._facts = budget, facts
         self._signature = open_inference.Signature(self._shapes, {OUTPUT: tensor.output_shape})
 
     def __repr__(self) -> str:
@@ -151,7 +155,8 @@ class FamilyCodec:
         `whole`: all of it, else what a list of a thousand models has room for.
         """
         describe = describe_recipe if whole else describe_forecast
-        return {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
+        forecast: dict[str, object] = {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
+        return {**forecast, **self._facts} if whole else forecast
 
     def decode(
         self, body: bytes | memoryview, content_type: str, accept: str, place: Place | None = None
@@ -358,6 +363,7 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
         "prediction_length": forecast.prediction_length,
         "dynamic_feat": [*forecast.dynamic_feat[:SHOWN_NAMES], *([f"and {more} more"] if more > 0 else [])],
         "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}",
+        **({"residual_to": forecast.residual_to} if forecast.residual_to else {}),
     }
 
 

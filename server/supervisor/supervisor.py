@@ -225,7 +225,8 @@ class Supervisor:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
                 folder, count = str(self._folder.path), len(self.workers)
-                return FrontAssignment(self.settings, child.index, cores, count, folder, dict(child.grpc))
+                journal = self._folder.make("jobs") if child.has_output else ""
+                return FrontAssignment(self.settings, child.index, cores, count, folder, dict(child.grpc), journal)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
