@@ -49,12 +49,17 @@ _REFUSED: Mapping[str, str] = {
     "simulate": "paths are drawn by a job: ask /v2/simulate/async, as NixtlaClient.simulate does",
     "execute_step": "preparing steps are not run here: send the prepared series",
 }
-_JOBS = {"simulate": "simulate", "forecast": "forecast_job", "cross_validation": "backtest_job"}  #: path -> operation
+_JOBS = {  #: by the path's word below /v2, the operation
+    "simulate": "simulate",
+    "forecast": "forecast_job",
+    "cross_validation": "backtest_job",
+    "anomaly_detection": "online_anomalies_job",  # the client's job has the newer form, unlike the call without one
+}
 _JOB, _CANCEL = re.compile(r"/v2/(\w+)/jobs/([^/]{1,100})"), re.compile(r"/v2/async/jobs/([^/]{1,100})/cancel")
 #: What clients send and no model here needs.
 IGNORED = (
     "clean_ex_first", "feature_contributions_type", "finetune_depth", "finetune_loss", "full_history", "job_options",
-    "output_model_id", "quantiles", "refit", "threshold_method",
+    "output_model_id", "quantiles", "refit",
 )  # fmt: skip
 _decoder = msgspec.json.Decoder(NixtlaRequest)
 #: Answers that take no model, by operation.
@@ -234,5 +239,7 @@ def _require_done(asked: NixtlaRequest, name: str) -> None:
         raise NotDone("models are not trained by requests: leave out finetune_steps and finetuned_model_id")
     if asked.feature_contributions:
         raise NotDone("feature contributions are not computed: leave out feature_contributions")
+    if asked.threshold_method == "multivariate":
+        raise NotDone("anomalies are found in each series by itself: leave out threshold_method")
     if name == "online_anomalies" and asked.step_size not in (None, asked.h):
         raise NotDone(f"windows of the detection follow one another: leave out step_size, or set it to h ({asked.h})")
