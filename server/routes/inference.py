@@ -57,8 +57,10 @@ NIXTLA = Protocol(
               statuses=(202,), schema="nixtla_body"),
         Route("POST", "/v2/cross_validation/async", "backtest_job", "A backtest as a job", (JSON,),
               statuses=(202,), schema="nixtla_body"),
+        Route("POST", "/v2/anomaly_detection/async", "online_anomalies_job", "The newest values' anomalies as a job",
+              (JSON,), statuses=(202,), schema="nixtla_body"),
         *(Route("GET", f"/v2/{task}/jobs/{{job}}", "job", "The answer of a job, for ten minutes")
-          for task in ("simulate", "forecast", "cross_validation")),
+          for task in ("simulate", "forecast", "cross_validation", "anomaly_detection")),
         Route("POST", "/v2/async/jobs/{job}/cancel", "cancel", "Forget a job's answer"),
     ),
     (*_REFUSED, 424, 429, 500, 501, 503),

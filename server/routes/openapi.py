@@ -115,6 +115,11 @@ SCHEMAS: Mapping[str, Schema] = {
             "h": {"type": "integer", "minimum": 1},
             "freq": _TEXT,
             "level": {"type": "array", "items": {"type": "number"}},
+            "n_windows": {"type": "integer", "minimum": 1},
+            "detection_size": {"type": "integer", "minimum": 1},
+            "multivariate": {"type": "boolean"},
+            "n_paths": {"type": "integer", "minimum": 1, "maximum": 10_000},
+            "seed": {"type": ["integer", "null"]},
         },
     },
     "mlflow_body": {
