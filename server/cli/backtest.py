@@ -45,6 +45,10 @@ def backtest(
     stamps_zone: price_flags.StampsZone = "",
     time_format: price_flags.TimeFormat = "",
     item: price_flags.Item = "",
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="also replay the windows with adaptive bands, as `serve --actuals` has them"),
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
@@ -58,13 +62,17 @@ def backtest(
     Covariates known ahead are the columns that the archive names. pinball and CRPS are in the unit of the prices; wQL,
     WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
-    Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit code is 1 when some
+    Score prices that the archives were not trained on: `fleetcast train --train-until`. With --online a second table
+    has the coverage of each band as it is and as it would be if a server got each price in time, and the change of the
+    pinball loss. The exit code is 1 when some
     markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
 
     with one_line_errors():
+        if online and url:
+            raise ValueError("--online replays in this process: leave out --url")
         settings = settings_from({"store": models} if models else {})
         first, last = parse_moment("--from", since), parse_moment("--until", until)
         most = windows if windows is not None else 0 if first else WINDOWS
@@ -72,7 +80,7 @@ def backtest(
         names = match_markets(csv, time, target or (), settings, name_template)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
         with show_progress("scoring") as told:
-            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules)
+            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules, online=online)
         if html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
@@ -81,6 +89,8 @@ def backtest(
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
         rich.print(_make_score_table(found))
+        if online:
+            rich.print(_make_online_table(found))
         for each in found.markets:
             if each.uncalibrated is not None:
                 after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
@@ -107,4 +117,24 @@ def _make_score_table(found: "Backtest") -> Table:
     if len(found.markets) > 1:
         table.add_section()
         table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
+    return table
+
+
+def _make_online_table(found: "Backtest") -> Table:
+    """A table of the coverage of each band, fixed and adaptive, and of the pinball loss."""
+    scored = [(each.target, each.online) for each in found.markets if each.online is not None]
+    promised = sorted({band.nominal for _, online in scored for band in online.bands})
+    table = Table("adaptive bands", *(f"in {each:.0%}" for each in promised), "pinball", "change", "drift alarms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for target, online in scored:
+        bands = {band.nominal: f"{100 * band.fixed:.1f} > {100 * band.adaptive:.1f}" for band in online.bands}
+        change = online.pinball_adaptive / online.pinball_fixed - 1 if online.pinball_fixed else 0.0
+        table.add_row(
+            verbatim(target),
+            *(bands.get(each, "-") for each in promised),
+            f"{online.pinball_fixed:.3f} > {online.pinball_adaptive:.3f}",
+            f"{change:+.1%}",
+            str(online.drift_alarms),
+        )
     return table

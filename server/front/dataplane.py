@@ -6,7 +6,7 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Protocol, cast
 
@@ -27,12 +27,15 @@ from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.operations import (
+    ActualsReply,
     KnownModel,
     ListKnownModels,
     LoadForClient,
     ManagementReply,
     ManageModels,
+    ObservedPrices,
     Operation,
+    RecordActuals,
     Reply,
     UnloadForClient,
 )
@@ -226,6 +229,9 @@ class InferencePlane(Protocol):
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer to who manages models on this listener. Raises Refused."""
 
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices, all of them or none. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
@@ -264,6 +270,10 @@ class PlaneInFront:
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
         return await self._plane.manage(request, deadline)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        return await self._plane.record_actuals(items, deadline)
 
 
 class DataPlane:
@@ -347,6 +357,10 @@ class DataPlane:
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
         return await self._ask_supervisor(request, deadline)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        return await self._ask_supervisor(RecordActuals(list(items)), deadline)
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""

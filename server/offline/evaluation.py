@@ -16,6 +16,7 @@ from handlers.evaluation.scores import (
     score_windows,
 )
 from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
+from server.offline.online_bands import OnlineScores
 from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
@@ -55,7 +56,8 @@ class MarketScore:
     """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
 
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
-    same windows before the archive's calibration; None if it has none.
+    same windows before the archive's calibration; None if it has none. `online`: what adaptive bands would change; None
+    if that was not asked.
     """
 
     target: str
@@ -71,6 +73,7 @@ class MarketScore:
     by_hour: ByHour
     notes: tuple[str, ...] = ()
     uncalibrated: float | None = None
+    online: OnlineScores | None = None
 
 
 def score_forecasts(

@@ -5,7 +5,7 @@ A market that fails is reported, and the others continue. A store that cannot be
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import TypeVar
@@ -19,6 +19,7 @@ from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
+from server.offline.online_bands import score_online
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
@@ -102,8 +103,13 @@ def backtest_fleet(
     rolling: Rolling,
     report_progress: Progress,
     rules: FileRules = PLAIN,
+    *,
+    online: bool = False,
 ) -> Backtest:
-    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError."""
+    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError.
+
+    `online`: replay them with adaptive bands as well.
+    """
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
@@ -116,7 +122,8 @@ def backtest_fleet(
             raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
         before = measure_uncalibrated(model, series, origins)
-        return score_forecasts(found, forecast.unit, list_notes(found, model), before), make_fan_chart(found)
+        score = score_forecasts(found, forecast.unit, list_notes(found, model), before)
+        return replace(score, online=score_online(model, found) if online else None), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

@@ -38,6 +38,7 @@ from server.model_server_api.bodies import encode_pretty
 from server.model_server_api.torchserve_description import describe_metrics
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.actuals.api import list_accuracy_routes
 from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
@@ -123,6 +124,7 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
         Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
         *list_release_routes(supervisor.releases),
         *list_docs_routes(supervisor.settings, addresses),
+        *list_accuracy_routes(supervisor.actuals),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
