@@ -290,7 +290,8 @@ class DeepAr:
     def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:
         """Turn network numbers into prices [n, D?, prediction, levels or paths], calibrated, within floor and cap.
 
-        Raises RunFailed beyond float32.
+        Deviations become prices before all else, so that floor, cap and calibration are about prices. Raises RunFailed
+        beyond float32.
         """
         forecast = self._forecast
         numbers = outputs.astype(np.float64).reshape(len(outputs), *self._shape)
@@ -299,6 +300,8 @@ class DeepAr:
             prices = np.stack(scaled, axis=1)
         else:
             prices = from_network(numbers, forecast.scaler)
+        if forecast.residual_to:
+            prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
         calibration = self._calibration  # which `adapt` may replace meanwhile
         if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")

@@ -35,6 +35,9 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
 Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Numbers = Annotated[list[int], Meta(max_length=MAX_ROWS)]
+PartSettings = Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)]
+#: The value of a field of `config`; lists of objects are the parts of a mixture.
+Setting = int | float | str | bool | Annotated[list[int | PartSettings], Meta(max_length=MAX_ROWS)]
 T = TypeVar("T", bound=Struct)
 
 
@@ -101,6 +104,9 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then the
     default of a request. `origin`: the time of day of the first forecast step, for a model that was trained for this
     time only; the request is refused if it starts at another one.
+
+    `residual_to`: the covariate that forecasts the same price, such as an operator's own forecast. The target channels
+    and the network's numbers are then deviations of the price from it, and `scaler` is of these.
     """
 
     frequency: Name
@@ -121,6 +127,7 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     tail: Literal["none", "clamp"] = "none"
     paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
     origin: TimeOfDay | UnsetType = UNSET
+    residual_to: Name | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         """Cross-field rules."""
@@ -132,6 +139,8 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         self._check_products()
         if self.paths and len(self.products) > 1:
             raise ValueError("paths are of one product")
+        if self.residual_to and (len(self.products) > 1 or self.residual_to not in self.dynamic_feat):
+            raise ValueError(f"residual_to {self.residual_to!r} must be a covariate of an archive of one product")
         if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
             raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
         if self.floor is not None and self.cap is not None and self.floor >= self.cap:
@@ -261,7 +270,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: Weights
     format: Literal[1] = 1
     architecture: str = ""
-    config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
+    config: Annotated[dict[str, Setting], Meta(max_length=MAX_FIELDS)] = {}
     forecast: ForecastSpec | None = None
     correlation: CorrelationSpec | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None
