@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from server.sdk.client import Client, PairedPrices
 from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import Server, run_server
 from tests.patience import wait_until
@@ -34,10 +35,10 @@ def ask_forecast(server: Server, day: int, name: str = NAME) -> Levels:
     return found
 
 
-def send_prices(server: Server, day: int, prices: list[float], name: str = NAME) -> dict[str, Any]:
+def send_prices(server: Server, day: int, prices: list[float]) -> dict[str, Any]:
     """What the server says of a day's prices."""
     stamps = [str(FIRST + timedelta(days=day, hours=hour)) for hour in range(HORIZON)]
-    call = {"actuals": [{"target_model": name, "stamps": stamps, "prices": prices}]}
+    call = {"actuals": [{"target_model": NAME, "stamps": stamps, "prices": prices}]}
     reply = server.http.post(f"{server.url}/v1/actuals", json=call)
     assert reply.is_success, reply.text
     assert reply.json()["adapted"]
@@ -98,7 +99,9 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert ask_forecast(server, 9) == after
         assert send_prices(server, 8, prices) == {"paired": 0, "repeated": 24, "unmatched": 0}
         ask_forecast(server, 0, OTHER)
-        send_prices(server, 0, prices, OTHER)
+        with Client(server.url) as client:  # the same by the SDK
+            hours = {FIRST + timedelta(hours=hour): price for hour, price in enumerate(prices)}
+            assert client.send_prices({OTHER: hours})[OTHER] == PairedPrices(OTHER, 24, 0, 0)
     with start() as server:
         assert ask_forecast(server, 9) == after
         check_reports(server)

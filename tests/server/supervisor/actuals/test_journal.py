@@ -25,12 +25,6 @@ from tests.patience import PATIENCE_S
 
 SHAPE = BandShape((0.1, 0.5, 0.9), HOUR, "UTC")
 ROOT = Path(__file__).parents[4]
-WRITER = """
-import sys
-from pathlib import Path
-from tests.server.supervisor.actuals.test_journal import make_day, write_days
-write_days(Path(sys.argv[1]))
-"""
 
 
 def make_day(day: int) -> list[Event]:
@@ -89,7 +83,11 @@ def test_no_acknowledged_price_is_lost_by_sigkill(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for turn in range(12):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+            [sys.executable, "-m", __name__, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=ROOT,
         ) as writer:
             assert writer.stdout is not None
             for _ in range(1 + turn):
@@ -169,3 +167,7 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
     with pytest.raises(JournalUnreadable, match="cannot be used"):
         Journal(tmp_path).open()
     tmp_path.chmod(0o700)
+
+
+if __name__ == "__main__":
+    write_days(Path(sys.argv[1]))
