@@ -60,6 +60,7 @@ MAX_PAGE = 1000
 _STATUS = {
     Situation.BAD_NAME: 400,
     Situation.BAD_REQUEST: 400,
+    Situation.FORBIDDEN: 403,
     Situation.TOO_LARGE: 413,
     Situation.OVERLOADED: 503,
     Situation.NOT_FOUND: 404,

@@ -144,3 +144,4 @@ def test_a_server_without_a_folder_takes_no_prices(s3: S3Server, tmp_path: Path)
         )
         assert called.status_code == 403
         assert server.http.get(f"{server.addresses['management']}/fleet/accuracy").json()["kept"] is False
+        assert server.fleet("forget", NAME).status_code == 403
