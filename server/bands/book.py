@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from msgspec import Struct, field
 
-from server.bands.market import AnsweredForecast, MarketRecord, Outcome, open_record
+from server.bands.market import MOST_FORECAST_BYTES, AnsweredForecast, MarketRecord, Outcome, open_record
 
 MOST_SHAPES = 2  #: of one archive, of which records are kept
 _EPOCH = datetime.fromisoformat("1970-01-01")
@@ -43,6 +43,8 @@ class Book(Struct):
 
     def note_forecast(self, answered: AnsweredForecast, most_models: int) -> Kept:
         """Keep a forecast that a client got, unless `most_models` others have records already."""
+        if len(answered.quantiles) > MOST_FORECAST_BYTES:
+            return self._count(Kept.DROPPED)
         records = self.records.get(answered.model)
         if records is None:
             if len(self.records) >= most_models:

@@ -26,7 +26,7 @@ from server.bands.adaptive_offsets import (
 from server.bands.drift import Drift
 
 MOST_FORECASTS = 16  #: forecasts kept at a time; the oldest goes
-MOST_FORECAST_BYTES = 512 * 1024  #: of their levels together; at least one is kept
+MOST_FORECAST_BYTES = 128 * 1024  #: of their levels together; a forecast of more is not kept
 MOST_DAYS = 56  #: days of which scores are kept
 MOST_PRICES = 4096  #: prices kept for the naive forecast
 MOST_SHAPES = 1024  #: of which steps and bands are remembered
@@ -137,9 +137,7 @@ class MarketRecord(Struct):
             )
         )
         self.used_at = max(self.used_at, answered.asked_at)
-        while len(self.forecasts) > MOST_FORECASTS or (
-            len(self.forecasts) > 1 and sum(len(each.quantiles) for each in self.forecasts) > MOST_FORECAST_BYTES
-        ):
+        while len(self.forecasts) > MOST_FORECASTS or _count_bytes(self.forecasts) > MOST_FORECAST_BYTES:
             del self.forecasts[0]
         return True
 
@@ -228,6 +226,10 @@ class MarketRecord(Struct):
 def open_record(shape: BandShape) -> MarketRecord:
     """Begin the record of an archive."""
     return MarketRecord(shape, make_state(shape))
+
+
+def _count_bytes(forecasts: Sequence[KeptForecast]) -> int:
+    return sum(len(each.quantiles) for each in forecasts)
 
 
 @lru_cache(maxsize=MOST_SHAPES)

@@ -52,6 +52,7 @@ LOOK_S = 0.05  #: between two looks for names that a client may have meant
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_RECORDING = 4  #: calls with prices, each 10,000 objects in this process and in the supervisor
 MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
 CONTROL_REFUSED = (
     "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
@@ -334,6 +335,7 @@ class DataPlane:
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
         self._managing = 0
+        self._recording = 0
         self._look_after = 0.0  # when near names are looked for again
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
@@ -403,7 +405,14 @@ class DataPlane:
 
     async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
         """Record observed prices. Raises Refused."""
-        return await self._ask_supervisor(RecordActuals(list(items)), deadline)
+        if self._recording >= MOST_RECORDING:
+            message = f"{MOST_RECORDING} calls with prices are under way here; try again"
+            raise Refused(Situation.OVERLOADED, message, retry_ms=1000)
+        self._recording += 1
+        try:
+            return await self._ask_supervisor(RecordActuals(list(items)), deadline)
+        finally:
+            self._recording -= 1
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""

@@ -17,7 +17,7 @@ from handlers.codecs.features import parse_step_seconds
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.bands.adaptive_offsets import BandShape
-from server.bands.market import AnsweredForecast
+from server.bands.market import MOST_FORECAST_BYTES, AnsweredForecast
 from server.ipc.operations import BandOffsets, KeptLevels
 
 MOST_KEPT_BYTES = 8 * 1024 * 1024  #: of forecasts between two visits of the supervisor
@@ -93,7 +93,8 @@ class AdaptiveBands:
             key = (slot.model, slot.version, each.start)
             before = self._kept.pop(key, None)
             self._kept_bytes += len(each.quantiles) - (0 if before is None else len(before.quantiles))
-            if self._kept_bytes > MOST_KEPT_BYTES or len(self._kept) >= MOST_KEPT:
+            too_long = len(each.quantiles) > MOST_FORECAST_BYTES  # the supervisor would not keep it
+            if too_long or self._kept_bytes > MOST_KEPT_BYTES or len(self._kept) >= MOST_KEPT:
                 self._kept_bytes -= len(each.quantiles)
                 self._dropped += 1
                 continue

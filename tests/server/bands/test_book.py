@@ -51,6 +51,7 @@ def test_shapes_and_archives_are_bounded() -> None:
     assert len(book.records["m"]) == MOST_SHAPES
     assert book.note_forecast(make_answer(0, model="n"), 2) == Kept.KEPT
     assert book.note_forecast(make_answer(0, model="o"), 2) == Kept.DROPPED
+    assert book.note_forecast(make_answer(9, model="n", levels=3 * 500), 2) == Kept.DROPPED, "it is too long"
     assert set(book.records) == {"m", "n"}
     assert book.reset("m")
     assert not book.reset("m")

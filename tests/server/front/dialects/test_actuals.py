@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 from server.access.tokens import hash_token
 from server.bands.book import Price
 from server.errors import Refused, Situation
+from server.front.dataplane import MOST_RECORDING
 from server.front.dialects.actuals import MOST_PRICES, Actuals, parse_actuals
 from server.front.dialects.forecasts import STATUS
 from server.front.exchange import HttpRequest
-from server.ipc.operations import ActualsReply, ObservedPrices, PairedCounts
+from server.ipc.operations import ActualsReply, ObservedPrices, PairedCounts, RecordActuals
 from server.settings import Settings
 from tests.server.front.answering import Answered, Worker, ask, stay_connected
 from tests.server.front.auth.test_permissions import make_app
@@ -121,3 +123,34 @@ def test_prices_need_the_scope_for_each_model(tokens: Path) -> None:
     answered = send("feed", AU)
     assert (answered.status, recorded) == (200, [AU])
     assert json.loads(answered.body)["results"][0]["paired"] == 1
+
+
+class Slow:
+    """A supervisor that answers nothing until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def ask(self, operation: RecordActuals, timeout_s: float) -> ActualsReply:
+        """The reply, late."""
+        del timeout_s
+        await self.go.wait()
+        return ActualsReply([PairedCounts(1, 0, 0)] * len(operation.items), adapted=True, unheard=[])
+
+
+def test_few_calls_are_under_way_at_a_time() -> None:
+    """One more is refused with the time to come back, and is taken once others have ended."""
+
+    async def scenario() -> None:
+        made, slow = make_app(Worker(lambda _: b"")), Slow()
+        made.plane.supervisor = slow  # type: ignore[assignment]
+        send = partial(ask, made, "POST", "/v1/actuals", write_call(AU), {})
+        calls = [asyncio.create_task(send()) for _ in range(MOST_RECORDING)]
+        await asyncio.sleep(0)
+        refused = await send()
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        slow.go.set()
+        assert [call.status for call in await asyncio.gather(*calls)] == [200] * MOST_RECORDING
+        assert (await send()).status == 200
+
+    asyncio.run(scenario())
