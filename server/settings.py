@@ -398,6 +398,23 @@ class Settings(BaseSettings):
         ge=MIB,
         description="maximum size of the access log; older parts are compressed, the oldest are deleted",
     )
+    actuals: Path | None = Field(
+        None,
+        description="folder in which the server keeps what it forecast and the prices that clients send to "
+        f"`{contract.ACTUALS_PATH}`, to adapt bands and watch their coverage; none: it takes no prices",
+    )
+    adaptive_bands: Literal["on", "off"] = Field(
+        "on", description="off: prices that are sent are scored, but change no forecast"
+    )
+    actuals_models: int = Field(
+        1000, ge=1, le=10_000, description="maximum number of archives of which forecasts and prices are kept"
+    )
+    actuals_metrics: int = Field(
+        50,
+        ge=0,
+        le=1000,
+        description="maximum number of archives with series of coverage and drift of their own; the rest is `other`",
+    )
     announce: Path | None = Field(
         None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
     )
@@ -449,6 +466,7 @@ class Settings(BaseSettings):
         "disk_cache",
         "access_log",
         "code_metrics",
+        "actuals",
         "tokens",
         "access_keys_file",
         "tls_certificate",

@@ -30,6 +30,7 @@ from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.archive_facts import ArchiveReader
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
@@ -68,6 +69,7 @@ def build_steps(
     pulse: Pulse,
     store: ModelStore,
     code: CodeHost | None,
+    bands: AdaptiveBands | None = None,
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
@@ -93,6 +95,7 @@ def build_steps(
         probe=StoreProbe(store.probe, store.health),
         note_served=VersionKeeper(store).note,
         code=code,
+        bands=bands,
     )
 
 
@@ -166,11 +169,12 @@ async def main(control_fd: int) -> None:
     configure_logs(settings.log_level, settings.log_format, worker=plan.index)
     pin_process(plan)
     arrivals = ArrivalBuffer() if settings.access_log else None
+    bands = AdaptiveBands() if settings.actuals else None
     try:
         pulse = Pulse(assignment.pulse)
         store = open_archives(settings)
         code = open_code(settings, plan)
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code)
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code, bands)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
@@ -181,7 +185,7 @@ async def main(control_fd: int) -> None:
     listening = await listen_at(
         lambda: FrontConnection(steps, limit, unsent, lent), assignment.socket, made_anew=pulse.link
     )
-    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s).handle)
+    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s, bands).handle)
     await member.released
     if lends is not None:
         asyncio.get_running_loop().remove_reader(lends.fileno())

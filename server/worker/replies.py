@@ -68,6 +68,8 @@ class Replies:
             if run_s and job.slot is not None:  # else nothing has run: a description was asked
                 job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
             job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
+            if job.answered and job.slot is not None and self._residents.bands is not None:
+                self._residents.bands.keep(job.slot, job.request.client, job.answered)
         self._release(job)
 
     def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:

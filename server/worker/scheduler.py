@@ -43,6 +43,7 @@ class Job:
     done: bool = False
     call: Any = None  #: the decoded request, where its batch had no time left for it
     accepted: float = 0.0
+    answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
 
     def queued_s(self, began: float) -> float:
         """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""

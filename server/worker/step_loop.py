@@ -27,6 +27,7 @@ from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.code_batches import CodeBatches
 from server.worker.code_replicas import CodeReplicas
 from server.worker.engine.accelerator import DeviceEngine
@@ -60,7 +61,8 @@ class StepLoop:
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
     known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
-    loaded. `code` runs code archives, None where none may run.
+    loaded. `code` runs code archives, None where none may run. `bands` adapts bands to observed prices, None where that
+    is off.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class StepLoop:
         probe: StoreProbe | None = None,
         note_served: Callable[[LoadedModel], None] = lambda _: None,
         code: CodeHost | None = None,
+        bands: AdaptiveBands | None = None,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
+        self._residents.bands = bands
         self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
             probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
