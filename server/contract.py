@@ -24,6 +24,8 @@ HEADER_REQUEST_ID: Final = "X-Request-Id"
 HEADER_TIMEOUT_MS: Final = "X-Request-Timeout-Ms"
 HEADER_CACHE: Final = "X-Fleetcast-Cache"  #: one of CACHE_RESULTS; of a call for many models `hit=44, miss=1`
 HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag or version
+HEADER_QUALITY: Final = "X-Fleetcast-Quality"  #: codes of doubtful histories with their predictions, `missing=2`
+HEADER_WARNING: Final = "X-Fleetcast-Warning"  #: what else an answer is warned of, likewise: `narrow-levels=1`
 #: In ms: `queue`, from arrival at the front and without the load; `load`, whose `desc` is the tier; `inference`.
 HEADER_SERVER_TIMING: Final = "Server-Timing"
 

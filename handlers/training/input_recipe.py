@@ -4,7 +4,7 @@ The rows for training are made by the code that serves requests, `DeepAr`, so th
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -12,14 +12,16 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64
+from handlers.training.tails import UNSEEN, choose_band
 from handlers.training.time_series import Series, SeriesInvalid
-from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler
+from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler, Tails
 
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)  #: of recipes that name no levels; `fleetcast train` asks for nine
 IQR_OF_NORMAL = 1.349  #: the interquartile range of a normal distribution, in standard deviations
 
 Scaling = Literal["asinh", "linear"]
+Tail = Literal["clamp", "exponential"]
 WEEKDAYS: tuple[Feature, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
@@ -61,6 +63,7 @@ def make_recipe(
     origin: str = "",
     weekdays: bool = False,
     paths: int = 0,
+    tail: Tail = "clamp",
 ) -> ForecastSpec:
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
@@ -69,6 +72,7 @@ def make_recipe(
     known-future covariates of the forecast steps, a covariate on several channels if the reach is shorter than the
     forecast. `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the
     network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
+    `tail`: the fit learns the numbers of `exponential`; a network that draws paths or has one level has `clamp`.
     """
     step_s = round(series.step.total_seconds())
     calendar = [
@@ -91,10 +95,18 @@ def make_recipe(
         dynamic_feat=series.known_names,
         unit=unit,
         scaler=fit_robust_scaler(series.values, scaling, series.name),
-        tail="clamp",
+        **_start_tails(tail, () if paths else levels),
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
     )
+
+
+def _start_tails(tail: Tail, levels: Sequence[float]) -> dict[str, Any]:
+    """Return the fields `tail` and `tails` before a fit, whose distances are those of levels that hold."""
+    if tail == "clamp" or len(levels) < 2:  # noqa: PLR2004 -- one level has no band
+        return {"tail": "clamp"}
+    low, high = choose_band(np.array(levels))
+    return {"tail": tail, "tails": Tails(low=UNSEEN, high=UNSEEN, band=(levels[low], levels[high]))}
 
 
 def list_origins(series: Series, forecast: ForecastSpec) -> range:

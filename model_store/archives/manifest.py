@@ -19,6 +19,7 @@ MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
 MAX_ROWS, MAX_LEVELS, MAX_FIELDS = 10_000, 1000, 1000  #: channels or covariates; quantile levels; of `config`
+MAX_TAIL = 1000.0  #: most widths of its band that the prices beyond an outer level are away from it in the mean
 MAX_GOLDEN_DEPTH = 64  #: how deep the JSON of a golden sample nests
 #: Values of one record. The parser holds the interpreter until it is done: 4.7 s for 1.4 million empty lists.
 MAX_VALUES = 100_000
@@ -90,6 +91,19 @@ class InputChannel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
 
 
+class Tails(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tail rule `exponential`: how far prices lie beyond the outer quantiles, learnt from past errors.
+
+    `low` and `high`: the mean distance below the first level and above the last one, in widths of the forecast's own
+    band between the levels `band`. `beyond`: the number of past prices that lay there.
+    """
+
+    low: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    high: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    band: tuple[Level, Level]
+    beyond: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]] = (0, 0)
+
+
 class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a forecast request must contain, and how it becomes the network's input.
 
@@ -101,6 +115,9 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then the
     default of a request. `origin`: the time of day of the first forecast step, for a model that was trained for this
     time only; the request is refused if it starts at another one.
+
+    `tail` says where samples beyond the outer levels lie: nowhere (`none`, it cannot be sampled), on the outer
+    quantiles (`clamp`), or as `tails` says (`exponential`). Quantiles at the levels are the same with each.
     """
 
     frequency: Name
@@ -118,7 +135,8 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scaler: Scaler = Scaler()
     scalers: Annotated[tuple[Scaler, ...], Meta(max_length=MAX_PRODUCTS)] = ()
     pad_context: bool = False
-    tail: Literal["none", "clamp"] = "none"
+    tail: Literal["none", "clamp", "exponential"] = "none"
+    tails: Tails | UnsetType = UNSET
     paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
     origin: TimeOfDay | UnsetType = UNSET
 
@@ -134,6 +152,7 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("paths are of one product")
         if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
             raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
+        self._check_tails()
         if self.floor is not None and self.cap is not None and self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
         for i, channel in enumerate(self.inputs):
@@ -158,6 +177,15 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for i, channel in enumerate(self.inputs):
             if channel.product >= len(names):
                 raise ValueError(f"inputs[{i}].product is {channel.product}, but there are {len(names)} products")
+
+    def _check_tails(self) -> None:
+        tails = self.tails
+        if (self.tail == "exponential") != bool(tails):
+            raise ValueError("`tails` belongs to the tail rule exponential, and it needs them")
+        if tails and self.paths:
+            raise ValueError("a network that samples has the tails of its paths, not `tails`")
+        if tails and not (tails.band[0] < tails.band[1] and set(tails.band) <= set(self.quantile_levels)):
+            raise ValueError(f"tails.band {list(tails.band)} must be two of the levels {list(self.quantile_levels)}")
 
     @property
     def product_scalers(self) -> tuple[Scaler, ...]:

@@ -8,6 +8,7 @@ import rich
 import typer
 from rich.table import Table
 
+from model_store.names import parse_model_name
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
@@ -41,6 +42,12 @@ def backtest(
         int | None,
         typer.Option(min=0, help=f"number of last windows to score, 0: all; default: {WINDOWS}, or all with --from"),
     ] = None,
+    scenarios: Annotated[
+        str,
+        typer.Option(
+            metavar="CORRELATION", help="archive of `fleetcast correlate` in the store, whose joint scenarios to score"
+        ),
+    ] = "",
     interval_ending: price_flags.IntervalEnding = False,
     stamps_zone: price_flags.StampsZone = "",
     time_format: price_flags.TimeFormat = "",
@@ -58,11 +65,14 @@ def backtest(
     Covariates known ahead are the columns that the archive names. pinball and CRPS are in the unit of the prices; wQL,
     WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
+    With --scenarios, joint scenarios are drawn for each window as a server draws them, and the share of windows is told
+    whose mean price lies outside all 100 of them: 2 % would be right.
     Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit code is 1 when some
     markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
+    from server.offline.scenario_scores import SCENARIOS, fetch_correlation  # noqa: PLC0415
 
     with one_line_errors():
         settings = settings_from({"store": models} if models else {})
@@ -72,7 +82,8 @@ def backtest(
         names = match_markets(csv, time, target or (), settings, name_template)
         rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
         with show_progress("scoring") as told:
-            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules)
+            correlation = fetch_correlation(parse_model_name(scenarios), settings) if scenarios else None
+            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules, correlation)
         if html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
@@ -85,6 +96,10 @@ def backtest(
             if each.uncalibrated is not None:
                 after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
                 print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
+            if each.outside_scenarios is not None:
+                outside = f"{format_score('coverage', each.outside_scenarios)} of the windows have a mean"
+                said = f"{outside} outside all {SCENARIOS} joint scenarios; 2.0% would be right"
+                print(escape_text(f"{each.target}: {said}"))  # noqa: T201
     for note, markets in found.notes().items():
         more = f" and {len(markets) - SHOWN} more" if len(markets) > SHOWN else ""
         print(escape_text(f"note: {', '.join(markets[:SHOWN])}{more}: {note}"), file=sys.stderr)  # noqa: T201

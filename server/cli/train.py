@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
-QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
+QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples beyond the outer ones follow --tail
 
 
 def train(
@@ -61,8 +61,12 @@ def train(
         int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
     ] = 0,
     quantiles: Annotated[
-        str, typer.Option(help="quantile levels to forecast; samples need outer ones, as they are flat beyond them")
+        str, typer.Option(help="quantile levels to forecast; samples need outer ones: beyond them is the tail rule")
     ] = QUANTILES,
+    tail: Annotated[
+        Literal["exponential", "clamp"],
+        typer.Option(help="where samples beyond the outer levels lie: as far as past prices did, or on the levels"),
+    ] = "exponential",
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh",
@@ -139,7 +143,8 @@ def train(
         if (end := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(end) for each in series]
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
-        recipe = {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
+        recipe: dict[str, Any] = {"tail": tail}
+        recipe |= {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
         recipe["origin"] = _parse_origin(origin)
         architecture = architecture or choose_architecture(series[0], prediction_length)
         series, forecasts, dead = _make_recipes(

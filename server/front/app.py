@@ -44,6 +44,7 @@ _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
 _CACHE = raw_header(contract.HEADER_CACHE)
 _MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
 _SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
+_QUALITY, _WARNING = raw_header(contract.HEADER_QUALITY), raw_header(contract.HEADER_WARNING)
 STATUSES_AT_ONCE = 32  #: that are counted before other requests get their turn
 CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
@@ -226,8 +227,11 @@ class App:
         ]
         if reply.content_type:
             head.append((b"content-type", reply.content_type.encode()))
+        stats = reply.stats or request.stats
         if reply.stats is not None:
             _add_stats(head, reply.stats)
+        if stats is not None:
+            _add_marks(head, stats)
         more, held = len(reply.body) < size, len(reply.body)
         self.plane.held.size += held
         try:
@@ -277,6 +281,14 @@ def parse_timeout(raw: bytes) -> float:
         message = f"{contract.HEADER_TIMEOUT_MS} must be a positive number of milliseconds, not {shown!r}"
         raise Refused(Situation.BAD_REQUEST, message)
     return int(raw) / 1e3
+
+
+def _add_marks(head: Headers, stats: InferStats) -> None:
+    """Headers that say what an answer is to be doubted for."""
+    if stats.quality:
+        head.append((_QUALITY, stats.quality.encode()))
+    if stats.warnings:
+        head.append((_WARNING, stats.warnings.encode()))
 
 
 def _add_stats(head: Headers, stats: InferStats) -> None:

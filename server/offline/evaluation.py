@@ -55,7 +55,8 @@ class MarketScore:
     """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
 
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
-    same windows before the archive's calibration; None if it has none.
+    same windows before the archive's calibration; None if it has none. `outside_scenarios`: the share of windows whose
+    mean lies outside all joint scenarios; None if there are none.
     """
 
     target: str
@@ -71,10 +72,15 @@ class MarketScore:
     by_hour: ByHour
     notes: tuple[str, ...] = ()
     uncalibrated: float | None = None
+    outside_scenarios: float | None = None
 
 
 def score_forecasts(
-    found: WindowForecasts, unit: str, notes: tuple[str, ...] = (), uncalibrated: float | None = None
+    found: WindowForecasts,
+    unit: str,
+    notes: tuple[str, ...] = (),
+    uncalibrated: float | None = None,
+    outside: float | None = None,
 ) -> MarketScore:
     """Evaluate the forecasts of a market, without the chart."""
     series, levels = found.series, found.levels
@@ -94,6 +100,7 @@ def score_forecasts(
         by_hour=_by_hour(found),
         notes=notes,
         uncalibrated=uncalibrated,
+        outside_scenarios=outside,
     )
 
 

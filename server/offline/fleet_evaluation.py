@@ -13,6 +13,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from handlers.codecs.scenarios import CorrelationModel
 from handlers.evaluation.scores import Steps
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
@@ -33,6 +34,7 @@ from server.offline.rolling_windows import (
     fetch_version,
     forecast_windows,
 )
+from server.offline.scenario_scores import measure_outside
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -102,8 +104,12 @@ def backtest_fleet(
     rolling: Rolling,
     report_progress: Progress,
     rules: FileRules = PLAIN,
+    correlation: CorrelationModel | None = None,
 ) -> Backtest:
-    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError."""
+    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError.
+
+    With a `correlation` its joint scenarios are scored too.
+    """
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
@@ -116,7 +122,8 @@ def backtest_fleet(
             raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
         before = measure_uncalibrated(model, series, origins)
-        return score_forecasts(found, forecast.unit, list_notes(found, model), before), make_fan_chart(found)
+        outside = None if correlation is None else measure_outside(found, forecast, correlation)
+        return score_forecasts(found, forecast.unit, list_notes(found, model), before, outside), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

@@ -128,7 +128,8 @@ class RetrainingMarket:
         """A key that is equal for markets that can be fitted together."""
         forecast = self.forecast
         lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
-        return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
+        levels = (forecast.quantile_levels, bool(forecast.tails))
+        return repr((self.architecture, sorted(self.config.items()), lengths, levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,11 +411,14 @@ def rebuild_forecast(
         "unit": forecast.unit,
         "time_zone": forecast.time_zone,
         "levels": forecast.quantile_levels,
+        "tail": "exponential" if forecast.tails else "clamp",
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture needs an origin, another answers for any hour
-    kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
+    kept: dict[str, Any] = {"floor": forecast.floor, "cap": forecast.cap, "products": forecast.products}
+    if not forecast.tails:
+        kept["tail"] = forecast.tail
     return replace(made, origin=origin, **kept)
 
 

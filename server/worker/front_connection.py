@@ -107,4 +107,5 @@ class FrontConnection(FrameConnection):
         self._jobs.pop(ident, None)
         version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        self.send(Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head))
+        said = (job.cache, job.tier, version, content_type, *times, len(body), body, head, *job.marks)
+        self.send(Response(ident, situation, *said))

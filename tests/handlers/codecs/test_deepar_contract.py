@@ -337,7 +337,7 @@ def test_samples_are_num_samples_futures() -> None:
     for forecast, target, shape in ((ONE, TARGET, (2, 2)), (SEVERAL, BOTH, (2, 2, 2))):
         _, request = asks(forecast, one(target=target), **SAMPLES, seed=1)
         (found,) = predictions(forecast, request)
-        assert set(found) == {"start", "time_zone", "samples"}
+        assert set(found) == {"start", "time_zone", "samples", "warnings"}
         drawn = np.array(found["samples"])
         assert drawn.shape == shape
         (told_quantiles,) = predictions(forecast, {"instances": [one(target=target)]})
