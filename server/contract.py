@@ -206,6 +206,13 @@ BATCH_MODELS: Final = MetricSpec("histogram", "inference_batch_models", "Models 
 STEP_SECONDS: Final = MetricSpec(
     "counter", "step_seconds", "Time spent in steps, by part: decode, forward or encode", ("part",)
 )
+DOUBTFUL_HISTORIES: Final = MetricSpec(
+    "counter",
+    "doubtful_histories",
+    "Predictions whose history is doubtful, by code: filled, missing, empty, short, flat, stale, shifted or range; "
+    "fallback counts those that the archive's fallback answered",
+    ("code",),
+)
 MODEL_REQUESTS: Final = MetricSpec(
     "counter", "model_requests", "Requests by model, for as many models as metrics_per_model allows", ("model",)
 )

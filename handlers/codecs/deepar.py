@@ -15,7 +15,8 @@ from handlers.base import Float32
 from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.clock import add_offset, find_jumps
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
-from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
+from handlers.codecs.features import Filled, FirstStep, Float64, Inputs, from_network, parse_step_seconds
+from handlers.codecs.history import UNJUDGED, HistoryReader
 from handlers.codecs.marks import NARROW_LEVELS, NO_MARKS, Marks, count_marks
 from handlers.codecs.tails import ExponentialTails, has_narrow_levels
 from handlers.codecs.tensors import encode_in_blocks, write_json
@@ -54,6 +55,8 @@ class InstanceRequest(NamedTuple):
     levels: Levels
     first: FirstStep
     item_id: str | int | None
+    quality: tuple[str, ...] = ()
+    fallback: Float64 | None = None  #: prices [prediction, levels] instead of the network's
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class DeepAr:
         self._forecast, self._budget, self._calibration = forecast, budget, calibration
         self._most = float(np.finfo(np.float32).max) / (calibration.growth if calibration else 1)
         self._reader = RequestReader(forecast.products)
-        self._inputs = Inputs(forecast)
+        self._histories = HistoryReader.of(forecast, parse_step_seconds(forecast.frequency))
+        self._inputs = Inputs(forecast, self._histories.read if self._histories else None)
         self._trained = np.array(forecast.trained_levels)
         default = forecast.quantile_levels
         self._default = _interpolate_levels([str(level) for level in default], np.array(default), self._trained)
@@ -118,13 +122,14 @@ class DeepAr:
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
         rows = self._allocate(len(request.instances))
-        asked = []
+        asked, filled = list[InstanceRequest](), list[Filled]()
         for i, instance in enumerate(request.instances):
             try:
-                first = self._inputs.fill(rows[i], instance, request.configuration.seed)
+                filled.append(self._inputs.fill(rows[i], instance, request.configuration.seed))
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-            asked.append(InstanceRequest(request.configuration, levels, first, instance.item_id))
+            asked.append(InstanceRequest(request.configuration, levels, filled[i].first, instance.item_id))
+        asked = self._judge(asked, filled)
         write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
         return rows, Encode(write, self._numbers(asked), self._mark(asked))
 
@@ -137,15 +142,17 @@ class DeepAr:
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
         rows, asked, errors = self._allocate(len(lines)), list[InstanceRequest](), dict[int, RequestError]()
+        filled = list[Filled]()
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
                 levels = self._check_configuration(line.configuration, len(lines))
-                first = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
+                filled.append(self._inputs.fill(rows[len(asked)], line, line.configuration.seed))
             except RequestError as error:
                 errors[i] = error
             else:
-                asked.append(InstanceRequest(line.configuration, levels, first, line.item_id))
+                asked.append(InstanceRequest(line.configuration, levels, filled[-1].first, line.item_id))
+        asked = self._judge(asked, filled)
 
         def encode(outputs: Float32) -> bytes:
             answers = iter(self._each(asked, outputs))
@@ -170,11 +177,27 @@ class DeepAr:
         drawn = not {"samples", "marginal"}.isdisjoint(configuration.output_types)
         return (NARROW_LEVELS,) if drawn and self._narrow else ()
 
+    def _judge(self, asked: list[InstanceRequest], filled: Sequence[Filled]) -> list[InstanceRequest]:
+        """Add to each request what is doubtful in its history, and its fallback."""
+        further = None
+        if self._histories is not None and filled:
+            needed = self._histories.needed
+            rows = np.stack([each.history.values[-needed:] for each in filled])
+            further = self._histories.judge_rows(rows, [each.first.hour for each in filled])
+        for i, each in enumerate(filled):
+            codes = each.history.codes
+            if further is not None and UNJUDGED.isdisjoint(codes):
+                codes = (*codes, *further[i])
+            if codes:
+                asked[i] = asked[i]._replace(quality=codes, fallback=each.history.fallback)
+        return asked
+
     def _mark(self, asked: Sequence[InstanceRequest]) -> Marks:
         """Count the codes of these answers."""
-        if not self._narrow:
+        quality = count_marks(one.quality for one in asked)
+        if not (self._narrow or quality):
             return NO_MARKS
-        return Marks(warnings=count_marks(self._warn(one.configuration) for one in asked))
+        return Marks(quality, count_marks(self._warn(one.configuration) for one in asked))
 
     def _each(self, asked: Sequence[InstanceRequest], outputs: Float32) -> Iterator[Prediction]:
         """Predict instances with their own configurations; only the failing ones are errors."""
@@ -249,6 +272,8 @@ class DeepAr:
         answer["time_zone"] = self._forecast.time_zone
         if warnings := self._warn(one.configuration):
             answer["warnings"] = warnings
+        if one.quality:
+            answer["quality"] = one.quality
         return answer
 
     def _average(self, prices: Float64) -> Float32:
@@ -286,6 +311,9 @@ class DeepAr:
         if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
             prices = np.sort(self._clip(prices), axis=-1)
             prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
+        for place, one in enumerate(asked):
+            if one.fallback is not None:
+                prices[place] = one.fallback
         return self._clip(prices)
 
     def _clip(self, prices: Float64) -> Float64:

@@ -12,6 +12,7 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64
+from handlers.training.history_rules import learn_history_rules
 from handlers.training.tails import UNSEEN, choose_band
 from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler, Tails
@@ -64,6 +65,8 @@ def make_recipe(
     weekdays: bool = False,
     paths: int = 0,
     tail: Tail = "clamp",
+    max_missing: float | None = None,
+    fallback: bool = False,
 ) -> ForecastSpec:
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
@@ -73,6 +76,8 @@ def make_recipe(
     forecast. `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the
     network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
     `tail`: the fit learns the numbers of `exponential`; a network that draws paths or has one level has `clamp`.
+    `max_missing`: the share of a history that may be missing; with it the archive has rules for histories, and with
+    `fallback` a forecast for those that say too little.
     """
     step_s = round(series.step.total_seconds())
     calendar = [
@@ -85,7 +90,7 @@ def make_recipe(
         *(known + calendar if weekdays else calendar + known),
         *([InputChannel(source="seed")] if paths else []),
     ]
-    return ForecastSpec(
+    made = ForecastSpec(
         frequency=series.frequency,
         context_length=context_length,
         prediction_length=prediction_length,
@@ -99,6 +104,10 @@ def make_recipe(
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
     )
+    if max_missing is None:
+        return made
+    rules = learn_history_rules(series, made, max_missing, fallback=fallback)
+    return msgspec.structs.replace(made, history=rules)
 
 
 def _start_tails(tail: Tail, levels: Sequence[float]) -> dict[str, Any]:
@@ -139,7 +148,10 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
     """
     past = len(series.values) - forecast.prediction_length
     lag = forecast.history_length - forecast.context_length
-    whole = DeepAr(msgspec.structs.replace(forecast, context_length=past - lag, origin=msgspec.UNSET))
+    rules = forecast.history
+    if rules:  # a gap of the whole series is judged by its windows, and completed as theirs are
+        rules = msgspec.structs.replace(rules, fallback=msgspec.UNSET)
+    whole = DeepAr(msgspec.structs.replace(forecast, context_length=past - lag, origin=msgspec.UNSET, history=rules))
     body = {"instances": [series.instance(0, past, forecast.prediction_length)]}
     found: Float32 = whole.decode(msgspec.json.encode(body))[0][0]
     return found

@@ -67,6 +67,16 @@ def train(
         Literal["exponential", "clamp"],
         typer.Option(help="where samples beyond the outer levels lie: as far as past prices did, or on the levels"),
     ] = "exponential",
+    max_missing: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="share of a history that may be missing before its answer is marked for it"),
+    ] = 0.25,
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="answer histories that say too little by the last known day, with the band of its errors"
+        ),
+    ] = False,
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh",
@@ -143,7 +153,7 @@ def train(
         if (end := parse_moment("--train-until", train_until)) is not None:
             series = [each.before(end) for each in series]
         options = _parse_config(config) | ({"members": members} if members > 1 else {})
-        recipe: dict[str, Any] = {"tail": tail}
+        recipe: dict[str, Any] = {"tail": tail, "max_missing": max_missing, "fallback": fallback}
         recipe |= {"scaling": scaling, "unit": unit, "time_zone": time_zone, "levels": _parse_levels(quantiles)}
         recipe["origin"] = _parse_origin(origin)
         architecture = architecture or choose_architecture(series[0], prediction_length)

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
+from handlers.training.history_rules import learn_history_rules
 from handlers.training.input_recipe import fit_robust_scaler
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
@@ -399,7 +400,11 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
         return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
 
     own = scaler(forecast.scaler, series.values, series.name)
-    return replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    fitted = replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    if not (rules := forecast.history):
+        return fitted
+    learnt = learn_history_rules(series, fitted, rules.max_missing, fallback=bool(rules.fallback))
+    return replace(fitted, history=replace(learnt, fill=rules.fill))
 
 
 def rebuild_forecast(
@@ -412,6 +417,8 @@ def rebuild_forecast(
         "time_zone": forecast.time_zone,
         "levels": forecast.quantile_levels,
         "tail": "exponential" if forecast.tails else "clamp",
+        "max_missing": forecast.history.max_missing if forecast.history else None,
+        "fallback": bool(forecast.history and forecast.history.fallback),
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)

@@ -63,6 +63,8 @@ class Replies:
             queued_s = job.queued_s(began)
             if run_s and job.slot is not None:  # else nothing has run: a description was asked
                 job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
+            if job.marks.quality:
+                self._metrics.count_doubts(job.marks.quality)
             job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
         self._release(job)
 
