@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
-from server.sagemaker_environment import find_model_folder, read_sagemaker_environment
+from server.sagemaker_container.environment import find_model_folder, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -37,7 +37,7 @@ class SageMakerSource(PydanticBaseSettingsSource):
         return self().get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """See `server.sagemaker_environment`."""
+        """See `server.sagemaker_container.environment`."""
         has_model = find_model_folder(os.environ).is_dir()
         return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 
@@ -271,6 +271,17 @@ class Settings(BaseSettings):
         "inference.py",
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
         description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
+    )
+    code_envelope: str = Field(
+        "",
+        pattern=r"([A-Za-z_][A-Za-z0-9_]*)?",
+        description="TorchServe's service_envelope for archives that name none: body, json, kserve or kservev2 takes "
+        "the requests' values out of their bodies before a handler gets them, and wraps its answers",
+    )
+    code_metrics: Path | None = Field(
+        None,
+        description="TorchServe's metrics.yaml: handlers find its `model_metrics` by `context.metrics.get_metric`; at "
+        "most 16 KiB",
     )
     code_disk_bytes: ByteSize = Field(
         _to_byte_size(4096 * MIB),

@@ -297,7 +297,8 @@ class DeepAr:
     def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:
         """Turn network numbers into prices [n, D?, prediction, levels or paths], calibrated, within floor and cap.
 
-        Raises RunFailed beyond float32.
+        Deviations become prices before all else, so that floor, cap and calibration are about prices. Raises RunFailed
+        beyond float32.
         """
         forecast = self._forecast
         numbers = outputs.astype(np.float64).reshape(len(outputs), *self._shape)
@@ -306,6 +307,8 @@ class DeepAr:
             prices = np.stack(scaled, axis=1)
         else:
             prices = from_network(numbers, forecast.scaler)
+        if forecast.residual_to:
+            prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
         if not (np.abs(prices) <= self._most).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
         if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
@@ -313,7 +316,7 @@ class DeepAr:
             prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
         for place, one in enumerate(asked):
             if one.fallback is not None:
-                prices[place] = one.fallback
+                prices[place] = one.fallback if one.first.base is None else one.fallback + one.first.base[:, None]
         return self._clip(prices)
 
     def _clip(self, prices: Float64) -> Float64:

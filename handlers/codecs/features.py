@@ -36,6 +36,7 @@ from model_store.errors import ArchiveInvalid
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
 DAYS = tuple(day.lower() for day in day_name)  #: the first weekday is Monday
 DAY, HOUR, MINUTE = 86_400, 3600, 60
+MOST_BASE = 1e30  #: largest number that a forecast is added to: beyond it the sum may be no float32
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
 Float64 = npt.NDArray[np.float64]
@@ -46,10 +47,14 @@ ReadHistory = Callable[[Float64, int, int], History]
 
 
 class FirstStep(NamedTuple):
-    """When a forecast begins: the stamp of its first step, and which of its slots each real step takes (None: all)."""
+    """When a forecast begins: the stamp of its first step, and which of its slots each real step takes (None: all).
+
+    `base` [prediction] is added to the forecast of each slot: what it is a deviation from, if it is one.
+    """
 
     stamp: str
     steps: Int64 | None = None
+    base: Float64 | None = None
 
     @property
     def hour(self) -> int:
@@ -85,6 +90,7 @@ class Inputs:
         self.step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
+        self._base = forecast.dynamic_feat.index(forecast.residual_to) if forecast.residual_to else None
         for i, channel in enumerate(forecast.inputs):
             if channel.source in ("target", "calendar") and channel.scaler != Scaler():
                 what = f"forecast.inputs[{i}].scaler: a {channel.source} channel has none of its own"
@@ -114,11 +120,12 @@ class Inputs:
             short = self._short(steps)
             first = FirstStep(_first_forecast(start, steps * self.step_s))
             covariates = None
-        if forecast.origin:
-            self._check_origin(first, start, steps)
+        self._check_origin(first, start, steps)
         if covariates is None:
             covariates = self._covariates(instance, steps + forecast.prediction_length)
         cat = self._cat(instance)
+        if self._base is not None:
+            series, first = self._subtract_base(series[0], covariates[self._base], first)
         histories = [
             self._read_history(numbers, short, scaler.center, first)
             for numbers, scaler in zip(series, self._scalers, strict=True)
@@ -132,8 +139,7 @@ class Inputs:
                 if channel.source == "target":
                     values[:] = targets[channel.product][window]
                 elif channel.source == "dynamic_feat":
-                    padded = np.concatenate([np.full(short, channel.scaler.center), covariates[channel.index]])
-                    values[:] = to_network(padded[window], channel.scaler)
+                    values[:] = _cut_covariate(covariates[channel.index], short, window, channel.scaler)
                 elif channel.source == "static":
                     values[:] = to_network(np.array(cat[channel.index], np.float64), channel.scaler)
                 elif channel.source == "seed":
@@ -161,6 +167,19 @@ class Inputs:
                 "no step of the history has a value, so that there is nothing to forecast from", field="target"
             )
         return found
+
+    def _subtract_base(
+        self, numbers: Numbers | Float64, base: Float64, first: FirstStep
+    ) -> tuple[Sequence[Float64], FirstStep]:
+        """Return the deviations of a history from its covariate, whose further numbers the forecast is added to.
+
+        Raises RequestError for numbers so large that the sum may be none.
+        """
+        if not (np.abs(base) <= MOST_BASE).all():
+            message = f"{self._forecast.residual_to} has numbers beyond {MOST_BASE:g}, which are no prices"
+            raise RequestError(message, field=f"dynamic_feat[{self._base}]")
+        steps = len(numbers)
+        return [np.array(numbers, np.float64) - base[:steps]], first._replace(base=base[steps:])
 
     def _place_real_steps(self, moment: datetime, instance: Instance[Any]) -> PlacedSeries:
         """Place the real steps of an instance on the slots of the archive's wall clock. Raises RequestError.
@@ -223,7 +242,12 @@ class Inputs:
         return (seconds - self._find_phase(grid)) % grid == 0
 
     def _check_origin(self, first: FirstStep, start: datetime, steps: int) -> None:
-        """Check that the forecast starts at the archive's time of day, on its wall clock. Raises RequestError."""
+        """Check that the forecast starts at the archive's time of day, if it has one, on its wall clock.
+
+        Raises RequestError.
+        """
+        if not self._forecast.origin:
+            return
         wall = first.stamp if first.steps is None else _first_forecast(start, steps * self.step_s)
         if wall[11:] != f"{self._forecast.origin}:00":
             what = f"the first forecast step is {wall}, but the model forecasts from {self._forecast.origin} on"
@@ -339,6 +363,11 @@ def from_network(values: Float64, scaler: Scaler) -> Float64:
         unscaled = np.sinh(values) if scaler.kind == "asinh" else values
         prices: Float64 = unscaled * scaler.scale + scaler.center
         return prices
+
+
+def _cut_covariate(numbers: Float64, short: int, window: slice, scaler: Scaler) -> Float64:
+    """Return a part of a covariate, with `short` steps of its center before it, in network numbers."""
+    return to_network(np.concatenate([np.full(short, scaler.center), numbers])[window], scaler)
 
 
 def _first_forecast(start: datetime, seconds: int) -> str:

@@ -5,6 +5,7 @@ them; `docs/quality.md` has what was measured on later ones.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -26,12 +27,14 @@ FAR_DAYS = 7  #: lag of the naive forecast whose errors are those of a day furth
 LEAST_ERRORS = 20  #: errors for quantiles
 
 
-def learn_history_rules(series: Series, forecast: ForecastSpec, max_missing: float, *, fallback: bool) -> HistoryRules:
+def learn_history_rules(
+    series: Series, values: Float64, forecast: ForecastSpec, max_missing: float, *, fallback: bool
+) -> HistoryRules:
     """Learn the rules of a series; its recipe has scaler, lengths and levels. The fallback is left out without errors.
 
-    `max_missing`: the share of a history that may be missing.
+    `values`: its prices, or what the network learns of them. `max_missing`: the share of a history that may be missing.
     """
-    step_s, values = round(series.step.total_seconds()), series.values
+    series, step_s = replace(series, values=values), round(series.step.total_seconds())
     season, known = count_season(step_s), values[~np.isnan(values)]
     center, low, high = np.median(known), known.min(), known.max()
     repeats = np.zeros(len(values), bool)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
@@ -67,6 +68,7 @@ def make_recipe(
     tail: Tail = "clamp",
     max_missing: float | None = None,
     fallback: bool = False,
+    residual_to: str = "",
 ) -> ForecastSpec:
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
 
@@ -77,19 +79,18 @@ def make_recipe(
     network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
     `tail`: the fit learns the numbers of `exponential`; a network that draws paths or has one level has `clamp`.
     `max_missing`: the share of a history that may be missing; with it the archive has rules for histories, and with
-    `fallback` a forecast for those that say too little.
+    `fallback` a forecast for those that say too little. `residual_to`: the covariate from which the network learns the
+    deviations of the target.
     """
     step_s = round(series.step.total_seconds())
-    calendar = [
-        InputChannel(source="calendar", feature=each, shift=prediction_length)
-        for each in (WEEKDAYS if weekdays else _choose_calendar(step_s))
+    channels = choose_channels(step_s, prediction_length, reach, len(series.known_names), weekdays=weekdays)
+    scalers = [
+        fit_robust_scaler(row, "linear", name) for row, name in zip(series.known, series.known_names, strict=True)
     ]
-    known = list(_choose_channels(series, prediction_length, reach))
     channels = [
-        *[InputChannel(source="target", lag=lag) for lag in _choose_lags(step_s, prediction_length, reach)],
-        *(known + calendar if weekdays else calendar + known),
-        *([InputChannel(source="seed")] if paths else []),
+        replace(each, scaler=scalers[each.index]) if each.source == "dynamic_feat" else each for each in channels
     ]
+    channels += [InputChannel(source="seed")] if paths else []
     made = ForecastSpec(
         frequency=series.frequency,
         context_length=context_length,
@@ -99,15 +100,17 @@ def make_recipe(
         time_zone=time_zone,
         dynamic_feat=series.known_names,
         unit=unit,
-        scaler=fit_robust_scaler(series.values, scaling, series.name),
+        scaler=fit_robust_scaler(subtract_base(series, residual_to), scaling, series.name),
         **_start_tails(tail, () if paths else levels),
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
+        residual_to=residual_to or msgspec.UNSET,
     )
     if max_missing is None:
         return made
-    rules = learn_history_rules(series, made, max_missing, fallback=fallback)
-    return msgspec.structs.replace(made, history=rules)
+    values = subtract_base(series, residual_to)
+    rules = learn_history_rules(series, values, made, max_missing, fallback=fallback)
+    return replace(made, history=rules)
 
 
 def _start_tails(tail: Tail, levels: Sequence[float]) -> dict[str, Any]:
@@ -116,6 +119,49 @@ def _start_tails(tail: Tail, levels: Sequence[float]) -> dict[str, Any]:
         return {"tail": "clamp"}
     low, high = choose_band(np.array(levels))
     return {"tail": tail, "tails": Tails(low=UNSEEN, high=UNSEEN, band=(levels[low], levels[high]))}
+
+
+def get_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
+    """Return what the forecasts of a network are added to [T]: a covariate, or zeros."""
+    if not residual_to:
+        return np.broadcast_to(np.float64(0), len(series.values))
+    base: Float64 = series.known[series.known_names.index(residual_to)]
+    return base
+
+
+def subtract_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
+    """Return what a network learns [T]: the values, or their deviations from a covariate."""
+    return series.values - get_base(series, residual_to) if residual_to else series.values
+
+
+def choose_channels(
+    step_s: int, prediction: int, reach: int, covariates: int, *, weekdays: bool = False
+) -> list[InputChannel]:
+    """Choose the channels of `make_recipe`, without the scalers of the covariates and without a seed."""
+    calendar = [
+        InputChannel(source="calendar", feature=each, shift=prediction)
+        for each in (WEEKDAYS if weekdays else _choose_calendar(step_s))
+    ]
+    # The last `reach` columns of a covariate's channels together contain its value at each forecast step.
+    known = [
+        InputChannel(source="dynamic_feat", index=index, shift=shift)
+        for index in range(covariates)
+        for shift in range(prediction, 0, -reach)
+    ]
+    lags = [InputChannel(source="target", lag=lag) for lag in _choose_lags(step_s, prediction, reach)]
+    return [*lags, *(known + calendar if weekdays else calendar + known)]
+
+
+def merge_recipes(recipes: Sequence[ForecastSpec]) -> ForecastSpec:
+    """Merge the recipes of the parts of a mixture into one that has the channels of all, each once."""
+    channels = dict.fromkeys(channel for each in recipes for channel in each.inputs)
+    return replace(recipes[0], inputs=tuple(channels))
+
+
+def find_channels(wanted: Sequence[InputChannel], forecast: ForecastSpec) -> list[int]:
+    """Find the places of channels in a recipe, whatever their scalers are. Raises ValueError where one is missing."""
+    places = [replace(channel, scaler=Scaler()) for channel in forecast.inputs]
+    return [places.index(channel) for channel in wanted]
 
 
 def list_origins(series: Series, forecast: ForecastSpec) -> range:
@@ -150,8 +196,8 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
     lag = forecast.history_length - forecast.context_length
     rules = forecast.history
     if rules:  # a gap of the whole series is judged by its windows, and completed as theirs are
-        rules = msgspec.structs.replace(rules, fallback=msgspec.UNSET)
-    whole = DeepAr(msgspec.structs.replace(forecast, context_length=past - lag, origin=msgspec.UNSET, history=rules))
+        rules = replace(rules, fallback=msgspec.UNSET)
+    whole = DeepAr(replace(forecast, context_length=past - lag, origin=msgspec.UNSET, history=rules))
     body = {"instances": [series.instance(0, past, forecast.prediction_length)]}
     found: Float32 = whole.decode(msgspec.json.encode(body))[0][0]
     return found
@@ -166,14 +212,6 @@ def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
         if not rest and period > 1 and lag + prediction > lags[-1] + reach:
             lags.append(lag)
     return lags
-
-
-def _choose_channels(series: Series, prediction: int, reach: int) -> Iterator[InputChannel]:
-    """Choose channels of every covariate so that the last `reach` columns contain its value at each forecast step."""
-    for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
-        scaler = fit_robust_scaler(row, "linear", name)
-        for shift in range(prediction, 0, -reach):
-            yield InputChannel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
 
 
 def _choose_calendar(step_s: int) -> Iterator[Feature]:

@@ -67,6 +67,24 @@ class Series:
         end = self.first_at(moment)
         return replace(self, values=self.values[:end], known=self.known[:, :end])
 
+    def without_gaps(self, name: str) -> "Series":
+        """Return the series with a covariate that the values are deviations from, made complete.
+
+        Where it is missing stands its last known number, or the first; the value there becomes missing, because its
+        deviation is not known. Raises SeriesInvalid if it has no numbers.
+        """
+        at = self.known_names.index(name)
+        missing = np.isnan(self.known[at])
+        if not missing.any():
+            return self
+        if missing.all():
+            raise SeriesInvalid(f"column {name!r} has no values, so that {self.name} has no deviations from it")
+        places = np.maximum.accumulate(np.where(missing, -1, np.arange(len(missing))))
+        known = self.known.copy()
+        known[at] = self.known[at][np.where(places < 0, int(np.argmin(missing)), places)]
+        note = f"{int(missing.sum())} steps have no {name}; prices there are left out"
+        return replace(self, values=np.where(missing, np.nan, self.values), known=known, notes=(*self.notes, note))
+
     def instance(self, start: int, end: int, horizon: int) -> dict[str, object]:
         """Make the instance of a request: history from `start` to `end`, and covariates for `horizon` more steps."""
         found: dict[str, object] = {
@@ -79,11 +97,17 @@ class Series:
 
 
 def read_csv(
-    path: Path, time: str, targets: Sequence[str], known_future: Sequence[str] = (), rules: FileRules = PLAIN
+    path: Path,
+    time: str,
+    targets: Sequence[str],
+    known_future: Sequence[str] = (),
+    rules: FileRules = PLAIN,
+    residual_to: str = "",
 ) -> list[Series]:
     """Read one series per target column, all with the same stamps; `.gz` is unpacked.
 
     Empty cells of a target are missing. A known-future column whose name contains `{target}` belongs to that target.
+    Only `residual_to`, one of these, may have empty cells, for `Series.without_gaps`.
 
     Raises:
         SeriesInvalid: names file, line and column of the fault. OSError: the file cannot be read.
@@ -93,10 +117,11 @@ def read_csv(
     with _open_rows(path) as reader:
         stamps, lines, columns = _read_columns(reader, time, wanted, rules)
         axis = find_axis(stamps, lines, rules)
-        for name in {n for names in known for n in names}:
+        gappy = {residual_to.replace("{target}", target) for target in targets}
+        for name in {n for names in known for n in names} - gappy:
             _require_complete(name, columns[name], lines)
     step = timedelta(seconds=axis.step_s)
-    ahead = {n: axis.place(columns[n], complete=True) for names in known for n in names}
+    ahead = {n: axis.place(columns[n], complete=n not in gappy) for names in known for n in names}
     return [
         Series(
             target,

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from handlers.base import Float32
 from handlers.codecs.features import to_network
-from handlers.training.input_recipe import build_rows, compute_naive_lag, list_origins
+from handlers.training.input_recipe import build_rows, compute_naive_lag, get_base, list_origins, subtract_base
 from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec
 
@@ -16,16 +17,27 @@ FORWARD_ROWS = 512  #: windows in one forward, whose scratch of some MiB stays i
 class Windows:
     """The series in network numbers on one time axis, and windows of them by the first forecast step."""
 
-    def __init__(self, series: Sequence[Series], forecasts: Sequence[ForecastSpec], reach: int, holdout: float) -> None:
-        """Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values."""
+    def __init__(
+        self,
+        series: Sequence[Series],
+        forecasts: Sequence[ForecastSpec],
+        reach: int,
+        holdout: float,
+        history: int = 0,
+    ) -> None:
+        """`history`: least steps before a forecast; the parts of a mixture hold out the same windows by it.
+
+        Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values.
+        """
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
+        self.history = max(history, first.history_length)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         places = list_origins(series[0], first)
-        self.train, self.holdout = _split_places(places, steps, first.history_length, self.horizon, holdout)
+        self.train, self.holdout = _split_places(places, steps, self.history, self.horizon, holdout)
         if not self.train or not self.holdout:
-            needed = _count_needed_steps(places, first.history_length, self.horizon, holdout)
+            needed = _count_needed_steps(places, self.history, self.horizon, holdout)
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
@@ -33,10 +45,12 @@ class Windows:
         self.has_tails = bool(first.tails)
         self.scalers = [forecast.scaler for forecast in forecasts]
         self.naive_lag = compute_naive_lag(round(series[0].step.total_seconds()), self.horizon)
-        self.values = np.stack([each.values for each in series])
-        scaled = [to_network(each.values, scaler) for each, scaler in zip(series, self.scalers, strict=True)]
-        self._targets = torch.from_numpy(np.stack(scaled).astype(np.float32))  # [M, T], NaN where missing
-        inputs = [build_rows(each, forecast).T for each, forecast in zip(series, forecasts, strict=True)]
+        pairs = list(zip(series, forecasts, strict=True))
+        self.values = [each.values for each in series]
+        self.bases = [get_base(each, forecast.residual_to) for each, forecast in pairs]
+        scaled = [_scale_targets(each, forecast) for each, forecast in pairs]
+        self._targets = torch.from_numpy(np.stack(scaled))  # [M, T], NaN where missing
+        inputs = [build_rows(each, forecast).T for each, forecast in pairs]
         self._inputs = torch.from_numpy(np.ascontiguousarray(np.stack(inputs)))  # [M, T - lag - horizon, channels]
 
     def __len__(self) -> int:
@@ -78,6 +92,11 @@ class Windows:
         """Return up to `count` of the steps, evenly spaced, the same for every model [M, B]."""
         places = torch.linspace(0, len(starts) - 1, min(count, len(starts))).long()
         return (starts.start + starts.step * places).expand(len(self), -1)
+
+
+def _scale_targets(series: Series, forecast: ForecastSpec) -> Float32:
+    """Return what the network learns [T], in its numbers."""
+    return to_network(subtract_base(series, forecast.residual_to), forecast.scaler).astype(np.float32)
 
 
 def _split_places(places: range, steps: int, history: int, horizon: int, holdout: float) -> tuple[range, range]:

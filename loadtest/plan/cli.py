@@ -2,9 +2,9 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from rich.table import Table
 from loadtest import flags
 from loadtest.driver.profiles import Shape, make_profile
 from loadtest.driver.run import EXPECTED, RequestSource, ServerUnderLoad, connect_server
-from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag
+from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag, with_flags
 from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import run_local_server
@@ -42,53 +42,58 @@ MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
-def plan(
-    *,
-    trace: Annotated[Path | None, make_flag(LOAD, "trace file, or the folder of an access log", exists=True)] = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFlags:
+    """The flags of `fleetcast-load plan`."""
+
+    trace: Annotated[Path | None, make_flag(LOAD, "trace file, or the folder of an access log", exists=True)] = None
     profile: Annotated[
         Shape, make_flag(LOAD, "without a trace: shape of the load, as of `run`: " + ", ".join(Shape))
-    ] = Shape.POISSON,
-    models: Annotated[int, make_flag(LOAD, "number of models of the profile", min=1)] = 1_000,
-    rate: flags.Rate = None,
-    seconds: Annotated[float, make_flag(LOAD, "duration of the load")] = SECONDS,
-    warmup: Annotated[float, make_flag(LOAD, "seconds of load before, which fill the caches")] = WARMUP_S,
-    zipf: flags.Zipf = None,
-    drift_s: flags.Drift = None,
-    every_s: flags.TickInterval = None,
-    spread_s: flags.TickSpread = None,
-    shuffled: flags.Shuffled = None,
+    ] = Shape.POISSON
+    models: Annotated[int, make_flag(LOAD, "number of models of the profile", min=1)] = 1_000
+    rate: flags.Rate = None
+    seconds: Annotated[float, make_flag(LOAD, "duration of the load")] = SECONDS
+    warmup: Annotated[float, make_flag(LOAD, "seconds of load before, which fill the caches")] = WARMUP_S
+    zipf: flags.Zipf = None
+    drift_s: flags.Drift = None
+    every_s: flags.TickInterval = None
+    spread_s: flags.TickSpread = None
+    shuffled: flags.Shuffled = None
     model_size: Annotated[
         str | None, make_flag(LOAD, "size of a model in the cache, such as 70KB, or 70KB:1 (lognormal); default 70KB")
-    ] = None,
-    seed: Annotated[int, make_flag(LOAD, "same seed, same plan", min=0)] = 0,
+    ] = None
+    seed: Annotated[int, make_flag(LOAD, "same seed, same plan", min=0)] = 0
     costs: Annotated[
         Path | None,
         make_flag(SERVER, "file that `calibrate` or `run --out` wrote; default: costs from our records", exists=True),
-    ] = None,
+    ] = None
     cache: Annotated[
         str | None, make_flag(SERVER, "cache sizes of a node, such as 64MiB,256MiB; default: shares of the fleet")
-    ] = None,
-    workers: Annotated[int, make_flag(SERVER, "number of workers of a node", min=1)] = 1,
-    nodes: Annotated[int, make_flag(SERVER, "number of nodes, over which the models are distributed", min=1)] = 1,
-    replicas: Annotated[int, make_flag(SERVER, "number of nodes that serve each model in turn", min=1)] = 1,
-    lose_at: Annotated[float | None, make_flag(SERVER, "second at which a node is lost; default never")] = None,
-    policy: Annotated[str, make_flag(SERVER, "eviction policy: " + ", ".join(POLICIES))] = EVICTION_POLICY,
-    loader_threads: Annotated[
-        int, make_flag(SERVER, "number of loads that a worker runs at a time", min=1)
-    ] = LOADER_THREADS,
-    slab: Annotated[
-        str, make_flag(SERVER, "unit of the cache; see the server's slab_bytes")
-    ] = f"{SLAB_BYTES // MIB}MiB",
-    p99_ms: flags.MostP99 = None,
-    hit_ratio: flags.LeastHitRatio = None,
-    availability: Annotated[float, make_flag(SLO, "share of time for which enough nodes are up", min=0, max=1)] = 0.999,
+    ] = None
+    workers: Annotated[int, make_flag(SERVER, "number of workers of a node", min=1)] = 1
+    nodes: Annotated[int, make_flag(SERVER, "number of nodes, over which the models are distributed", min=1)] = 1
+    replicas: Annotated[int, make_flag(SERVER, "number of nodes that serve each model in turn", min=1)] = 1
+    lose_at: Annotated[float | None, make_flag(SERVER, "second at which a node is lost; default never")] = None
+    policy: Annotated[str, make_flag(SERVER, "eviction policy: " + ", ".join(POLICIES))] = EVICTION_POLICY
+    loader_threads: Annotated[int, make_flag(SERVER, "number of loads that a worker runs at a time", min=1)] = (
+        LOADER_THREADS
+    )
+    slab: Annotated[str, make_flag(SERVER, "unit of the cache; see the server's slab_bytes")] = (
+        f"{SLAB_BYTES // MIB}MiB"
+    )
+    p99_ms: flags.MostP99 = None
+    hit_ratio: flags.LeastHitRatio = None
+    availability: Annotated[float, make_flag(SLO, "share of time for which enough nodes are up", min=0, max=1)] = 0.999
     prices: Annotated[
         Path | None,
         make_flag(SLO, "price table; default: a dated example to copy and edit", exists=True),
-    ] = None,
-    html: Annotated[Path | None, make_flag(OUTPUT, "write a page with plots for the browser")] = None,
-    out: Annotated[Path | None, make_flag(OUTPUT, "write the plan as JSON", "--json")] = None,
-) -> None:
+    ] = None
+    html: Annotated[Path | None, make_flag(OUTPUT, "write a page with plots for the browser")] = None
+    out: Annotated[Path | None, make_flag(OUTPUT, "write the plan as JSON", "--json")] = None
+
+
+@with_flags(PlanFlags)
+def plan(asked: PlanFlags) -> None:
     """Simulate how many models fit, the tail latency and the cost of a fleet.
 
     The simulation runs the server's own cache in simulated time. It gives
@@ -109,33 +114,17 @@ def plan(
       [bold]--loader-threads 16 --lose-at 150[/]
       plan for several machines and the loss of one
     """
-    settings = {"rate": rate, "zipf": zipf, "drift_s": drift_s, "every_s": every_s, "spread_s": spread_s}
     try:
-        demand = _make_demand(
-            trace, profile, models, seconds, warmup, model_size, seed, {**settings, "shuffled": shuffled}
-        )
-        loss = None if lose_at is None else Loss(0, lose_at)
-        base = Machines(0, workers, nodes, replicas, loss, policy, _parse_bytes(slab), loader_threads)
-        wanted = Promise(p99_ms, hit_ratio, availability=availability)
-        console.print(f"{demand.said}; {demand.fleet_bytes / 1e6:,.1f} MB of models")
-        found = _compute_findings(
-            demand,
-            read_costs(costs) if costs else DEFAULT,
-            base,
-            _choose_sizes(cache, base, demand),
-            wanted,
-            prices or EXAMPLE,
-            seed,
-        )
+        found = _simulate_plan(asked)
     except EXPECTED as error:
         raise SystemExit(f"no plan: {error}") from error
     _show_findings(found)
-    if html is not None:
-        html.write_text(found.html(), encoding="utf-8")
-        console.print(f"plan: {html}")
-    if out is not None:
-        out.write_bytes(msgspec.json.format(msgspec.json.encode(found.as_json()), indent=1) + b"\n")
-        console.print(f"numbers: {out}")
+    if asked.html is not None:
+        asked.html.write_text(found.html(), encoding="utf-8")
+        console.print(f"plan: {asked.html}")
+    if asked.out is not None:
+        asked.out.write_bytes(msgspec.json.format(msgspec.json.encode(found.as_json()), indent=1) + b"\n")
+        console.print(f"numbers: {asked.out}")
 
 
 def calibrate_server(
@@ -193,24 +182,32 @@ def calibrate_server(
 # --- parts of a plan ------------------------------------------------------------------------------------------------
 
 
-def _make_demand(
-    trace: Path | None,
-    profile: Shape,
-    models: int,
-    seconds: float,
-    warmup: float,
-    size: str | None,
-    seed: int,
-    settings: Mapping[str, Any],
-) -> Demand:
+def _simulate_plan(asked: PlanFlags) -> PlanFindings:
+    """Simulate the demand on the machines of the flags. Raises EXPECTED for what a user can fix."""
+    demand = _make_demand(asked)
+    loss = None if asked.lose_at is None else Loss(0, asked.lose_at)
+    slab = _parse_bytes(asked.slab)
+    base = Machines(0, asked.workers, asked.nodes, asked.replicas, loss, asked.policy, slab, asked.loader_threads)
+    wanted = Promise(asked.p99_ms, asked.hit_ratio, availability=asked.availability)
+    console.print(f"{demand.said}; {demand.fleet_bytes / 1e6:,.1f} MB of models")
+    costs = read_costs(asked.costs) if asked.costs else DEFAULT
+    sizes = _choose_sizes(asked.cache, base, demand)
+    return _compute_findings(demand, costs, base, sizes, wanted, asked.prices or EXAMPLE, asked.seed)
+
+
+def _make_demand(asked: PlanFlags) -> Demand:
     """Make the demand of the flags. Raises ValueError for flags that do not apply, and as the demand's makers do."""
-    if trace is not None:
+    settings: dict[str, Any] = {
+        name: getattr(asked, name) for name in ("rate", "zipf", "drift_s", "every_s", "spread_s", "shuffled")
+    }
+    if asked.trace is not None:
         if given := [name for name, value in settings.items() if value is not None]:
             raise ValueError(f"a trace has its own times and models: omit {', '.join(given)}")
-        return make_trace_demand(trace, size)
-    if profile is Shape.REPLAY:
+        return make_trace_demand(asked.trace, asked.model_size)
+    if asked.profile is Shape.REPLAY:
         raise ValueError("a replay needs a recording: give its file with --trace")
-    return make_profile_demand(make_profile(profile, models, seed, **settings), seconds, warmup, size or MODEL_SIZE)
+    profile = make_profile(asked.profile, asked.models, asked.seed, **settings)
+    return make_profile_demand(profile, asked.seconds, asked.warmup, asked.model_size or MODEL_SIZE)
 
 
 def _compute_findings(

@@ -36,6 +36,9 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
 Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Numbers = Annotated[list[int], Meta(max_length=MAX_ROWS)]
+PartSettings = Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)]
+#: The value of a field of `config`; lists of objects are the parts of a mixture.
+Setting = int | float | str | bool | Annotated[list[int | PartSettings], Meta(max_length=MAX_ROWS)]
 T = TypeVar("T", bound=Struct)
 
 
@@ -161,6 +164,9 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `tail` says where samples beyond the outer levels lie: nowhere (`none`, it cannot be sampled), on the outer
     quantiles (`clamp`), or as `tails` says (`exponential`). Quantiles at the levels are the same with each.
+
+    `residual_to`: the covariate that forecasts the same price, such as an operator's own forecast. The target channels
+    and the network's numbers are then deviations of the price from it, and `scaler` is of these.
     """
 
     frequency: Name
@@ -183,6 +189,7 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     history: HistoryRules | UnsetType = UNSET
     paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
     origin: TimeOfDay | UnsetType = UNSET
+    residual_to: Name | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         """Cross-field rules."""
@@ -194,6 +201,8 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         self._check_products()
         if self.paths and len(self.products) > 1:
             raise ValueError("paths are of one product")
+        if self.residual_to and (len(self.products) > 1 or self.residual_to not in self.dynamic_feat):
+            raise ValueError(f"residual_to {self.residual_to!r} must be a covariate of an archive of one product")
         if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
             raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
         self._check_tails()
@@ -349,7 +358,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: Weights
     format: Literal[1] = 1
     architecture: str = ""
-    config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
+    config: Annotated[dict[str, Setting], Meta(max_length=MAX_FIELDS)] = {}
     forecast: ForecastSpec | None = None
     correlation: CorrelationSpec | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None

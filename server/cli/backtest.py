@@ -1,6 +1,7 @@
 """`fleetcast backtest` scores what archives would have forecast for a price file. It imports torch when it runs."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,51 +11,65 @@ from rich.table import Table
 
 from model_store.names import parse_model_name
 from server.cli import price_flags
+from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
 from server.cli.train import match_markets
 from server.logs import escape_text
-from server.offline.measures import HEADINGS, MEASURES, format_score
+from server.offline.measures import COMPARED, HEADINGS, MEASURES, format_score, list_comparison
 
 if TYPE_CHECKING:
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
+SCENARIOS = 100  #: of a window with --scenarios, see `server.offline.scenario_scores`
 SHOWN = 3  #: most markets that a note names
 
 
-def backtest(
-    csv: price_flags.PriceFile,
-    *,
-    time: price_flags.TimeColumn,
-    target: price_flags.ArchivedTargets = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BacktestFlags:
+    """The flags of `fleetcast backtest`."""
+
+    csv: price_flags.PriceFile
+    time: price_flags.TimeColumn
+    target: price_flags.ArchivedTargets = None
     models: Annotated[
         str, typer.Option(metavar="STORE", help="folder or store URL of the archives; default: the store of `serve`")
-    ] = "",
-    name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE,
-    url: Annotated[str, typer.Option(help="inference address of a server that forecasts instead of this process")] = "",
+    ] = ""
+    name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE
+    url: Annotated[str, typer.Option(help="inference address of a server that forecasts instead of this process")] = ""
     since: Annotated[
         str, typer.Option("--from", metavar="DATE", help="date of the first step that may be forecast")
-    ] = "",
-    until: Annotated[str, typer.Option(metavar="DATE", help="date before which all forecast steps lie")] = "",
-    every: Annotated[int, typer.Option(min=0, help="steps between two forecasts; 0: the length of a forecast")] = 0,
+    ] = ""
+    until: Annotated[str, typer.Option(metavar="DATE", help="date before which all forecast steps lie")] = ""
+    every: Annotated[int, typer.Option(min=0, help="steps between two forecasts; 0: the length of a forecast")] = 0
     windows: Annotated[
         int | None,
         typer.Option(min=0, help=f"number of last windows to score, 0: all; default: {WINDOWS}, or all with --from"),
-    ] = None,
+    ] = None
     scenarios: Annotated[
         str,
         typer.Option(
             metavar="CORRELATION", help="archive of `fleetcast correlate` in the store, whose joint scenarios to score"
         ),
-    ] = "",
-    interval_ending: price_flags.IntervalEnding = False,
-    stamps_zone: price_flags.StampsZone = "",
-    time_format: price_flags.TimeFormat = "",
-    item: price_flags.Item = "",
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
-) -> None:
+    ] = ""
+    interval_ending: price_flags.IntervalEnding = False
+    stamps_zone: price_flags.StampsZone = ""
+    time_format: price_flags.TimeFormat = ""
+    item: price_flags.Item = ""
+    against: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="column that forecasts the same price, such as an operator's, to score beside; may contain {target}",
+        ),
+    ] = ""
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False
+
+
+@with_flags(BacktestFlags)
+def backtest(flags: BacktestFlags) -> None:
     """Score archives on a price file with rolling windows: each forecast uses only what was known at its start.
 
     \b
@@ -67,39 +82,20 @@ def backtest(
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
     With --scenarios, joint scenarios are drawn for each window as a server draws them, and the share of windows is told
     whose mean price lies outside all 100 of them: 2 % would be right.
-    Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit code is 1 when some
-    markets could not be scored.
+    --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
+    Diebold and Mariano. Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit
+    code is 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
-    from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
-    from server.offline.scenario_scores import SCENARIOS, fetch_correlation  # noqa: PLC0415
-
     with one_line_errors():
-        settings = settings_from({"store": models} if models else {})
-        first, last = parse_moment("--from", since), parse_moment("--until", until)
-        most = windows if windows is not None else 0 if first else WINDOWS
-        rolling, answers = Rolling(every, most, first, last), ThroughServer(url) if url else InProcess()
-        names = match_markets(csv, time, target or (), settings, name_template)
-        rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
-        with show_progress("scoring") as told:
-            correlation = fetch_correlation(parse_model_name(scenarios), settings) if scenarios else None
-            found = backtest_fleet(csv, time, names, settings, answers, rolling, told, rules, correlation)
-        if html is not None:
+        found = _score_markets(flags)
+        if flags.html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
-            html.write_text(render_page(found), encoding="utf-8")
-    if as_json:
+            flags.html.write_text(render_page(found), encoding="utf-8")
+    if flags.as_json:
         print(found.json(MEASURES).decode())  # noqa: T201
     else:
-        rich.print(_make_score_table(found))
-        for each in found.markets:
-            if each.uncalibrated is not None:
-                after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
-                print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
-            if each.outside_scenarios is not None:
-                outside = f"{format_score('coverage', each.outside_scenarios)} of the windows have a mean"
-                said = f"{outside} outside all {SCENARIOS} joint scenarios; 2.0% would be right"
-                print(escape_text(f"{each.target}: {said}"))  # noqa: T201
+        _print_scores(found)
     for note, markets in found.notes().items():
         more = f" and {len(markets) - SHOWN} more" if len(markets) > SHOWN else ""
         print(escape_text(f"note: {', '.join(markets[:SHOWN])}{more}: {note}"), file=sys.stderr)  # noqa: T201
@@ -107,6 +103,48 @@ def backtest(
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if found.failed:
         raise typer.Exit(BAD)
+
+
+def _score_markets(flags: BacktestFlags) -> "Backtest":
+    """Score what the flags mean. Raises LoadError, ValueError, OSError."""
+    from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
+    from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
+    from server.offline.scenario_scores import fetch_correlation  # noqa: PLC0415
+
+    settings = settings_from({"store": flags.models} if flags.models else {})
+    first, last = parse_moment("--from", flags.since), parse_moment("--until", flags.until)
+    most = flags.windows if flags.windows is not None else 0 if first else WINDOWS
+    answers = ThroughServer(flags.url) if flags.url else InProcess()
+    names = match_markets(flags.csv, flags.time, flags.target or (), settings, flags.name_template)
+    rules = price_flags.make_file_rules(flags.interval_ending, flags.stamps_zone, flags.time_format, flags.item)
+    rolling = Rolling(flags.every, most, first, last)
+    correlation = fetch_correlation(parse_model_name(flags.scenarios), settings) if flags.scenarios else None
+    with show_progress("scoring") as told:
+        return backtest_fleet(
+            flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against, correlation
+        )
+
+
+def _print_scores(found: "Backtest") -> None:
+    """Print the table of scores, what a calibration has changed, and the comparison with a column."""
+    rich.print(_make_score_table(found))
+    for each in found.markets:
+        if each.uncalibrated is not None:
+            after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
+            print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
+        if each.outside_scenarios is not None:
+            outside = f"{format_score('coverage', each.outside_scenarios)} of the windows have a mean"
+            said = f"{outside} outside all {SCENARIOS} joint scenarios; 2.0% would be right"
+            print(escape_text(f"{each.target}: {said}"))  # noqa: T201
+    compared = [(each.target, each.against) for each in found.markets if each.against is not None]
+    if compared:
+        names = ", ".join(dict.fromkeys(other.column for _, other in compared))
+        table = Table("market", *COMPARED, "n", title=verbatim(f"beside {names:.60}"))
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for target, other in compared:
+            table.add_row(verbatim(target), *list_comparison(other), str(other.observed))
+        rich.print(table)
 
 
 def _make_score_table(found: "Backtest") -> Table:

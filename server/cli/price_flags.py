@@ -41,6 +41,10 @@ Epochs = Annotated[
 ]
 FitSeed = Annotated[int, typer.Option(min=0, help="random seed: the same seed gives the same archives")]
 FitThreads = Annotated[int, typer.Option(min=1, max=256, help="cores to use, at most one per target")]
+ResidualTo = Annotated[
+    str,
+    typer.Option(metavar="COLUMN", help="column that forecasts the price, whose error is learnt; may contain {target}"),
+]
 GateScore = Annotated[Score, typer.Option(help="score that the gate compares; lower is better")]
 GateMargin = Annotated[float, typer.Option(min=0, help="percent by which the new archive may be worse")]
 

@@ -19,6 +19,7 @@ from server.access.tls import CLIENT_NAME
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.auth.permissions import open_permissions
+from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
@@ -37,7 +38,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_HEADER = 1024
-PIECE_BYTES = 256 * 1024  #: of a large answer that are handed to the client's connection at a time
 HASHED_HERE = 1024 * 1024  #: bytes of a signed body; a longer one is hashed in a thread, without the interpreter's lock
 _TIMEOUT_MS = raw_header(contract.HEADER_TIMEOUT_MS)
 _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
@@ -46,7 +46,6 @@ _MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
 _SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
 _QUALITY, _WARNING = raw_header(contract.HEADER_QUALITY), raw_header(contract.HEADER_WARNING)
 STATUSES_AT_ONCE = 32  #: that are counted before other requests get their turn
-CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
 
 class App:
@@ -211,7 +210,7 @@ class App:
         return reply
 
     def _refuse_path(self, path: str) -> NoReturn:
-        places = ", ".join(dialect.paths for dialect in self._dialects)
+        places = ", ".join(f"{each.routes.main_path} ({each.routes.title})" for each in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
     async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:
@@ -227,11 +226,11 @@ class App:
         ]
         if reply.content_type:
             head.append((b"content-type", reply.content_type.encode()))
-        stats = reply.stats or request.stats
         if reply.stats is not None:
             _add_stats(head, reply.stats)
-        if stats is not None:
-            _add_marks(head, stats)
+        _add_marks(head, reply.stats or request.stats)
+        if reply.chunks is not None:
+            return await self._send_chunks(reply, reply.chunks, head[1:], send)
         more, held = len(reply.body) < size, len(reply.body)
         self.plane.held.size += held
         try:
@@ -261,13 +260,21 @@ class App:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted
 
+    async def _send_chunks(self, reply: HttpReply, chunks: Chunks, head: Headers, send: Send) -> Sequence[int]:
+        """Send a reply while it is made. Returns the status codes to count."""
+        start = {"type": "http.response.start", "status": reply.status, "headers": head}
+        return list_statuses(reply.counted, reply.status, await chunks.send(start, send, self.plane.held))
+
 
 def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:
     """The reply. INVARIANT: no model's answer leaves as a success after its deadline. Raises Refused.
 
-    A call for many is answered when its deadline passes, with an error for each item that was not ready.
+    A call for many is answered when its deadline passes, with an error for each item that was not ready; a reply that
+    is sent while it is made has last words for that.
     """
     if request.deadline and reply.counted is None and time.monotonic() > request.deadline:
+        if reply.chunks is not None:
+            return reply
         if reply.stream is not None:
             reply.stream.cancel()
         raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
@@ -283,12 +290,11 @@ def parse_timeout(raw: bytes) -> float:
     return int(raw) / 1e3
 
 
-def _add_marks(head: Headers, stats: InferStats) -> None:
+def _add_marks(head: Headers, stats: InferStats | None) -> None:
     """Headers that say what an answer is to be doubted for."""
-    if stats.quality:
-        head.append((_QUALITY, stats.quality.encode()))
-    if stats.warnings:
-        head.append((_WARNING, stats.warnings.encode()))
+    if stats is not None:
+        marks = ((_QUALITY, stats.quality), (_WARNING, stats.warnings))
+        head += [(name, value.encode()) for name, value in marks if value]
 
 
 def _add_stats(head: Headers, stats: InferStats) -> None:

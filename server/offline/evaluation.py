@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from handlers.codecs.features import Float64
+from handlers.evaluation.point_scores import PointComparison, compare_points
 from handlers.evaluation.scores import (
     Scores,
     Steps,
@@ -16,6 +17,7 @@ from handlers.evaluation.scores import (
     score_windows,
 )
 from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
+from handlers.training.time_series import Series
 from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
@@ -72,6 +74,7 @@ class MarketScore:
     by_hour: ByHour
     notes: tuple[str, ...] = ()
     uncalibrated: float | None = None
+    against: PointComparison | None = None  #: the archive's median beside a column of the file, if one was asked for
     outside_scenarios: float | None = None
 
 
@@ -80,6 +83,7 @@ def score_forecasts(
     unit: str,
     notes: tuple[str, ...] = (),
     uncalibrated: float | None = None,
+    against: Series | None = None,
     outside: float | None = None,
 ) -> MarketScore:
     """Evaluate the forecasts of a market, without the chart."""
@@ -100,8 +104,16 @@ def score_forecasts(
         by_hour=_by_hour(found),
         notes=notes,
         uncalibrated=uncalibrated,
+        against=None if against is None else compare_with_column(found, against),
         outside_scenarios=outside,
     )
+
+
+def compare_with_column(found: WindowForecasts, column: Series) -> PointComparison:
+    """Compare the median of the forecasts with a column of the same file, by the steps that both have."""
+    stride = int(found.origins[1] - found.origins[0]) if len(found.origins) > 1 else found.horizon
+    median = interpolate_median(found.quantiles, found.levels)
+    return compare_points(column.name, found.actuals, median, column.values[found.steps], stride)
 
 
 def compute_scores(found: WindowForecasts) -> Scores:

@@ -16,7 +16,7 @@ import msgspec
 
 from server.offline.evaluation import ByHour, Calibration, FanChart, MarketScore
 from server.offline.fleet_evaluation import Backtest
-from server.offline.measures import HEADINGS, MEASURES, format_score
+from server.offline.measures import COMPARED, HEADINGS, MEASURES, format_score, list_comparison
 
 HERE = Path(__file__).parent
 MOST_CHARTED = 12  #: most markets with charts; the table has all
@@ -62,6 +62,8 @@ def render_page(found: Backtest) -> str:
         drawn=drawn,
         heads=list(HEADINGS.values()),
         rows=list(_score_rows(found)),
+        compared=[(each, list_comparison(each.against)) for each in found.markets if each.against is not None],
+        compared_heads=COMPARED,
         means=[format_score(name, found.mean(name)) for name in MEASURES],
     )
     return html

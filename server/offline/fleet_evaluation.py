@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from traceback import extract_tb
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -104,17 +105,19 @@ def backtest_fleet(
     rolling: Rolling,
     report_progress: Progress,
     rules: FileRules = PLAIN,
+    against: str = "",
     correlation: CorrelationModel | None = None,
 ) -> Backtest:
-    """Forecast and score the windows of all markets, several at a time. Raises LoadError, SeriesInvalid, OSError.
+    """Forecast and score the windows of all markets, several at a time.
 
-    With a `correlation` its joint scenarios are scored too.
+    `against` is a column, in whose name {target} may stand, that is scored beside them, and so are the joint scenarios
+    of a `correlation`. Raises LoadError, SeriesInvalid, OSError, and ValueError without such a column.
     """
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
         target, model = market
         forecast = model.forecast
-        series = add_known_series(columns[target], target, forecast.dynamic_feat)
+        series = add_known_series(columns[target], target, forecast)
         origins = rolling.origins(series, [forecast])
         found = forecast_windows(answers, model, series, origins)
         if not (~np.isnan(found.actuals)).any():
@@ -123,11 +126,14 @@ def backtest_fleet(
         report_progress(1, len(names))
         before = measure_uncalibrated(model, series, origins)
         outside = None if correlation is None else measure_outside(found, forecast, correlation)
-        return score_forecasts(found, forecast.unit, list_notes(found, model), before, outside), make_fan_chart(found)
+        other = columns[target][against.replace("{target}", target)] if against else None
+        notes = list_notes(found, model)
+        return score_forecasts(found, forecast.unit, notes, before, other, outside), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)
-        columns, lacking = read_columns(csv, time, models, rules)
+        more = {target: [against.replace("{target}", target)] for target in models} if against else {}
+        columns, lacking = read_columns(csv, time, models, rules, more)
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
         done, wrong = collect_results(pool, one, markets)
     results = list(done.values())
@@ -197,14 +203,21 @@ def explain_error(error: Exception) -> str:
 
 
 def read_columns(
-    csv: Path, time: str, models: Mapping[str, ArchiveVersion], rules: FileRules = PLAIN
+    csv: Path,
+    time: str,
+    models: Mapping[str, ArchiveVersion],
+    rules: FileRules = PLAIN,
+    more: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, dict[str, Series]], dict[str, str]]:
     """Read for each target its column and the covariates known ahead, on the clock and by the step of its archive.
 
-    Also returns targets that lack a covariate. The file is read once for all archives of one clock and step. Raises
-    SeriesInvalid, OSError: the file cannot be read, or has no column of a target.
+    `more` columns are read for a target beside those. Also returns targets that lack a covariate. The file is read once
+    for all archives of one clock and step. Raises SeriesInvalid, OSError: the file cannot be read, or has no column of
+    a target; ValueError: it has none of `more`.
     """
     there = set(read_header(csv))
+    for name in (name for names in more.values() for name in names if name not in there):
+        raise ValueError(f"{csv.name} has no column {name!r}")
     lacking = {
         target: [name for name in each.forecast.dynamic_feat if name not in there] for target, each in models.items()
     }
@@ -213,7 +226,8 @@ def read_columns(
         groups.setdefault(rules.for_archive(each.forecast), []).append(target)
     columns: dict[str, dict[str, Series]] = {}
     for read_by, targets in groups.items():
-        known = (name for target in targets if not lacking[target] for name in models[target].forecast.dynamic_feat)
+        known = [name for target in targets if not lacking[target] for name in models[target].forecast.dynamic_feat]
+        known += [name for target in targets for name in more.get(target, ())]
         found = {each.name: each for each in read_csv(csv, time, list(dict.fromkeys([*targets, *known])), (), read_by)}
         columns |= dict.fromkeys(targets, found)
     said = "has no such column, which the archive wants as `dynamic_feat`"

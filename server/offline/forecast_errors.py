@@ -122,7 +122,7 @@ def _match_series(
         raise Unfit(f"{' and '.join(what)}; their windows are the same only if step and zone are")
     columns, lacking = read_columns(csv, time, models, rules)
     return {
-        target: (model, add_known_series(columns[target], target, model.forecast.dynamic_feat))
+        target: (model, add_known_series(columns[target], target, model.forecast))
         for target, model in models.items()
         if target not in lacking
     }, lacking

@@ -100,7 +100,7 @@ def compare_models(
         Unfit: one of them cannot be backtested, or the score is undefined. LoadError: the candidate does not load.
     """
     both = [candidate, *([predecessor] if predecessor else [])]
-    series = [add_known_series(columns, target, each.forecast.dynamic_feat) for each in both]
+    series = [add_known_series(columns, target, each.forecast) for each in both]
     origins = choose_unseen(gate.rolling.origins(series[0], [each.forecast for each in both]), series[0], both)
     unknown = predecessor is not None and predecessor.trained_until is None
     seen = ["the predecessor does not say until when it was trained; it may have seen these windows"] * unknown

@@ -21,7 +21,7 @@ from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
 from handlers.training.history_rules import learn_history_rules
-from handlers.training.input_recipe import fit_robust_scaler
+from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
@@ -81,10 +81,15 @@ class RetrainingPlan:
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
     rules: FileRules = PLAIN
     keep_worse: bool = False  #: publish also what is no better than the naive forecast
+    residual_to: str = ""  #: column from which every market learns deviations; empty: each keeps its own
     calibrate: int = 0  #: days that every archive is calibrated by; 0: those that are calibrated, by as many windows
 
     def __repr__(self) -> str:
         return f"<RetrainingPlan {len(self.names)} markets from {self.csv.name} to {self.settings.store}>"
+
+    def name_base(self, target: str) -> str:
+        """Return the column from which a target learns deviations; empty if it keeps its own."""
+        return self.residual_to.replace("{target}", target)
 
     @property
     def digest(self) -> bytes:
@@ -100,6 +105,7 @@ class RetrainingPlan:
             self.config,
             self.rules,
             self.keep_worse,
+            self.residual_to,
             self.calibrate,
         )
         digest.update(repr(terms).encode())
@@ -163,7 +169,8 @@ class Retraining:
         plan = self._plan
         with ThreadPoolExecutor(plan.settings.loader_threads) as pool:
             models, failed = fetch_archives(pool, plan.names, plan.settings)
-        self._columns, lacking = read_columns(plan.csv, plan.time, models, plan.rules)
+        more = {target: [name] for target in models if (name := plan.name_base(target))}
+        self._columns, lacking = read_columns(plan.csv, plan.time, models, plan.rules, more)
         failed.update(lacking)
         left = set(journal.left().nonzero()[0].tolist())
 
@@ -189,7 +196,7 @@ class Retraining:
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
         plan, forecast, spec = self._plan, model.forecast, model.archive.spec
-        series = add_known_series(self._columns[target], target, forecast.dynamic_feat)
+        series = add_known_series(self._columns[target], target, forecast)
         every = plan.gate.rolling.origins(series, [forecast])
         origins = choose_unseen(every, series, [model])
         learnt = self._choose_calibrated(model, series)
@@ -197,17 +204,27 @@ class Retraining:
         before = series.before(series.start + int(held[0]) * series.step)
         unseen = count_unseen(model, series, held)
         by_recipe = unseen is not None and unseen < len(held)
-        if plan.architecture:
-            changed = rebuild_forecast(forecast, before, plan.architecture, plan.config)
-            return RetrainingMarket(
-                line, model, series, before, changed, plan.architecture, plan.config, by_recipe, learnt
-            )
-        if spec is None or not spec.architecture:
+        if not plan.architecture and (spec is None or not spec.architecture):
             what = "only architectures that Fleetcast knows can be retrained as they are; give --architecture"
             raise Unfit(f"{model.name} is a {find_kind(model.archive).kind} archive; {what}")
-        return RetrainingMarket(
-            line, model, series, before, forecast, spec.architecture, spec.config, by_recipe, learnt
-        )
+        architecture, config = plan.architecture, plan.config
+        if not architecture and spec is not None:
+            architecture, config = spec.architecture, spec.config
+        base = plan.name_base(target) or forecast.residual_to or ""
+        if plan.architecture or base != (forecast.residual_to or ""):
+            series, before = self._add_base(series, base), self._add_base(before, base)
+            forecast = rebuild_forecast(forecast, before, architecture, config, base)
+        return RetrainingMarket(line, model, series, before, forecast, architecture, config, by_recipe, learnt)
+
+    def _add_base(self, series: Series, base: str) -> Series:
+        """Add the column from which deviations are learnt to the covariates, complete. Raises SeriesInvalid."""
+        if not base:
+            return series
+        if base not in series.known_names:
+            row = self._columns[series.name][base].values[: len(series.values)]
+            known = np.concatenate([series.known, row[None]])
+            series = dataclasses.replace(series, known=known, known_names=(*series.known_names, base))
+        return series.without_gaps(base)
 
     def _choose_calibrated(self, model: ArchiveVersion, series: Series) -> Steps:
         """Return the first steps of the windows to calibrate by: none if the market is not calibrated. Raises Unfit."""
@@ -301,11 +318,14 @@ class Retraining:
         spec, plan = market.predecessor.archive.spec, self._plan
         assert spec is not None, "it says until when it was trained"
         assert spec.forecast is not None, "it forecasts"
-        if not plan.architecture and plan.fitting.epochs == (spec.trained_epochs or 0):
+        same = market.forecast.residual_to == spec.forecast.residual_to and not plan.architecture
+        if same and plan.fitting.epochs == (spec.trained_epochs or 0):
             return candidate
         fitting = dataclasses.replace(plan.fitting, epochs=spec.trained_epochs or 0.0)
-        inputs = [refit_scalers(spec.forecast, market.held_back)]
-        (fitted,) = fit_forecasters([market.held_back], inputs, spec.architecture, dict(spec.config), fitting)
+        own = add_known_series(self._columns[market.series.name], market.series.name, spec.forecast)
+        series = own.before(own.start + len(market.held_back.values) * own.step)
+        inputs = [refit_scalers(spec.forecast, series)]
+        (fitted,) = fit_forecasters([series], inputs, spec.architecture, dict(spec.config), fitting)
         return self._open_fitted(market, fitted)
 
     def _settle_market(self, market: RetrainingMarket, fitted: Fitted | Exception, passed: Passed) -> Outcome:
@@ -399,18 +419,22 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
             return of
         return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
 
-    own = scaler(forecast.scaler, series.values, series.name)
+    own = scaler(forecast.scaler, subtract_base(series, forecast.residual_to), series.name)
     fitted = replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
     if not (rules := forecast.history):
         return fitted
-    learnt = learn_history_rules(series, fitted, rules.max_missing, fallback=bool(rules.fallback))
+    values = subtract_base(series, forecast.residual_to)
+    learnt = learn_history_rules(series, values, fitted, rules.max_missing, fallback=bool(rules.fallback))
     return replace(fitted, history=replace(learnt, fill=rules.fill))
 
 
 def rebuild_forecast(
-    forecast: ForecastSpec, series: Series, architecture: str, config: Mapping[str, Any]
+    forecast: ForecastSpec, series: Series, architecture: str, config: Mapping[str, Any], residual_to: str = ""
 ) -> ForecastSpec:
-    """Make the recipe for another architecture, with the same requests and answers. Raises ValueError."""
+    """Make the recipe for another architecture, or of deviations from another column. Raises ValueError.
+
+    Requests and answers stay the same, but for that column where the series has it as a new covariate.
+    """
     options = {
         "scaling": "linear" if forecast.scaler.kind == "linear" else "asinh",
         "unit": forecast.unit,
@@ -419,6 +443,7 @@ def rebuild_forecast(
         "tail": "exponential" if forecast.tails else "clamp",
         "max_missing": forecast.history.max_missing if forecast.history else None,
         "fallback": bool(forecast.history and forecast.history.fallback),
+        "residual_to": residual_to,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)

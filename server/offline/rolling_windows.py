@@ -335,8 +335,12 @@ def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> Non
             raise Unfit(f"column {name!r} at {series.stamp(begin + int(missing[0]))}: {what}")
 
 
-def add_known_series(columns: Mapping[str, Series], target: str, known: Sequence[str]) -> Series:
-    """Return the series of one column with others as its covariates known ahead."""
-    series = columns[target]
+def add_known_series(columns: Mapping[str, Series], target: str, forecast: ForecastSpec) -> Series:
+    """Return the series of one column with others as the covariates of an archive.
+
+    Raises SeriesInvalid if the prices are deviations from a column without values.
+    """
+    series, known = columns[target], forecast.dynamic_feat
     rows = np.stack([columns[name].values for name in known]) if known else series.known
-    return replace(series, known=rows, known_names=tuple(known))
+    found = replace(series, known=rows, known_names=tuple(known))
+    return found.without_gaps(forecast.residual_to) if forecast.residual_to else found

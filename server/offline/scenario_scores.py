@@ -16,7 +16,7 @@ from server.worker.model_loader import open_store
 
 Observed = npt.NDArray[np.bool_]
 
-SCENARIOS = 100  #: of a window; of 101 equally likely means the actual is the first or the last one on 2 % of windows
+SCENARIOS = 100  #: of a window; of 101 equally likely means the actual is the first or last one on 2 % of windows
 
 
 def fetch_correlation(name: ModelName, settings: Settings) -> CorrelationModel:

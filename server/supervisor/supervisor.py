@@ -51,7 +51,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
-from server.sagemaker_environment import MULTI_MODEL
+from server.sagemaker_container.environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.access_control import App

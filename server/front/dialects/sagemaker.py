@@ -96,7 +96,6 @@ class SageMaker:
 
     name = "sagemaker"
     routes = SAGEMAKER
-    paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
@@ -189,6 +188,10 @@ class SageMaker:
         if raw is not None:
             return self._parse_name(raw)
         return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
+
+    def find_status(self, situation: Situation) -> int:
+        """The status that this situation has, and is counted with."""
+        return self._errors[situation].status
 
     @staticmethod
     def make_headers(request: HttpRequest) -> Headers:

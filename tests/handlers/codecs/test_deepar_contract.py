@@ -38,6 +38,14 @@ PUBLISHED = replace(
     dynamic_feat=("promotion",),
     scaler=Scaler(center=1),
 )
+#: The network forecasts how the price deviates from the operator's forecast, and reads that too.
+RESIDUAL = replace(
+    ONE,
+    dynamic_feat=("load", "operator"),
+    residual_to="operator",
+    inputs=(*ONE.inputs, InputChannel(source="dynamic_feat", index=1, shift=2)),
+)
+OPERATOR = [[7.0] * 5, [10.0, 20.0, 30.0, 100.0, 200.0]]
 SEVERAL = replace(
     ONE,
     products=("energy", "reserve"),
@@ -190,6 +198,14 @@ RULES = [
          [told(mean=[2.3, 4.7], quantiles={"0.1": [2, 4], "0.5": [2, 5], "0.9": [3, 5]})]),
     Rule("one trained level is every number", *plainly(replace(ONE, quantile_levels=(0.5,)), one()),
          [{"start": f"{DAY} 03:00:00", "mean": [1, 4], "quantiles": {"0.5": [1, 4]}}]),
+    Rule("a deviation is added to the covariate that it is from", *plainly(RESIDUAL, one(dynamic_feat=OPERATOR)),
+         [told(mean=[102, 205], quantiles={"0.1": [101, 204], "0.5": [102, 205], "0.9": [103, 206]})]),
+    Rule("floor and cap are of the price, not of its deviation",
+         *plainly(replace(RESIDUAL, floor=103, cap=204.5), one(dynamic_feat=OPERATOR)),
+         [told(mean=[103, 204.5 - 0.15], quantiles={"0.1": [103, 204], "0.5": [103, 204.5], "0.9": [103, 204.5]})]),
+    Rule("each instance has its own covariate",
+         *plainly(RESIDUAL, one(dynamic_feat=OPERATOR), one(dynamic_feat=[[0] * 5, [0] * 5])),
+         [told(mean=[102, 205], quantiles={"0.1": [101, 204], "0.5": [102, 205], "0.9": [103, 206]}), told()]),
     Rule("several products: a row for each", *plainly(SEVERAL, one(target=BOTH)), [both()]),
     Rule("several products: each row has its own missing values",
          *plainly(SEVERAL, one(target=[[None, 1, 2, 3], [1, 2, "NaN", None]])), [both()]),
@@ -275,6 +291,11 @@ REFUSALS = [
             *plainly(COVERED, one(cat=[1], dynamic_feat=[[1, 2, None, 4, 5]])), "dynamic_feat[0][2]", "null"),
     Refusal('dynamic_feat has no "NaN"',
             *plainly(COVERED, one(cat=[1], dynamic_feat=[[1, 2, "NaN", 4, 5]])), "dynamic_feat[0][2]", "not text"),
+    Refusal("what a deviation is from is needed", *plainly(RESIDUAL, one()), "dynamic_feat", "needs 2 rows"),
+    Refusal("what a deviation is from has no null",
+            *plainly(RESIDUAL, one(dynamic_feat=[[1] * 5, [1, 2, 3, 4, None]])), "dynamic_feat[1][4]", "null"),
+    Refusal("what a deviation is from is a price",
+            *plainly(RESIDUAL, one(dynamic_feat=[[1] * 5, [1, 2, 3, 4, 1e200]])), "dynamic_feat[1]", "beyond 1e.30"),
     Refusal("item_id is text or a number", *plainly(ONE, one(item_id=[1])), "item_id", "a list"),
     Refusal("unknown settings are refused", *asks(ONE, one(), num_sample=1), "configuration.num_sample",
             "did you mean num_samples"),
@@ -431,3 +452,31 @@ def test_unknown_keys_of_a_request_are_refused() -> None:
     ) as caught:
         predictions(ONE, {"instances": [one()], "config": {}})
     assert (caught.value.instance, caught.value.field) == (None, "config")
+
+
+def test_the_network_sees_deviations_from_the_operator() -> None:
+    """The history less the covariate, a missing price as the last deviation, and the covariate as its channel says."""
+    body = json.dumps({"instances": [one(target=[12.0, None, 33.0], dynamic_feat=OPERATOR)]}).encode()
+    (row,) = asked(RESIDUAL, body, JSON).rows
+    assert row.tolist() == [[2, 2, 3], [30, 100, 200]]
+
+
+def test_samples_and_marginals_are_prices_too() -> None:
+    """All samples of a step lie within the outer quantiles of its price, and a marginal has these."""
+    kinds = {"output_types": ["samples", "marginal"], "num_samples": 50, "seed": 1}
+    (answer,) = predictions(*asks(RESIDUAL, one(dynamic_feat=OPERATOR), **kinds))
+    samples = np.array(answer["samples"])
+    assert ((samples >= [101, 204]) & (samples <= [103, 206])).all()
+    assert answer["marginal"]["values"] == [[[101, 102, 103], [204, 205, 206]]]
+
+
+def test_deviations_on_a_day_of_25_hours() -> None:
+    """Real steps: the repeated hour of the covariate is one slot's mean, and both steps of that slot get the price."""
+    forecast = replace(RESIDUAL, time_zone="Europe/Berlin", prediction_length=3)
+    operator = [10.0, 20.0, 30.0, 100.0, 200.0, 300.0, 400.0]
+    instance = one("2024-10-26 23:00:00+02:00", dynamic_feat=[[7.0] * 7, operator])
+    (answer,) = predictions(*plainly(forecast, instance))
+    assert answer["start"] == "2024-10-27 02:00:00+02:00"
+    steps = STEPS[:, 1].tolist()
+    assert len(answer["quantiles"]["0.5"]) == len(operator) - 3
+    assert answer["quantiles"]["0.5"][0] == answer["quantiles"]["0.5"][1] == 150 + steps[0]

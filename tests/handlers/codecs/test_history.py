@@ -45,7 +45,7 @@ def learn(values: Any = None, *, fallback: bool = True) -> ForecastSpec:
     """The recipe with rules learnt from prices."""
     prices = make_prices() if values is None else values
     series = Series("p", START, timedelta(hours=1), prices, np.empty((0, len(prices))))
-    return replace(PLAIN, history=learn_history_rules(series, PLAIN, 0.25, fallback=fallback))
+    return replace(PLAIN, history=learn_history_rules(series, prices, PLAIN, 0.25, fallback=fallback))
 
 
 RULED = learn()

@@ -205,3 +205,34 @@ def make_correlation(names: list[str]) -> bytes:
     estimate = estimate_gaussian(errors, tuple(names))
     parts = ArchiveParts(correlation=estimate.record, tensors=estimate.tensors)
     return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
+def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
+    """The operator's column: errors by hand in JSON, a table of its own, a section of the page, and a wrong name."""
+    csv = write_prices(tmp_path / "p.csv", MARKETS[:1])
+    lines = csv.read_text().splitlines()
+    rows = [line.split(",") for line in lines[1:]]
+    operator = [
+        "" if i % 40 == 3 or not row[1] else f"{float(row[1]) + 3 * (-1) ** i:.2f}" for i, row in enumerate(rows)
+    ]
+    made = [f"{line},{price}" for line, price in zip(lines[1:], operator, strict=True)]
+    csv.write_text("\n".join([f"{lines[0]},pre_M00", *made]) + "\n")
+    store = fill(tmp_path / "models", MARKETS[:1])
+    asked = ("backtest", str(csv), "--time", "hour", "--models", str(store), "--against", "pre_{target}")
+    result = run(*asked, "--json", "--html", str(tmp_path / "r.html"))
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["markets"]
+    against = found["against"]
+    assert against["column"] == "pre_M00"
+    assert against["other_mae"] == pytest.approx(3, abs=0.01)
+    assert against["skill"] == pytest.approx(1 - against["mae"] / against["other_mae"])
+    assert against["observed"] < found["scores"]["observed"]
+    assert against["p_value"] > 0.99, "random weights are worse than an operator who is 3 off"
+    page = (tmp_path / "r.html").read_text()
+    assert "Beside a column of the file" in page
+    assert f"<td>{against['mae']:.3f}</td>" in page
+    shown = run(*asked)
+    assert "pre_M00" in shown.output
+    wrong = run(*asked[:-1], "pre")
+    assert wrong.exit_code == 2
+    assert "p.csv has no column 'pre'" in wrong.stderr

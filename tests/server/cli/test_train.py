@@ -23,9 +23,9 @@ from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
-from server.cli.train import choose_architecture
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
+from server.offline.training import choose_architecture
 from tests.server import markets
 
 pytestmark = pytest.mark.slow
@@ -245,7 +245,7 @@ def test_what_is_wrong_is_said_in_a_line(prices: Path, tmp_path: Path, flags: li
 def test_an_impossible_out_is_told_first(prices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file where the folder should be: said at once, not after minutes of fitting."""
     (tmp_path / "taken").write_text("a file")
-    monkeypatch.setattr("handlers.training.fit.fit_forecasters", lambda *_, **__: pytest.fail("it was fitted first"))
+    monkeypatch.setattr("server.offline.training.fit_forecasters", lambda *_, **__: pytest.fail("it was fitted first"))
     result = run(str(prices), "--time", "hour", "--target", "NSW1", "--out", str(tmp_path / "taken"))
     assert result.exit_code == 2
     assert "is not a folder" in result.stderr

@@ -29,7 +29,7 @@ def series(tmp_path_factory: pytest.TempPathFactory) -> Series:
     """One market with its load forecast."""
     csv = write_prices(tmp_path_factory.mktemp("data") / "prices.csv", ["M00"])
     columns = {each.name: each for each in read_csv(csv, "hour", ["M00", *KNOWN])}
-    return add_known_series(columns, "M00", KNOWN)
+    return add_known_series(columns, "M00", make_forecast(dynamic_feat=KNOWN))
 
 
 def make_hours(count: int) -> Series:
