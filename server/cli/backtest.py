@@ -16,9 +16,11 @@ from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
 from server.cli.train import match_markets
 from server.logs import escape_text
-from server.offline.measures import COMPARED, HEADINGS, MEASURES, format_score, list_comparison
+from server.offline.measures import COMPARED, HEADINGS, MEASURES, POINTS, format_score, list_comparison
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
@@ -80,6 +82,8 @@ def backtest(flags: BacktestFlags) -> None:
     Covariates known ahead are the columns that the archive names. pinball and CRPS are in the unit of the prices; wQL,
     WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
+    Papers print rMAE (week), whose naive forecast is always the value a week before. MAE, RMSE, MAPE and sMAPE are of
+    the median; MAPE leaves out prices of 0. There is no mean of prices in different units.
     With --scenarios, joint scenarios are drawn for each window as a server draws them, and the share of windows is told
     whose mean price lies outside all 100 of them: 2 % would be right.
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
@@ -127,7 +131,8 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
 
 def _print_scores(found: "Backtest") -> None:
     """Print the table of scores, what a calibration has changed, and the comparison with a column."""
-    rich.print(_make_score_table(found))
+    rich.print(_make_score_table(found, MEASURES, HEADINGS))
+    rich.print(_make_score_table(found, tuple(POINTS), POINTS, title="of the median"))
     for each in found.markets:
         if each.uncalibrated is not None:
             after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
@@ -147,17 +152,20 @@ def _print_scores(found: "Backtest") -> None:
         rich.print(table)
 
 
-def _make_score_table(found: "Backtest") -> Table:
-    """A table with a row for each market, and one for their mean."""
+def _make_score_table(
+    found: "Backtest", measures: "Sequence[str]", headings: "Mapping[str, str]", title: str | None = None
+) -> Table:
+    """A table with a row for each market, and one for their mean, which prices in different units do not have."""
     promised = {each.scores.nominal for each in found.markets}
-    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
-    table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")
+    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else headings.get("coverage", "")
+    heads = [interval if name == "coverage" else headings[name] for name in measures]
+    table = Table("market", *heads, "n", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found.markets:
-        cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
+        cells = [format_score(name, getattr(each.scores, name)) for name in measures]
         table.add_row(verbatim(each.target), *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
-        table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
+        table.add_row("mean", *(format_score(name, found.mean(name)) for name in measures), "")
     return table

@@ -69,6 +69,7 @@ class Calibrated:
     after: Scores | None
     tails: Tails | None = None
     shares: Float32 | None = None  #: the new weights [parts, levels] of a mixture that learns them
+    note: str = ""  #: what limits it, in words
 
 
 def calibrate_fleet(
@@ -117,16 +118,22 @@ def calibrate_archive(
     series = add_known_series(columns, target, forecast)
     origins = Rolling(most=count_windows(days, forecast)).origins(series, [forecast])
     unseen = count_unseen(model, series, origins)
-    if unseen is not None:
+    note = ""
+    if unseen is None:
+        note = (
+            f"{model.name} does not say until when it was trained; if it has seen these days, its bands stay too narrow"
+        )
+    else:
         origins = origins[len(origins) - unseen :]
     if len(origins) < (least := count_windows(LEAST_DAYS, forecast)):
         what = f"{model.name} was not fitted to {len(origins)} windows at the end of the file"
         raise Unfit(f"{what}, and a calibration needs {least}; give newer rows, or use `retrain --calibrate`")
     if not learns_shares(plain.archive):
-        return calibrate_windows(forecast_windows(InProcess(), plain, series, origins))
+        return replace(calibrate_windows(forecast_windows(InProcess(), plain, series, origins)), note=note)
     shares = learn_archive_shares(InProcess(), plain, series, origins)
     mixed = use_shares(plain, shares)
-    return replace(calibrate_windows(forecast_windows(InProcess(), mixed, series, origins)), shares=shares)
+    found = calibrate_windows(forecast_windows(InProcess(), mixed, series, origins))
+    return replace(found, shares=shares, note=note)
 
 
 def count_windows(days: int, forecast: ForecastSpec) -> int:

@@ -14,6 +14,7 @@ from handlers.evaluation.scores import (
     compute_seasonal_errors,
     interpolate_median,
     make_naive_forecast,
+    make_weekly_forecast,
     score_windows,
 )
 from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
@@ -120,7 +121,9 @@ def compute_scores(found: WindowForecasts) -> Scores:
     """Compute the scores. The season of MASE is a day, for daily steps a week, for weekly steps one step."""
     season = compute_naive_lag(round(found.series.step.total_seconds()), 1)
     scale = compute_seasonal_errors(found.series.values, found.origins, season)
-    return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale)
+    seconds = _convert_to_seconds(found)
+    weekly = make_weekly_forecast(found.series.values, seconds, found.origins, found.horizon)
+    return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale, weekly)
 
 
 def make_fan_chart(found: WindowForecasts) -> FanChart:

@@ -21,6 +21,7 @@ from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
+from server.offline.measures import IN_UNIT
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
@@ -60,7 +61,9 @@ class Backtest:
         return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
 
     def mean(self, measure: str) -> float | None:
-        """Return the mean of a measure over the markets that have it."""
+        """Return the mean of a measure over the markets that have it; None of prices in different units."""
+        if measure in IN_UNIT and len({each.unit for each in self.markets}) > 1:
+            return None
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
 

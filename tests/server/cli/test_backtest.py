@@ -42,7 +42,7 @@ def test_every_column_with_an_archive_is_scored(csv: Path, store: Path) -> None:
     result = run("backtest", str(csv), "--time", "hour", "--models", str(store))
     assert result.exit_code == 0, result.output
     rows = [line for line in result.output.splitlines() if line.startswith("│")]
-    assert [row.split("│")[1].strip() for row in rows] == ["M00", "M01", "mean"]
+    assert [row.split("│")[1].strip() for row in rows] == ["M00", "M01", "mean"] * 2
     assert rows[0].split("│")[-2].strip() == "28"
     assert "in 80%" in result.output
 
@@ -236,3 +236,18 @@ def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
     wrong = run(*asked[:-1], "pre")
     assert wrong.exit_code == 2
     assert "p.csv has no column 'pre'" in wrong.stderr
+
+
+def test_prices_in_different_units_have_no_mean(csv: Path, tmp_path: Path) -> None:
+    """Relative scores have one; those in EUR and AUD have none, neither in the table nor in JSON."""
+    store = fill(tmp_path / "models", MARKETS[:2])
+    store.joinpath("M01.mar").write_bytes(pack_market(1, unit="AUD/MWh"))
+    told = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--json")
+    mean = json.loads(told.stdout)["mean"]
+    assert (mean["pinball"], mean["crps"]) == (None, None)
+    assert mean["rmae"] > 0
+    shown = run("backtest", str(csv), "--time", "hour", "--models", str(store)).output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    means = [row for row in rows if row[0] == "mean"]
+    assert [row[1] for row in means] == ["-", "-"]
+    assert "of the median" in shown
