@@ -42,6 +42,8 @@ class HistoryReader:
     needed: int
     prediction: int
     step_s: int
+    season: int  #: steps
+    turns: Float64 | None  #: see `turn_profile`
 
     @classmethod
     def of(cls, forecast: ForecastSpec, step_s: int) -> "HistoryReader | None":
@@ -49,12 +51,8 @@ class HistoryReader:
         rules = forecast.history
         if not rules:
             return None
-        return cls(rules, forecast.scaler, forecast.history_length, forecast.prediction_length, step_s)
-
-    @property
-    def season(self) -> int:
-        """The steps of a season."""
-        return count_season(self.step_s)
+        lengths = (forecast.history_length, forecast.prediction_length, step_s, count_season(step_s))
+        return cls(rules, forecast.scaler, *lengths, turn_profile(rules.profile) if rules.profile else None)
 
     def read(self, values: Float64, short: int, first_hour: int) -> History:
         """Judge and complete a history [T] with NaN for what is missing; the first `short` steps were not sent.
@@ -77,19 +75,23 @@ class HistoryReader:
             sure = values if not doubtful else np.concatenate([values[:-doubtful], np.full(doubtful, np.nan)])
             fallback = self._fall_back(sure, self.rules.fallback, first_hour)
             codes.append(FALLBACK)
-        if gone or np.isnan(values).any():
+        if gone or (len(values) > self.needed and np.isnan(values).any()):
             values = complete(values, self.scaler.center, self.season if self.rules.fill == "seasonal" else 0)
         return History(values, tuple(dict.fromkeys(codes)), fallback)
 
-    def judge_rows(self, rows: Float64, first_hours: Sequence[int]) -> list[list[str]]:
-        """Return further codes of each of the completed histories [n, needed]: their range, and their time of day."""
+    def judge_rows(self, rows: Float64, first_hours: Sequence[int]) -> list[list[str]] | None:
+        """Return further codes of each of the completed histories [n, needed]: their range, and their time of day.
+
+        None where no history has any, which is told before all else is counted: most calls have one row.
+        """
         rules = self.rules
         lowest, highest = rows.min(1), rows.max(1)
         outside = (lowest < rules.low) | (highest > rules.high) | (highest - lowest < rules.least_span)
-        shifted = self._judge_shift(rows, first_hours) if rules.profile else np.zeros(len(rows), bool)
-        if not (outside.any() or shifted.any()):
-            return [[] for _ in rows]
-        return [[RANGE] if far else [SHIFTED] if late else [] for far, late in zip(outside, shifted, strict=True)]
+        shifted = None if self.turns is None else self._judge_shift(rows, self.turns, first_hours)
+        if shifted is None and not outside.any():
+            return None
+        late = np.zeros(len(rows), bool) if shifted is None else shifted
+        return [[RANGE] if far else [SHIFTED] if also else [] for far, also in zip(outside, late, strict=True)]
 
     def _judge_gaps(self, missing: Flags, gone: int, short: int) -> list[str]:
         """Return the codes of a history of which `gone` steps are missing, the last of them perhaps at its end."""
@@ -124,11 +126,14 @@ class HistoryReader:
         different = np.flatnonzero(values[season:][::-1] != values[:-season][::-1])
         return int(different[0]) if len(different) else len(values) - season
 
-    def _judge_shift(self, rows: Float64, first_hours: Sequence[int]) -> Flags:
-        """Whether the daily course of each row fits that of the archive better at another hour than at its own."""
-        courses = measure_courses(to_network(rows, self.scaler), self.step_s, first_hours)
-        gains: Float64 = compute_shift_gains(courses, np.array(self.rules.profile))
-        return gains > self.rules.shift_gain
+    def _judge_shift(self, rows: Float64, turns: Float64, first_hours: Sequence[int]) -> Flags | None:
+        """Whether the daily course of each row fits that of the archive better at another hour; None if none does."""
+        courses = measure_courses(to_network(rows, self.scaler), self.step_s)
+        fits = courses @ turns
+        if fits.argmax(axis=1).tolist() == list(first_hours):
+            return None
+        found: Flags = compute_shift_gains(courses, turns, first_hours) > self.rules.shift_gain
+        return found
 
     def _fall_back(self, values: Float64, fallback: Fallback, first_hour: int) -> Float64:
         """Forecast quantiles [prediction, levels]: the latest known value at the time of day, plus its past errors.
@@ -156,27 +161,32 @@ def count_season(step_s: int) -> int:
     return WEEK_DAYS if step_s == DAY else 1
 
 
-def measure_courses(rows: Float64, step_s: int, first_hours: Sequence[int]) -> Float64:
-    """Measure the mean daily course [n, 24], from midnight on, of the last whole days of rows [n, T].
+def measure_courses(rows: Float64, step_s: int) -> Float64:
+    """Measure the mean daily course [n, 24] of the last whole days of rows [n, T], in the order of the rows.
 
-    `first_hours`: the hour of the day of the step after each row. Steps are of an hour or divide one.
+    Steps are of an hour or divide one.
     """
     steps = DAY // step_s
-    days = rows[:, rows.shape[1] % steps :]
-    hours = days.reshape(len(rows), -1, HOURS, steps // HOURS).mean(axis=(1, 3))
-    turned = (np.arange(HOURS) - np.asarray(first_hours)[:, None]) % HOURS
-    found: Float64 = np.take_along_axis(hours, turned, 1)
+    days = rows[:, rows.shape[1] % steps :].reshape(len(rows), -1, steps).mean(axis=1)
+    found: Float64 = days if steps == HOURS else days.reshape(len(rows), HOURS, -1).mean(axis=2)
     return found
 
 
-def compute_shift_gains(courses: Float64, profile: Float64) -> Float64:
-    """Compute how much better each course [n, 24] fits the profile [24] at another hour than at its own: [n].
+def turn_profile(profile: Sequence[float]) -> Float64:
+    """Return the profile [24] of a day that begins at each hour of it [24, 24], a column each."""
+    return np.stack([np.roll(profile, -hour) for hour in range(HOURS)], axis=1)
 
-    The fit is their correlation, so that a gain is at most 2.
+
+def compute_shift_gains(courses: Float64, turns: Float64, first_hours: Sequence[int]) -> Float64:
+    """Compute how much better each course [n, 24] fits a profile at another hour than at its own: [n].
+
+    `first_hours`: the hour of the day at which each course begins. The fit is the correlation with the profile, whose
+    mean is 0 and whose length is 1, so that a gain is at most 2.
     """
-    courses = courses - courses.mean(1, keepdims=True)
-    size = np.sqrt((courses**2).sum(1))
-    turns = np.stack([np.roll(profile, turn) for turn in range(HOURS)], axis=1)
-    fits = courses @ turns / np.where(size > 0, size, 1.0)[:, None]
-    gains: Float64 = fits[:, 1:].max(1) - fits[:, 0]
+    fits = courses @ turns
+    places = np.arange(len(courses)), np.asarray(first_hours)
+    own = fits[places]
+    fits[places] = -np.inf
+    size = courses.std(axis=1) * HOURS**0.5
+    gains: Float64 = (fits.max(axis=1) - own) / np.where(size > 0, size, np.inf)
     return gains

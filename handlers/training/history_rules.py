@@ -12,7 +12,7 @@ import numpy as np
 
 from handlers.codecs.features import DAY, HOUR, Float64, to_network
 from handlers.codecs.gaps import Flags
-from handlers.codecs.history import HOURS, compute_shift_gains, count_season, measure_courses
+from handlers.codecs.history import HOURS, compute_shift_gains, count_season, measure_courses, turn_profile
 from handlers.training.time_series import Series
 from model_store.archives.manifest import Fallback, ForecastSpec, HistoryRules
 
@@ -91,7 +91,7 @@ def _learn_course(series: Series, forecast: ForecastSpec, step_s: int) -> tuple[
     unit = profile / size
     if not _follows(courses, unit):
         return (), 2.0
-    gains = compute_shift_gains(courses, unit)
+    gains = compute_shift_gains(courses, turn_profile(unit.tolist()), [0] * len(courses))
     unusual = max(LEAST_GAIN, float(np.quantile(gains, 1 - ALARMS, method="higher")) * 1.05)
     return tuple(round(each, 5) for each in unit.tolist()), _round(unusual)
 
@@ -113,7 +113,7 @@ def _cut_days(series: Series, forecast: ForecastSpec, step_s: int) -> Float64:
     values = to_network(series.values[begin // step_s :], forecast.scaler)
     steps = DAY // step_s
     rows = values[: len(values) // steps * steps].reshape(-1, steps)
-    courses = measure_courses(rows, step_s, [0] * len(rows))
+    courses = measure_courses(rows, step_s)
     for day in range(1, len(courses)):
         gaps = np.isnan(courses[day])
         courses[day, gaps] = courses[day - 1, gaps]

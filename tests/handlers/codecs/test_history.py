@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.gaps import complete
-from handlers.codecs.history import compute_shift_gains, measure_courses
+from handlers.codecs.history import compute_shift_gains, measure_courses, turn_profile
 from handlers.errors import RequestError
 from handlers.training.history_rules import learn_history_rules
 from handlers.training.time_series import Series
@@ -210,12 +210,13 @@ def test_a_gain_tells_how_far_a_course_is_turned() -> None:
     profile /= np.sqrt((profile**2).sum())
     rows = np.tile(profile, (2, 3))
     rows[1] = np.roll(rows[1], 3)
-    courses = measure_courses(rows, 3600, [0, 0])
-    gains = compute_shift_gains(courses, profile)
+    courses, turns = measure_courses(rows, 3600), turn_profile(profile.tolist())
+    gains = compute_shift_gains(courses, turns, [0, 0])
     assert gains[0] < 0 < gains[1]
-    np.testing.assert_allclose(measure_courses(np.roll(rows, -5, axis=1), 3600, [5, 5]), courses, atol=1e-12)
+    later = measure_courses(np.roll(rows, -5, axis=1), 3600)
+    np.testing.assert_allclose(compute_shift_gains(later, turns, [5, 5]), gains)
     quarters = np.repeat(rows, 4, axis=1)
-    np.testing.assert_allclose(measure_courses(quarters, 900, [0, 0]), courses)
+    np.testing.assert_allclose(measure_courses(quarters, 900), courses)
 
 
 @pytest.mark.parametrize(
