@@ -24,6 +24,8 @@ HEADER_REQUEST_ID: Final = "X-Request-Id"
 HEADER_TIMEOUT_MS: Final = "X-Request-Timeout-Ms"
 HEADER_CACHE: Final = "X-Fleetcast-Cache"  #: one of CACHE_RESULTS; of a call for many models `hit=44, miss=1`
 HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag or version
+HEADER_QUALITY: Final = "X-Fleetcast-Quality"  #: codes of doubtful histories with their predictions, `missing=2`
+HEADER_WARNING: Final = "X-Fleetcast-Warning"  #: what else an answer is warned of, likewise: `narrow-levels=1`
 #: In ms: `queue`, from arrival at the front and without the load; `load`, whose `desc` is the tier; `inference`.
 HEADER_SERVER_TIMING: Final = "Server-Timing"
 
@@ -206,6 +208,13 @@ BATCH_ROWS: Final = MetricSpec("histogram", "inference_batch_rows", "Rows per st
 BATCH_MODELS: Final = MetricSpec("histogram", "inference_batch_models", "Models per step")
 STEP_SECONDS: Final = MetricSpec(
     "counter", "step_seconds", "Time spent in steps, by part: decode, forward or encode", ("part",)
+)
+DOUBTFUL_HISTORIES: Final = MetricSpec(
+    "counter",
+    "doubtful_histories",
+    "Predictions whose history is doubtful, by code: filled, missing, empty, short, flat, stale, shifted or range; "
+    "fallback counts those that the archive's fallback answered",
+    ("code",),
 )
 MODEL_REQUESTS: Final = MetricSpec(
     "counter", "model_requests", "Requests by model, for as many models as metrics_per_model allows", ("model",)

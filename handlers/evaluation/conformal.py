@@ -9,23 +9,12 @@ no narrower bands. Scores are pooled over the hour before and after, which have 
 import numpy as np
 
 from handlers.base import Float32
-from handlers.codecs.calibration import HOURS, find_unit_band
+from handlers.codecs.calibration import HOURS
 from handlers.codecs.features import Float64
 from handlers.evaluation.scores import Steps
+from handlers.training.tails import TooFewScores, choose_band
 
 LEAST_SCORES = 50  #: least number of scores of an hour and its neighbours; with fewer it takes those of all hours
-
-
-class TooFewScores(ValueError):
-    """There are too few actual values for a calibration."""
-
-
-def choose_band(levels: Float64) -> tuple[int, int]:
-    """Return the indices of the pair of levels whose distance is the unit of scores. Raises TooFewScores."""
-    found = find_unit_band(levels)
-    if found is None:
-        raise TooFewScores(f"the only level {levels[0]:g} makes no band")
-    return found
 
 
 def estimate_offsets(y: Float64, q: Float64, levels: Float64, hours: Steps, rows: int) -> Float32:

@@ -41,7 +41,8 @@ class Windows:
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
-        self.levels = torch.tensor(first.quantile_levels)
+        self.levels, self.exact_levels = torch.tensor(first.quantile_levels), np.array(first.quantile_levels)
+        self.has_tails = bool(first.tails)
         self.scalers = [forecast.scaler for forecast in forecasts]
         self.naive_lag = compute_naive_lag(round(series[0].step.total_seconds()), self.horizon)
         pairs = list(zip(series, forecasts, strict=True))

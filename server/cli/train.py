@@ -34,7 +34,7 @@ SEVERAL = "several make one archive of their weighted mean, such as lear,lear:3,
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n{SEVERAL}\n" + "\n".join(
     f"{name}: {summary}" for name, summary in SUMMARIES.items()
 )
-QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
+QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples beyond the outer ones follow --tail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +72,22 @@ class TrainFlags:
         int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
     ] = 0
     quantiles: Annotated[
-        str, typer.Option(help="quantile levels to forecast; samples need outer ones, as they are flat beyond them")
+        str, typer.Option(help="quantile levels to forecast; samples need outer ones: beyond them is the tail rule")
     ] = QUANTILES
+    tail: Annotated[
+        Literal["exponential", "clamp"],
+        typer.Option(help="where samples beyond the outer levels lie: as far as past prices did, or on the levels"),
+    ] = "exponential"
+    max_missing: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="share of a history that may be missing before its answer is marked for it"),
+    ] = 0.25
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="answer histories that say too little by the last known day, with the band of its errors"
+        ),
+    ] = False
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh"
@@ -233,6 +247,9 @@ def _make_rules(flags: TrainFlags) -> "FileRules":
 def _make_recipe_options(flags: TrainFlags) -> dict[str, Any]:
     """What `handlers.training.input_recipe.make_recipe` is told beside lengths. Raises ValueError."""
     return {
+        "tail": flags.tail,
+        "max_missing": flags.max_missing,
+        "fallback": flags.fallback,
         "scaling": flags.scaling,
         "unit": flags.unit,
         "time_zone": flags.time_zone,

@@ -101,6 +101,7 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     """What happened to a request, for the headers of its answer. Times in microseconds.
 
     `queue_us` counts from the request's arrival at the front, without the time in which its model was loaded.
+    `quality` and `warnings` are header values as `handlers.codecs.marks` has them.
     """
 
     cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
@@ -109,6 +110,8 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     inference_us: int
     tier: str = ""
     version: str = ""
+    quality: str = ""
+    warnings: str = ""
 
 
 class InferResponse(msgspec.Struct, frozen=True):
@@ -583,7 +586,8 @@ class DataPlane:
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
-        stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
+        times = (head.queue_us, load_us, head.inference_us)
+        stats = InferStats(cache, *times, tier, head.version, head.quality, head.warnings)
         said = decode_head(head.head) if head.head else None
         response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call, said)
         if head.situation:

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 4
+VERSION = 5
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
 MAX_FRAME = CHUNK + 32 * 1024  #: a chunk and the longest head: the front bounds name, types and the code's call
 
@@ -86,6 +86,7 @@ class Response(_Frame, tag=3):
     """A response; the body of one that is not OK is a `server.errors.Detail`. Times are in microseconds.
 
     `head`: a `server.ipc.handler_calls.AnswerHead`, where an archive's code was told a call; empty for all others.
+    `quality`, `warnings`: the values of two headers, see `handlers.codecs.marks`.
     """
 
     situation: Situation
@@ -99,6 +100,8 @@ class Response(_Frame, tag=3):
     body_bytes: Count
     body: Part
     head: bytes = b""
+    quality: str = ""
+    warnings: str = ""
 
 
 class Cancel(_Frame, tag=4):

@@ -11,8 +11,9 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.calibration import count_rows
 from handlers.codecs.features import Float64
-from handlers.evaluation.conformal import TooFewScores, shift_levels
+from handlers.evaluation.conformal import shift_levels
 from handlers.evaluation.scores import compute_pinball
+from handlers.training.tails import TooFewScores
 from model_store.archives.archive import read_offsets
 from model_store.archives.manifest import ForecastSpec
 from server.bands.adaptive_offsets import BandShape, list_bands

@@ -20,6 +20,7 @@ from msgspec.structs import replace
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
+from handlers.training.history_rules import learn_history_rules
 from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
@@ -134,7 +135,8 @@ class RetrainingMarket:
         """A key that is equal for markets that can be fitted together."""
         forecast = self.forecast
         lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
-        return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
+        levels = (forecast.quantile_levels, bool(forecast.tails))
+        return repr((self.architecture, sorted(self.config.items()), lengths, levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,7 +420,12 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
         return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
 
     own = scaler(forecast.scaler, subtract_base(series, forecast.residual_to), series.name)
-    return replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    fitted = replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    if not (rules := forecast.history):
+        return fitted
+    values = subtract_base(series, forecast.residual_to)
+    learnt = learn_history_rules(series, values, fitted, rules.max_missing, fallback=bool(rules.fallback))
+    return replace(fitted, history=replace(learnt, fill=rules.fill))
 
 
 def rebuild_forecast(
@@ -433,12 +440,17 @@ def rebuild_forecast(
         "unit": forecast.unit,
         "time_zone": forecast.time_zone,
         "levels": forecast.quantile_levels,
+        "tail": "exponential" if forecast.tails else "clamp",
+        "max_missing": forecast.history.max_missing if forecast.history else None,
+        "fallback": bool(forecast.history and forecast.history.fallback),
         "residual_to": residual_to,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture needs an origin, another answers for any hour
-    kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
+    kept: dict[str, Any] = {"floor": forecast.floor, "cap": forecast.cap, "products": forecast.products}
+    if not forecast.tails:
+        kept["tail"] = forecast.tail
     return replace(made, origin=origin, **kept)
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server.contract import HEADER_QUALITY, HEADER_WARNING
 from server.routes.record import ANY, JSON, Protocol, Route
 
 Schema = dict[str, Any]
@@ -37,6 +38,15 @@ _CONFIGURATION: Schema = {
         "correlation": _TEXT,
     },
 }
+_MARKS = {
+    HEADER_QUALITY: {
+        "description": "codes of doubtful histories and how many predictions have each: `missing=2, flat=1`",
+        "schema": _TEXT,
+    },
+    HEADER_WARNING: {"description": "what else an answer is warned of: `narrow-levels=1`", "schema": _TEXT},
+}
+#: Schemas of the bodies of routes that may answer a forecast, and then may have these headers.
+_FORECASTING = ("model_body", "forecasts_body", "nixtla_body", "mlflow_body", "kserve_body", "v2_infer")
 _ITEM: Schema = {
     **_INSTANCE,
     "required": ["target_model", "start", "target"],
@@ -244,7 +254,8 @@ def _list_parameters(route: Route) -> list[Schema]:
 
 
 def _describe_success(route: Route) -> dict[str, Any]:
-    return {"description": "done", "content": {media: {} for media in route.gives}}
+    headers = {"headers": _MARKS} if route.schema in _FORECASTING else {}
+    return {"description": "done", "content": {media: {} for media in route.gives}, **headers}
 
 
 def _describe_answer(schema: str) -> dict[str, Any]:

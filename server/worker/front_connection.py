@@ -141,7 +141,8 @@ class FrontConnection(FrameConnection):
         self._jobs.pop(ident, None)
         version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        response = Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head)
+        said = (job.cache, job.tier, version, content_type, *times, len(body), body, head, *job.marks)
+        response = Response(ident, situation, *said)
         if self._streams.has(ident):
             for frame in self._streams.end(response):
                 self.send(frame)

@@ -67,6 +67,8 @@ class Replies:
             queued_s = job.queued_s(began)
             if run_s and job.slot is not None:  # else nothing has run: a description was asked
                 job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
+            if job.marks.quality:
+                self._metrics.count_doubts(job.marks.quality)
             job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
             if job.answered and job.slot is not None and self._residents.bands is not None:
                 self._residents.bands.keep(job.slot, job.request.client, job.answered)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from handlers.codecs.marks import NO_MARKS, Marks
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.contract import UNHALVED_JOBS
@@ -44,6 +45,7 @@ class Job:
     call: Any = None  #: the decoded request, where its batch had no time left for it
     accepted: float = 0.0
     answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
+    marks: Marks = NO_MARKS  #: of a forecast, once its request is decoded
 
     def queued_s(self, began: float) -> float:
         """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""

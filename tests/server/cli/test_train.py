@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 from typer.testing import Result
 
 from handlers.forecasters import ARCHITECTURES
+from handlers.training.tails import UNSEEN
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive, read_tensors
+from model_store.archives.manifest import Tails
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli import price_flags
@@ -89,6 +92,25 @@ def test_the_default_levels_have_tails(prices: Path, tmp_path: Path) -> None:
     assert spec is not None
     assert spec.forecast is not None
     assert spec.forecast.quantile_levels == (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+def test_tails_are_learnt_and_shown(prices: Path, tmp_path: Path) -> None:
+    """By default samples go beyond the outer levels as far as the holdout's prices did; `--tail clamp` has none."""
+    asked = (str(prices), "--time", "hour", "--target", "VIC1", *QUICK)
+    for tail in ("exponential", "clamp"):
+        flags = () if tail == "exponential" else ("--tail", tail)
+        result = run(*asked, "--out", str(tmp_path / tail), *flags)
+        assert result.exit_code == 0, result.output
+    spec, flat = (open_stored(tmp_path / tail, "VIC1.mar").spec for tail in ("exponential", "clamp"))
+    assert spec is not None and spec.forecast is not None and flat is not None and flat.forecast is not None  # noqa: PT018
+    tails = spec.forecast.tails
+    assert tails
+    assert tails.band == (0.1, 0.9)
+    assert sum(tails.beyond) > 0
+    assert (flat.forecast.tail, flat.forecast.tails) == ("clamp", UNSET)
+    assert spec.forecast.tails != Tails(low=UNSEEN, high=UNSEEN, band=(0.1, 0.9))
+    shown = markets.run("inspect", str(tmp_path / "exponential" / "VIC1.mar"))
+    assert "exponential beyond the levels 0.01 and 0.99, by" in " ".join(shown.output.split())
 
 
 def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
