@@ -23,6 +23,7 @@ from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64, from_network, parse_step_seconds
 from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
+from handlers.forecasters.ddnn import Ddnn
 from handlers.forecasters.lear import Lear
 from handlers.forecasters.mixture import MIXTURE, SHAPE, SHARES, Mixture, list_inputs, list_parts
 from handlers.training.batched_networks import (
@@ -36,6 +37,7 @@ from handlers.training.batched_networks import (
     run_parts,
     unflatten_weights,
 )
+from handlers.training.dense_fit import BATCH, STEPS, DenseFit
 from handlers.training.input_recipe import (
     DAY,
     WEEK,
@@ -243,6 +245,12 @@ def _fit_members(
     member, count = split_members(family)
     if isinstance(member, Mixture):
         raise ArchiveInvalid(f"members: a mixture is not fitted {count} times; give its parts members instead")
+    if isinstance(member, Ddnn):
+        dense = DenseFit(
+            member, data, pool, count, _draw_starts(member, count, fitting.seed), _count_dense_steps(data, fitting)
+        )
+        best = dense.best(progress)
+        return best.view(len(series), -1), dense.whole().view(len(series), -1)
     if count > 1:
         copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
         data = Windows(*copies, compute_reach(member), fitting.holdout, data.history)
@@ -252,13 +260,20 @@ def _fit_members(
         best = linear.best(progress)
         whole = linear.whole(best)
     else:
-        start = torch.from_numpy(
-            np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
-        )
+        start = _draw_starts(member, len(data), fitting.seed)
         networks = _Fit(member, data, fitting, pool)
         best, steps = networks.best(start, progress)
         whole = networks.whole(start, steps)
     return best.view(len(series), -1), whole.view(len(series), -1)
+
+
+def _draw_starts(member: Family, count: int, seed: int) -> torch.Tensor:
+    """Draw initial flat parameters [count, n], each of its own seed."""
+    return torch.from_numpy(np.stack([flatten_tensors(member, random_tensors(member, seed + i)) for i in range(count)]))
+
+
+def _count_dense_steps(data: Windows, fitting: Fitting) -> int:
+    return round(fitting.epochs * len(data.train) / BATCH) or STEPS
 
 
 def explain_worse(fitted: Fitted) -> str:

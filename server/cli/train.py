@@ -149,7 +149,7 @@ def train(flags: TrainFlags) -> None:
     from server.offline.training import read_prices, train_archives  # noqa: PLC0415 -- torch
 
     with one_line_errors():
-        plan = _make_plan(flags)
+        plan = make_training_plan(flags)
         series = read_prices(plan)
         price_flags.print_notes(flags.csv, series[0].notes)
         found = train_archives(plan, series, _watch_fit)
@@ -188,7 +188,7 @@ def match_markets(
     return name_archives(price_flags.expand_targets(csv, targets, set(read_header(csv)) - set(there)), template)
 
 
-def _make_plan(flags: TrainFlags) -> "TrainingPlan":
+def make_training_plan(flags: TrainFlags) -> "TrainingPlan":
     """Check the flags, and look up in the file which columns they mean. Raises ValueError, SeriesInvalid, OSError."""
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.training import TrainingPlan  # noqa: PLC0415
