@@ -75,10 +75,14 @@ class ActualsService:
         """Take the forecasts of the workers every second, until cancelled."""
         while self._journal is not None:
             await asyncio.sleep(TAKE_S)
-            async with self._changing:
-                with contextlib.suppress(ControlError):  # logged
+            try:
+                async with self._changing:
                     await self._keep_forecasts()
                     await self._shorten()
+            except ControlError:  # logged: the disk does not take it now
+                continue
+            except Exception:  # a bug must not end this for all later forecasts
+                log.exception("forecasts_not_kept")
 
     async def close(self) -> None:
         """Keep the last forecasts, and end the use of the folder."""
