@@ -112,6 +112,7 @@ class Fitting:
     holdout_windows: int = 512
     checks: int = 40  #: evaluations of the holdout in a whole run
     patience: int = 12  #: evaluations without a better loss of any model after which the run ends
+    half_life_days: float = 0.0  #: a window so many days older counts half, for every architecture; 0: all count alike
     max_seconds: float = float("inf")  #: about, of both runs; a run that reaches half of it is not reproducible
     seed: int = 0
     threads: int = 1
@@ -174,8 +175,9 @@ def _fit_family(
     """Fit a family: returns flat parameters [M, n] and holdout losses. Members of ensembles are fitted separately."""
     member, count = split_members(family)
     copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
-    data = Windows(*copies, compute_reach(member), fitting.holdout)
-    whole = data if count == 1 else Windows(series, forecasts, compute_reach(member), fitting.holdout)
+    reach, half_life = compute_reach(member), fitting.half_life_days
+    data = Windows(*copies, reach, fitting.holdout, half_life)
+    whole = data if count == 1 else Windows(series, forecasts, reach, fitting.holdout, half_life)
     judge = _Fit(family, whole, fitting, pool)
     if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
