@@ -20,6 +20,7 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
         "deepar": "a recurrence that reads its own draws: sample paths",
         "deepstate": "a state space model led by a recurrence: sample paths",
         "esrnn": "exponential smoothing, then a recurrence for the rest",
+        "mixture": "several architectures in one archive: the weighted mean of their quantiles",
         "recursive": "a recurrence that reads its own median of each step",
     }
 )

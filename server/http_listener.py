@@ -42,6 +42,7 @@ class Exchange(RequestResponseCycle):
     """
 
     _head = b""  # a head whose body is about to follow
+    _until_close = False  # whether the end of the connection is that of the body
 
     async def send(self, message: Any) -> None:
         """See the ASGI specification. Raises RuntimeError for a message out of turn and for a faulty head or body."""
@@ -52,8 +53,26 @@ class Exchange(RequestResponseCycle):
         elif BODY_FOLLOWS in message and not self.response_started and self.scope["method"] != "HEAD":
             self._head = self._make_head(message["status"], message["headers"], message.get(REASON))
             self.response_started, self.waiting_for_100_continue = True, False
+        elif self._until_close:
+            await self._send_unframed(message["body"], more=message.get("more_body", False))
         else:
+            self._until_close = (
+                not self.response_started
+                and self.scope["http_version"] == "1.0"
+                and not any(name == b"content-length" for name, _ in message["headers"])
+            )
+            self.chunked_encoding = False if self._until_close else self.chunked_encoding
             await super().send(message)
+
+    async def _send_unframed(self, body: bytes, *, more: bool) -> None:
+        """Send a part of a body of unknown length to a client of HTTP/1.0, which knows no chunks."""
+        if self.flow.write_paused and not self.disconnected:
+            await self.flow.drain()
+        if self.disconnected:
+            return
+        self.transport.write(body)
+        if not more:
+            await super().send({"type": "http.response.body", "body": b"", "more_body": False})
 
     def _make_head(self, status: int, headers: Fields, reason: str | None) -> bytes:
         """The bytes of the head. Content-Length must be the first header; names are the application's own.

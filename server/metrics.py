@@ -35,7 +35,12 @@ _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-_NAMING = ("model", "target", "model_name")  #: labels with names of models, whose series end with their process
+_NAMING = (
+    "model",
+    "target",
+    "model_name",
+    "ModelName",
+)  #: labels that name models: such series end with their process
 _RESULTS = ("ok", "failed")  #: of requests by a name in the table of releases
 _GAUGE = "gauge"  #: the type of the families that are dropped when their process ends
 
@@ -167,6 +172,15 @@ class ReleaseSeries(NamedTuple):
     seconds: Histogram
 
 
+class AsyncSeries(NamedTuple):
+    """Of asynchronous invocations: how many were accepted, answered and failed, and how many are under way."""
+
+    accepted: Counter
+    done: Counter
+    failed: Counter
+    under_way: Gauge
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -177,6 +191,9 @@ class FrontMetrics:
         self.registry.register(self._requests)
         self.registry.register(self._seconds)
         self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
+        counted = _make_counter(contract.ASYNC_INVOCATIONS, self.registry)
+        accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
+        self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 
@@ -261,7 +278,10 @@ def render_metrics_table() -> str:
 
 
 def merge_families(families: Iterable[Metric]) -> list[Metric]:
-    """Merge families of equal name into one; samples of equal name and labels are summed."""
+    """Merge families of equal name into one; samples of equal name and labels are summed.
+
+    Of gauges under names of TorchServe's and of handlers, which are times and sizes, the largest is shown.
+    """
     merged: dict[str, Metric] = {}
     sums: dict[str, dict[tuple[str, frozenset[tuple[str, str]]], float]] = {}
     for family in families:
@@ -269,7 +289,10 @@ def merge_families(families: Iterable[Metric]) -> list[Metric]:
         values = sums.setdefault(family.name, {})
         for sample in family.samples:
             series = (sample.name, frozenset(sample.labels.items()))
-            values[series] = values.get(series, 0.0) + sample.value
+            if family.type == _GAUGE and not family.name.startswith(METRIC_PREFIX):
+                values[series] = max(values.get(series, sample.value), sample.value)
+            else:
+                values[series] = values.get(series, 0.0) + sample.value
     for name, values in sums.items():
         for (sample_name, labels), value in values.items():
             merged[name].add_sample(sample_name, dict(sorted(labels)), value)

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from server import contract
-from server.sagemaker_environment import find_model_folder, read_sagemaker_environment
+from server.sagemaker_container.environment import find_model_folder, read_sagemaker_environment
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
@@ -37,7 +37,7 @@ class SageMakerSource(PydanticBaseSettingsSource):
         return self().get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """See `server.sagemaker_environment`."""
+        """See `server.sagemaker_container.environment`."""
         has_model = find_model_folder(os.environ).is_dir()
         return read_sagemaker_environment(os.environ, self.current_state, has_model=has_model)
 
@@ -272,6 +272,17 @@ class Settings(BaseSettings):
         pattern=r"[A-Za-z0-9_][A-Za-z0-9_./-]*\.py",
         description="the script that archives of SageMaker's toolkits run, in their folder `code` (SAGEMAKER_PROGRAM)",
     )
+    code_envelope: str = Field(
+        "",
+        pattern=r"([A-Za-z_][A-Za-z0-9_]*)?",
+        description="TorchServe's service_envelope for archives that name none: body, json, kserve or kservev2 takes "
+        "the requests' values out of their bodies before a handler gets them, and wraps its answers",
+    )
+    code_metrics: Path | None = Field(
+        None,
+        description="TorchServe's metrics.yaml: handlers find its `model_metrics` by `context.metrics.get_metric`; at "
+        "most 16 KiB",
+    )
     code_disk_bytes: ByteSize = Field(
         _to_byte_size(4096 * MIB),
         ge=16 * MIB,
@@ -304,6 +315,18 @@ class Settings(BaseSettings):
         "",
         description="location of the answers to SageMaker's asynchronous invocations, s3://bucket/prefix, below which "
         "their inputs lie too; apart from `store`; empty: such requests are answered with 400",
+    )
+    async_jobs: int = Field(
+        1024,
+        ge=1,
+        le=10_000,
+        description="maximum asynchronous invocations under way; above it: `overload_status`",
+    )
+    async_jobs_per_client: int = Field(
+        256,
+        ge=1,
+        le=10_000,
+        description="maximum of these of one client, by its token, key or certificate; above it: `overload_status`",
     )
     overload_status: Literal[503, 429] = Field(503, description="status code of the response when a queue is full")
     request_timeout_s: Seconds = Field(

@@ -5,7 +5,7 @@ Workers load archives, the supervisor watches them, and fronts write answers.
 
 from model_store.names import ModelName
 from model_store.stores.object_store import Source, open_source, open_unpacked_source
-from server.sagemaker_environment import ONLY_MODEL, SINGLE_MODEL
+from server.sagemaker_container.environment import ONLY_MODEL, SINGLE_MODEL
 from server.settings import Settings
 
 

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler, Setting
 
-CONFIG: dict[str, int | float | str | bool | list[int]] = {"channels": 4, "dilations": [1, 2]}
+CONFIG: dict[str, Setting] = {"channels": 4, "dilations": [1, 2]}
 FORECAST = ForecastSpec(
     frequency="1h",
     context_length=24,
@@ -49,9 +49,7 @@ def make_forecaster(seed: int = 0, *, name: str = "NSW1", golden: GoldenSample |
     )
 
 
-def pack_tcn(
-    name: str, config: Mapping[str, int | float | str | list[int]], seed: int, forecast: ForecastSpec | None = None
-) -> bytes:
+def pack_tcn(name: str, config: Mapping[str, Setting], seed: int, forecast: ForecastSpec | None = None) -> bytes:
     """A forecaster MAR of a `tcn` of seeded random weights."""
     parts = ArchiveParts(
         tensors=random_tensors(build_family("tcn", config), seed), architecture="tcn", config=config, forecast=forecast

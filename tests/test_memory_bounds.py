@@ -25,7 +25,8 @@ from model_store.name_table import NameTable
 from model_store.names import MAX_NAME, ModelName
 from server.cli.setting_flags import settings_from
 from server.errors import Refused, Situation
-from server.front.app import PIECE_BYTES, App
+from server.front.app import App
+from server.front.chunks import PIECE_BYTES
 from server.front.dataplane import DataPlane
 from server.front.dialects import forecasts, sagemaker
 from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, Forecasts

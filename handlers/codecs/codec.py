@@ -5,15 +5,16 @@ wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 
 from handlers.base import Float32, Shape
-from handlers.codecs import open_inference, tensors
+from handlers.codecs import open_inference, open_inference_requests, tensors
 from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
@@ -38,6 +39,7 @@ DEEPAR_INPUT, DEEPAR_OUTPUT = "request", "response"
 DEEPAR = open_inference.Signature(
     {DEEPAR_INPUT: (1,)}, {DEEPAR_OUTPUT: (1,)}, {DEEPAR_INPUT: BYTES, DEEPAR_OUTPUT: BYTES}, has_rows=False
 )
+DEEPAR_ROWS = replace(DEEPAR, has_rows=True)  #: as it may be sent: MLServer's codec of text gives it the axis of rows
 
 
 class Tensor(Protocol):
@@ -129,8 +131,11 @@ class FamilyCodec:
         forecast: ForecastSpec | None = None,
         budget: RequestBudget | None = None,
         calibration: BandCalibration | None = None,
+        facts: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         """`budget` refuses forecasts of too many rows; None means no limit. `calibration` shifts their levels.
+
+        `facts` are further plain values of a whole description.
 
         Raises model_store.errors.ArchiveInvalid if the recipe of the forecast cannot be run.
         """
@@ -138,7 +143,7 @@ class FamilyCodec:
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
         self._deepar = None if forecast is None else DeepAr(forecast, budget, calibration)
-        self._budget = budget
+        self._budget, self._facts = budget, facts
         self._signature = open_inference.Signature(self._shapes, {OUTPUT: tensor.output_shape})
 
     def __repr__(self) -> str:
@@ -150,7 +155,8 @@ class FamilyCodec:
         `whole`: all of it, else what a list of a thousand models has room for.
         """
         describe = describe_recipe if whole else describe_forecast
-        return {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
+        forecast: dict[str, object] = {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
+        return {**forecast, **self._facts} if whole else forecast
 
     def decode(
         self, body: bytes | memoryview, content_type: str, accept: str, place: Place | None = None
@@ -181,9 +187,9 @@ class FamilyCodec:
             nothing = np.empty((0, *self._shapes[self._name]), np.float32)
             description = self._describe_tensors()
             return DecodedCall(nothing, lambda _: (description, JSON))
-        document = open_inference.InferDocument(body, content_type)
-        if self._deepar is not None and document.names == [DEEPAR_INPUT]:
-            return self._infer_forecast(document.read(DEEPAR), self._deepar, model, place)
+        document = open_inference_requests.InferDocument(body, content_type)
+        if self._deepar is not None and document.is_text_for(DEEPAR_INPUT):
+            return self._infer_forecast(document.read(DEEPAR_ROWS), self._deepar, model, place)
         call = document.read(self._signature)
         if call.n > 1 and self._budget is not None:
             self._budget(call.n)
@@ -197,7 +203,13 @@ class FamilyCodec:
     def _infer_forecast(
         self, call: open_inference.Call, deepar: DeepAr, model: str, place: Place | None
     ) -> DecodedCall:
-        """Decode the DeepAR JSON that is the one element of an input, which is answered in the same form."""
+        """Decode the DeepAR JSON that is the one element of an input, which is answered in the same form.
+
+        Raises RequestError.
+        """
+        if call.n != 1:
+            message = f"one element holds a whole request, with any number of instances: send one, not {call.n}"
+            raise RequestError(message, field="inputs[0].shape")
         rows, encode = deepar.decode(call.feeds[DEEPAR_INPUT][0, 0].encode())
         rows = put_rows(rows, place)
 
@@ -310,7 +322,7 @@ class SingleCodec:
         if content_type == open_inference.DESCRIBE:
             description = open_inference.describe_tensors(self._signature)
             return SingleCall({}, 0, lambda _: (description, JSON))
-        call = open_inference.read_request(body, content_type, self._signature)
+        call = open_inference_requests.read_request(body, content_type, self._signature)
 
         def encode(outputs: Mapping[str, Array]) -> Encoded:
             sound = {asked.name: self._check(asked.name, outputs) for asked in call.outputs}

@@ -10,8 +10,8 @@ from handlers.architectures import SUMMARIES
 from handlers.base import Family
 from handlers.forecasters.training_forward import TrainingForward, run_one_by_one
 
-#: gradient: AdamW on the pinball loss; lasso: L1-penalised quantile regression
-FitMethod = Literal["gradient", "lasso"]
+#: gradient: AdamW on the pinball loss; lasso: L1-penalised quantile regression; parts: each part by its own method
+FitMethod = Literal["gradient", "lasso", "parts"]
 
 
 def read_whole_context(family: Family) -> int:

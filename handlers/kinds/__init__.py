@@ -7,12 +7,20 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from handlers.base import Shape
 from handlers.kinds.code.archive_kind import CodeKind
 from handlers.kinds.correlation import CorrelationKind
 from handlers.kinds.forecaster import ForecasterKind
 from handlers.kinds.graph.archive_kind import GraphKind
-from handlers.kinds.models import ArchiveKind, BuiltModel, RowModel, RunRow, SingleModel, Target, run_row_on_cpu
+from handlers.kinds.models import (
+    ArchiveKind,
+    BuiltModel,
+    RowModel,
+    RunRow,
+    SingleModel,
+    Target,
+    TensorInput,
+    run_row_on_cpu,
+)
 from handlers.kinds.onnx import OnnxKind
 from handlers.kinds.packing import ArchiveParts
 from model_store.archives.archive import Archive, list_names
@@ -122,6 +130,6 @@ def describe_kind(archive: Archive) -> dict[str, Any]:
     return find_kind(archive).describe(archive)
 
 
-def tensor_inputs(archive: Archive) -> Mapping[str, Shape]:
-    """The inputs of a tensor request by name, without batch axis, -1 where open. Raises LoadError."""
+def tensor_inputs(archive: Archive) -> Mapping[str, TensorInput]:
+    """The inputs of a tensor request by name. Raises LoadError."""
     return find_kind(archive).tensor_inputs(archive)

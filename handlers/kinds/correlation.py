@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from handlers.base import Shape
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.codecs.scenarios import load_correlation
-from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.kinds.models import BuiltModel, SingleModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from model_store.archives.archive import Archive, read_tensors
 from model_store.archives.manifest import Kind, Spec, Weights
@@ -31,7 +30,7 @@ class CorrelationKind:
         correlation = load_correlation(archive.spec.correlation, read_tensors(archive))
         return BuiltModel(SingleModel(JointModel(correlation), JointCodec(correlation)), None, repr(correlation))
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """None: it takes forecasts."""
         del archive
         return {}

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from handlers.base import Family, Float32, Shape
+from handlers.base import Family, Float32
 from handlers.codecs.calibration import BandCalibration
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import get_family
-from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.forecasters.mixture import describe_mixture
+from handlers.kinds.models import BuiltModel, RowModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
@@ -30,20 +31,24 @@ class ForecasterKind:
         """A row of the architecture's family. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
         network = get_family(archive.spec)
-        row = read_row(archive, network)
+        tensors = read_tensors(archive)
+        check_tensors(tensors, network.parameters, archive.name)
+        row = network.row(tensors)
         budget = RequestBudget(row_work(network), target.limits)
-        body = RowModel(network, FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive)))
-        return BuiltModel(body, row, network.key)
+        facts = describe_mixture(network, tensors)
+        codec = FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive), facts)
+        return BuiltModel(RowModel(network, codec), row, network.key)
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """The one input of its family. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
         network = get_family(archive.spec)
-        return {network.input_name: network.input_shape}
+        return {network.input_name: TensorInput(network.input_shape)}
 
     def describe(self, archive: Archive) -> dict[str, Any]:
-        """The shapes of its tensors. Raises ArchiveInvalid."""
-        return describe_tensors(archive)
+        """The shapes of its tensors, and the parts of a mixture. Raises ArchiveInvalid."""
+        assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
+        return describe_tensors(archive) | describe_mixture(get_family(archive.spec), read_tensors(archive))
 
     def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
         """The architecture, its configuration and `tensors`, the state dict of its reference network."""

@@ -6,7 +6,7 @@ never which kind of archive the model came from.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import orjson
@@ -14,6 +14,7 @@ import torch
 
 from handlers.base import Family, Float32, Shape, Single
 from handlers.codecs.codec import JSON, Encoded, FamilyCodec, SingleCodec
+from handlers.codecs.datatypes import FP32
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.errors import RequestError, RunFailed
 from handlers.golden import find_mismatch
@@ -167,6 +168,13 @@ class BuiltModel:
         return self.body.charge_bytes(self.row)
 
 
+class TensorInput(NamedTuple):
+    """An input of a tensor request: the shape of one row, -1 where the model leaves a length open, and its datatype."""
+
+    shape: Shape
+    datatype: str = FP32  #: as the Open Inference Protocol names it
+
+
 class ArchiveKind(Protocol):
     """One kind of archive. An entry has no state; its methods raise LoadErrors that need not name the archive."""
 
@@ -180,11 +188,8 @@ class ArchiveKind(Protocol):
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """The model, everything checked but its golden sample. Raises LoadError."""
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
-        """The inputs of a tensor request by name: shapes of one row, -1 where the model leaves a length open.
-
-        Empty where the kind takes no tensors. Raises LoadError.
-        """
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
+        """The inputs of a tensor request by name; empty where the kind takes no tensors. Raises LoadError."""
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """What `fleetcast inspect` says beyond the records, as JSON values by section. Raises LoadError."""

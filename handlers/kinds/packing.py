@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from msgspec import UNSET, UnsetType
 
 from handlers.base import Float32
-from model_store.archives.manifest import CorrelationSpec, ForecastSpec
+from model_store.archives.manifest import CorrelationSpec, ForecastSpec, Setting
 from model_store.archives.packing import save_tensors
 
 
@@ -22,7 +22,7 @@ class ArchiveParts:
     tensors: Mapping[str, Float32] | bytes = b""
     program: bytes = b""
     architecture: str = ""
-    config: Mapping[str, int | float | str | bool | list[int]] = field(default_factory=dict)
+    config: Mapping[str, Setting] = field(default_factory=dict)
     forecast: ForecastSpec | None = None
     correlation: CorrelationSpec | UnsetType = UNSET
     trained_until: str | UnsetType = UNSET

@@ -12,6 +12,7 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.forecasters import answers_paths, find_architecture, split_members
+from handlers.forecasters.mixture import SHARES, Mixture, mix_answers
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
@@ -27,12 +28,24 @@ class InputNeeds(NamedTuple):
 def get_input_needs(family: Family) -> InputNeeds:
     """Return the requirements on the inputs of a family."""
     record, (member, _) = find_architecture(family), split_members(family)
+    if isinstance(member, Mixture):
+        parts = list_part_needs(member)
+        return InputNeeds(
+            max(each.reach for each in parts),
+            whole_days=any(each.whole_days for each in parts),
+            context=max(each.context for each in parts),
+        )
     return InputNeeds(
         record.reach(member),
         whole_days=record.whole_days,
         context=record.context(member) if record.context else 0,
         paths=family.output_shape[1] if record.samples else 0,
     )
+
+
+def list_part_needs(family: Family) -> list[InputNeeds]:
+    """List the requirements of each part of a mixture; those of any other family are one."""
+    return [get_input_needs(part) for part in (family.parts if isinstance(family, Mixture) else (family,))]
 
 
 def get_likelihood(family: Family) -> Callable[[Parts, torch.Tensor, torch.Tensor], torch.Tensor] | None:
@@ -51,8 +64,20 @@ def compute_reach(family: Family) -> int:
 def get_batched_forward(family: Family) -> TrainingForward:
     """Return the differentiable ({name: [M, *shape]}, x [M, B, reach, channels]) -> [M, B, prediction, levels]."""
     member, count = split_members(family)
+    if isinstance(family, Mixture):
+        mixture = family
+        return lambda parts, x: mix_answers(run_parts(mixture, parts, x), parts[SHARES][:, None])
     forward = find_architecture(family).training_forward(member)
     return forward if count == 1 else _average_members(member, count, forward)
+
+
+def run_parts(family: Mixture, parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """Run each part of a mixture on its channels of x [M, B, context, channels]: [M, B, parts, prediction, levels]."""
+    answers = []
+    for i, (part, places) in enumerate(zip(family.parts, family.places, strict=True)):
+        read = x[:, :, -compute_reach(part) :, list(places)]
+        answers.append(get_batched_forward(part)(family.take_tensors(i, parts), read))
+    return torch.stack(answers, 2)
 
 
 def _average_members(member: Family, count: int, forward: TrainingForward) -> TrainingForward:

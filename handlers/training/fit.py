@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import cos, isnan, pi
+from math import cos, isnan, pi, prod
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from handlers.base import Family, Float32
@@ -23,29 +24,38 @@ from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64, from_network, parse_step_seconds
 from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
 from handlers.forecasters.lear import Lear
+from handlers.forecasters.mixture import MIXTURE, SHAPE, SHARES, Mixture, list_inputs, list_parts
 from handlers.training.batched_networks import (
+    InputNeeds,
     compute_reach,
     flatten_tensors,
     get_batched_forward,
     get_input_needs,
     get_likelihood,
+    list_part_needs,
+    run_parts,
     unflatten_weights,
 )
 from handlers.training.input_recipe import (
     DAY,
     WEEK,
+    choose_channels,
     choose_context_length,
     choose_prediction_length,
     count_season_steps,
+    find_channels,
     list_origins,
     make_recipe,
+    merge_recipes,
 )
 from handlers.training.lear_fit import LinearFit
+from handlers.training.shares import learn_shares
 from handlers.training.time_series import Series
 from handlers.training.windows import Windows
-from model_store.archives.manifest import ForecastSpec, GoldenSample
+from model_store.archives.manifest import ForecastSpec, GoldenSample, PartSettings, Setting
+from model_store.errors import ArchiveInvalid
 
-Config = dict[str, int | float | str | bool | list[int]]
+Config = dict[str, Setting]
 
 Progress = Callable[[int, int, float], None]  #: takes the steps done, the most steps, and the mean holdout loss
 
@@ -81,19 +91,15 @@ def suggest_inputs(
     asked, of_days = options.pop("origin", ""), needs.whole_days and step_s < DAY and horizon * step_s % DAY == 0
     far = horizon * step_s > WEEK  # its blocks of days would be of weeks: one has the whole rhythm
     length = context_length or (not far and needs.context) or context
-    return [
-        make_recipe(
-            each,
-            length if needs.context else needs.reach,
-            context_length=length,
-            prediction_length=horizon,
-            origin="" if asked == "any" else asked or ("00:00" if of_days else ""),
-            weekdays=needs.whole_days,
-            paths=needs.paths,
-            **options,
-        )
-        for each in series
-    ]
+    origin = "" if asked == "any" else asked or ("00:00" if of_days else "")
+    lengths: dict[str, Any] = {"context_length": length, "prediction_length": horizon}
+    parts = list_part_needs(build_family(architecture, {**config, **lengths}))
+
+    def make(each: Series, part: InputNeeds) -> ForecastSpec:
+        reach = length if part.context else part.reach
+        return make_recipe(each, reach, **lengths, origin=origin, weekdays=part.whole_days, paths=part.paths, **options)
+
+    return [merge_recipes([make(each, part) for part in parts]) for each in series]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,25 +178,84 @@ def _fit_family(
     pool: ThreadPoolExecutor,
     progress: Progress | None,
 ) -> tuple[torch.Tensor, list[tuple[float, float]]]:
-    """Fit a family: returns flat parameters [M, n] and holdout losses. Members of ensembles are fitted separately."""
+    """Fit a family: returns flat parameters [M, n] and holdout losses. Parts and members are fitted separately."""
+    data = Windows(series, forecasts, compute_reach(family), fitting.holdout, half_life_days=fitting.half_life_days)
+    if isinstance(family, Mixture):
+        best, whole = _fit_parts(family, data, series, forecasts, fitting, pool, progress)
+    else:
+        best, whole = _fit_members(family, data, series, forecasts, fitting, pool, progress)
+    return whole, _Fit(family, data, fitting, pool).price_losses(best)
+
+
+def _fit_parts(
+    family: Mixture,
+    data: Windows,
+    series: Sequence[Series],
+    forecasts: Sequence[ForecastSpec],
+    fitting: Fitting,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit each part to its own channels as `_fit_members` does, and learn the shares from what they hold out."""
+    found = []
+    for part, places in zip(family.parts, family.places, strict=True):
+        inputs = [replace(each, inputs=tuple(each.inputs[place] for place in places)) for each in forecasts]
+        windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history, fitting.half_life_days)
+        found.append(_fit_members(part, windows, series, inputs, fitting, pool, progress))
+    even = torch.full((len(series), prod(family.parameters[SHARES])), 1 / len(family.parts))
+    bests, wholes = ([even, *each] for each in zip(*found, strict=True))
+    if family.config.stack:
+        shares = _learn_shares(family, data, torch.cat(bests, 1), fitting, pool)
+        bests[0] = wholes[0] = shares.flatten(1)
+    return torch.cat(bests, 1), torch.cat(wholes, 1)
+
+
+def _learn_shares(
+    family: Mixture, data: Windows, weights: torch.Tensor, fitting: Fitting, pool: ThreadPoolExecutor
+) -> torch.Tensor:
+    """Learn the shares [M, parts, levels] of models with these parameters [M, n] from the holdout."""
+    starts = data.held_out(fitting.holdout_windows)
+
+    def learn(models: slice) -> list[torch.Tensor]:
+        with torch.no_grad():
+            x, y = data.cut(starts, models)
+            answers = run_parts(family, unflatten_weights(family, weights[models]), x)
+            return [learn_shares(*each, data.levels) for each in zip(answers, y, strict=True)]
+
+    return torch.stack(
+        [each for some in pool.map(learn, data.slices(starts.shape[1], fitting.threads)) for each in some]
+    )
+
+
+def _fit_members(
+    family: Family,
+    data: Windows,
+    series: Sequence[Series],
+    forecasts: Sequence[ForecastSpec],
+    fitting: Fitting,
+    pool: ThreadPoolExecutor,
+    progress: Progress | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fit to the rows before the holdout, and to all: flat parameters [M, n] each. Members are separate models."""
     member, count = split_members(family)
-    copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
-    reach, half_life = compute_reach(member), fitting.half_life_days
-    data = Windows(*copies, reach, fitting.holdout, half_life)
-    whole = data if count == 1 else Windows(series, forecasts, reach, fitting.holdout, half_life)
-    judge = _Fit(family, whole, fitting, pool)
+    if isinstance(member, Mixture):
+        raise ArchiveInvalid(f"members: a mixture is not fitted {count} times; give its parts members instead")
+    if count > 1:
+        copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
+        data = Windows(*copies, compute_reach(member), fitting.holdout, data.history, fitting.half_life_days)
     if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
-        return linear.whole(best).view(len(series), -1), judge.price_losses(best.view(len(series), -1))
-    start = torch.from_numpy(
-        np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
-    )
-    networks = _Fit(member, data, fitting, pool)
-    best, steps = networks.best(start, progress)
-    losses = judge.price_losses(best.view(len(series), -1))
-    return networks.whole(start, steps).view(len(series), -1), losses
+        whole = linear.whole(best)
+    else:
+        start = torch.from_numpy(
+            np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
+        )
+        networks = _Fit(member, data, fitting, pool)
+        best, steps = networks.best(start, progress)
+        whole = networks.whole(start, steps)
+    return best.view(len(series), -1), whole.view(len(series), -1)
 
 
 def explain_worse(fitted: Fitted) -> str:
@@ -213,6 +278,8 @@ def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -
     }
     known = ARCHITECTURES.get(architecture)
     fields = known.config.__struct_fields__ if known else ()
+    if architecture == MIXTURE:
+        found["parts"] = [_complete_part(part, forecast) for part in list_parts(config)]
     if "marks" in fields:
         found["marks"] = sum(channel.source == "calendar" for channel in forecast.inputs)
     if "season" in fields:
@@ -220,6 +287,25 @@ def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -
     if not forecast.paths:
         found["quantiles"] = len(forecast.quantile_levels)
     return found
+
+
+def _complete_part(part: PartSettings, forecast: ForecastSpec) -> PartSettings:
+    """Complete a part of a mixture: the channels of the forecast that it reads, and what they determine."""
+    architecture = str(part["architecture"])
+    own: dict[str, Any] = {name: value for name, value in part.items() if name not in ("architecture", "inputs")}
+    if "inputs" in part:
+        places = list(list_inputs(part, len(forecast.inputs)))
+    else:
+        lengths = {"context_length": forecast.context_length, "prediction_length": forecast.prediction_length}
+        needs = get_input_needs(build_family(architecture, {**own, **lengths, "features": len(forecast.inputs)}))
+        reach = forecast.context_length if needs.context else needs.reach
+        step_s, covariates = parse_step_seconds(forecast.frequency), len(forecast.dynamic_feat)
+        wanted = choose_channels(step_s, forecast.prediction_length, reach, covariates, weekdays=needs.whole_days)
+        places = find_channels(wanted, forecast)
+    read = replace(forecast, inputs=tuple(forecast.inputs[place] for place in places))
+    completed = complete_config(architecture, own, read)
+    found: dict[str, Any] = {name: value for name, value in completed.items() if name not in SHAPE}
+    return {"architecture": architecture, "inputs": places, **found}
 
 
 def make_reference_network(architecture: str, config: Config, tensors: Mapping[str, Float32]) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
@@ -73,16 +74,14 @@ def make_recipe(
     `residual_to`: the covariate from which the network learns the deviations of the target.
     """
     step_s = round(series.step.total_seconds())
-    calendar = [
-        InputChannel(source="calendar", feature=each, shift=prediction_length)
-        for each in (WEEKDAYS if weekdays else _choose_calendar(step_s))
+    channels = choose_channels(step_s, prediction_length, reach, len(series.known_names), weekdays=weekdays)
+    scalers = [
+        fit_robust_scaler(row, "linear", name) for row, name in zip(series.known, series.known_names, strict=True)
     ]
-    known = list(_choose_channels(series, prediction_length, reach))
     channels = [
-        *[InputChannel(source="target", lag=lag) for lag in _choose_lags(step_s, prediction_length, reach)],
-        *(known + calendar if weekdays else calendar + known),
-        *([InputChannel(source="seed")] if paths else []),
+        replace(each, scaler=scalers[each.index]) if each.source == "dynamic_feat" else each for each in channels
     ]
+    channels += [InputChannel(source="seed")] if paths else []
     return ForecastSpec(
         frequency=series.frequency,
         context_length=context_length,
@@ -111,6 +110,36 @@ def get_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
 def subtract_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
     """Return what a network learns [T]: the values, or their deviations from a covariate."""
     return series.values - get_base(series, residual_to) if residual_to else series.values
+
+
+def choose_channels(
+    step_s: int, prediction: int, reach: int, covariates: int, *, weekdays: bool = False
+) -> list[InputChannel]:
+    """Choose the channels of `make_recipe`, without the scalers of the covariates and without a seed."""
+    calendar = [
+        InputChannel(source="calendar", feature=each, shift=prediction)
+        for each in (WEEKDAYS if weekdays else _choose_calendar(step_s))
+    ]
+    # The last `reach` columns of a covariate's channels together contain its value at each forecast step.
+    known = [
+        InputChannel(source="dynamic_feat", index=index, shift=shift)
+        for index in range(covariates)
+        for shift in range(prediction, 0, -reach)
+    ]
+    lags = [InputChannel(source="target", lag=lag) for lag in _choose_lags(step_s, prediction, reach)]
+    return [*lags, *(known + calendar if weekdays else calendar + known)]
+
+
+def merge_recipes(recipes: Sequence[ForecastSpec]) -> ForecastSpec:
+    """Merge the recipes of the parts of a mixture into one that has the channels of all, each once."""
+    channels = dict.fromkeys(channel for each in recipes for channel in each.inputs)
+    return replace(recipes[0], inputs=tuple(channels))
+
+
+def find_channels(wanted: Sequence[InputChannel], forecast: ForecastSpec) -> list[int]:
+    """Find the places of channels in a recipe, whatever their scalers are. Raises ValueError where one is missing."""
+    places = [replace(channel, scaler=Scaler()) for channel in forecast.inputs]
+    return [places.index(channel) for channel in wanted]
 
 
 def list_origins(series: Series, forecast: ForecastSpec) -> range:
@@ -143,7 +172,7 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
     """
     past = len(series.values) - forecast.prediction_length
     lag = forecast.history_length - forecast.context_length
-    whole = DeepAr(msgspec.structs.replace(forecast, context_length=past - lag, origin=msgspec.UNSET))
+    whole = DeepAr(replace(forecast, context_length=past - lag, origin=msgspec.UNSET))
     body = {"instances": [series.instance(0, past, forecast.prediction_length)]}
     found: Float32 = whole.decode(msgspec.json.encode(body))[0][0]
     return found
@@ -158,14 +187,6 @@ def _choose_lags(step_s: int, prediction: int, reach: int) -> list[int]:
         if not rest and period > 1 and lag + prediction > lags[-1] + reach:
             lags.append(lag)
     return lags
-
-
-def _choose_channels(series: Series, prediction: int, reach: int) -> Iterator[InputChannel]:
-    """Choose channels of every covariate so that the last `reach` columns contain its value at each forecast step."""
-    for index, (row, name) in enumerate(zip(series.known, series.known_names, strict=True)):
-        scaler = fit_robust_scaler(row, "linear", name)
-        for shift in range(prediction, 0, -reach):
-            yield InputChannel(source="dynamic_feat", index=index, shift=shift, scaler=scaler)
 
 
 def _choose_calendar(step_s: int) -> Iterator[Feature]:

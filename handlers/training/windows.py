@@ -24,21 +24,25 @@ class Windows:
         forecasts: Sequence[ForecastSpec],
         reach: int,
         holdout: float,
+        history: int = 0,
         half_life_days: float = 0.0,
     ) -> None:
-        """`half_life_days`: a window so much older counts half; 0: all count the same.
+        """`history`: least steps before a forecast; the parts of a mixture hold out the same windows by it.
+
+        `half_life_days`: a window so much older counts half; 0: all count the same.
 
         Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values.
         """
         _require_equal_lengths(series)
         first, steps = forecasts[0], len(series[0].values)
+        self.history = max(history, first.history_length)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
         self._half_life = half_life_days * DAY / series[0].step.total_seconds()  # in steps
         places = list_origins(series[0], first)
-        self.train, self.holdout = _split_places(places, steps, first.history_length, self.horizon, holdout)
+        self.train, self.holdout = _split_places(places, steps, self.history, self.horizon, holdout)
         if not self.train or not self.holdout:
-            needed = _count_needed_steps(places, first.history_length, self.horizon, holdout)
+            needed = _count_needed_steps(places, self.history, self.horizon, holdout)
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))

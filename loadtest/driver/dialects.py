@@ -11,15 +11,18 @@ them.
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import prod
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
+from loadtest.driver.drawn_tensors import DIGITS
 from loadtest.driver.grpc_messages import encode_infer
 from loadtest.driver.run_result import GRPC
 from server.contract import (
@@ -35,8 +38,19 @@ from server.contract import (
 
 HEADER_JSON_BYTES = "Inference-Header-Content-Length"  #: bytes of the document before binary tensors
 NO_HEADERS: Mapping[str, str] = {}
+
+
+class _Kind(NamedTuple):
+    """What JSON holds of an output."""
+
+    word: str
+    types: tuple[type, ...]
+
+
+_NUMBERS = _Kind("number", (int, float))
+_TEXTS = _Kind("text", (str,))
+_TYPES = {"BOOL": _Kind("boolean", (bool,)), "BYTES": _TEXTS}  #: by datatype
 MOST_WORDS = 200  #: characters of an error's message that are kept
-DIGITS = 4  #: decimal digits of the numbers in a tensor body
 
 
 class BodyKind(StrEnum):
@@ -232,8 +246,24 @@ def _find_json_fault(body: bytes) -> str | None:
         ]
         if texts and all(isinstance(text, str) and text.startswith("{") for text in texts):  # forecasts
             return next((why for text in texts if (why := _find_json_fault(str(text).encode()))), None)
-        answer = answer.get("predictions", [each.get("data") for each in outputs])
+        if "predictions" not in answer and outputs:
+            return _find_tensor_fault(outputs, body)
+        answer = answer.get("predictions", [])
     return _find_number_fault(answer, body)
+
+
+def _find_tensor_fault(outputs: Sequence[Mapping[str, Any]], body: bytes) -> str | None:
+    """Return what is wrong with outputs, of which those of BOOL hold booleans and all others numbers.
+
+    One of BYTES holds as many texts as its shape says; texts alone might be anything.
+    """
+    kinds = [(_TYPES.get(str(each.get("datatype")), _NUMBERS), each) for each in outputs]
+    leaves = [(value, kind) for kind, each in kinds for value in _iterate_leaves(each.get("data"))]
+    texts = [each for kind, each in kinds if kind is _TEXTS]
+    if not leaves or any(len(each.get("data", ())) != prod(each.get("shape", [0])) for each in texts):
+        return f"no predictions in {body[:80]!r}"
+    bad = [(value, kind) for value, kind in leaves if type(value) not in kind.types]
+    return f"{bad[0][0]!r} where a {bad[0][1].word} should be" if bad else None
 
 
 def _find_number_fault(answer: object, body: bytes) -> str | None:

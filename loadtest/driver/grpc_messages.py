@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import orjson
 
 SIZE = "binary_data_size"
-#: numpy's types of the protocol's; BYTES are apart, and numpy has no BF16.
+#: numpy's types of the protocol's. BYTES and BF16, which numpy does not have, are apart.
 DTYPES: Mapping[str, str] = {
     "BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
     **{f"{kind}{bits}": f"<{letter}{bits // 8}" for kind, letter in (("INT", "i"), ("UINT", "u"))
@@ -44,8 +45,7 @@ def read_infer(message: bytes) -> bytes:
     try:
         for number, value in _iterate_fields(message):
             if number == 5:  # noqa: PLR2004 -- outputs
-                texts = {key: bytes(text).decode() for key, text in _iterate_fields(value) if key in (1, 2)}
-                outputs.append({"name": texts.get(1, ""), "datatype": texts.get(2, "")})
+                outputs.append(_read_head(value))
             elif number == 6:  # noqa: PLR2004 -- raw_output_contents
                 raw.append(bytes(value))
         for output, content in zip(outputs, raw, strict=True):
@@ -53,6 +53,16 @@ def read_infer(message: bytes) -> bytes:
     except (IndexError, KeyError, struct.error) as error:
         raise ValueError(f"no ModelInferResponse with raw_output_contents: {error!r}") from error
     return orjson.dumps({"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _read_head(message: memoryview) -> dict[str, Any]:
+    """Name, datatype and shape of an output."""
+    fields = {key: bytes(content) for key, content in _iterate_fields(message)}
+    shape, at, packed = list[int](), 0, fields.get(3, b"")
+    while at < len(packed):
+        length, at = _decode_varint(packed, at)
+        shape.append(length)
+    return {"name": fields.get(1, b"").decode(), "datatype": fields.get(2, b"").decode(), "shape": shape}
 
 
 def _encode_document(model: str, version: str, inputs: Sequence[Mapping[str, Any]], binary: memoryview) -> bytes:
@@ -72,14 +82,30 @@ def _encode_document(model: str, version: str, inputs: Sequence[Mapping[str, Any
 def _encode_data(tensor: Mapping[str, Any]) -> bytes:
     datatype, data = tensor["datatype"], tensor.get("data", [])
     if datatype == "BYTES":
-        texts = [each.encode() for each in np.array(data, object).ravel().tolist()]
-        return b"".join(struct.pack("<I", len(each)) + each for each in texts)
+        return pack_texts(np.array(data, object).ravel().tolist())
+    if datatype == "BF16":
+        return narrow_to_bf16(np.array(data, np.float32))
     if datatype not in DTYPES:
-        raise ValueError(f"{tensor['name']} is {datatype}, which the load tester cannot write: {', '.join(DTYPES)}")
+        known = ", ".join([*DTYPES, "BF16", "BYTES"])
+        raise ValueError(f"{tensor['name']} is {datatype}, which the load tester cannot write: {known}")
     return np.array(data, DTYPES[datatype]).tobytes()
 
 
+def pack_texts(texts: Sequence[str]) -> bytes:
+    """The elements of BYTES, each behind its length."""
+    encoded = [each.encode() for each in texts]
+    return b"".join(struct.pack("<I", len(each)) + each for each in encoded)
+
+
+def narrow_to_bf16(numbers: npt.NDArray[np.float32]) -> bytes:
+    """The nearest BF16 of finite float32, ties to even: the upper halves of their bits."""
+    bits = numbers.astype("<f4").view("<u4").astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
+
+
 def _decode_data(datatype: str, content: bytes) -> Any:
+    if datatype == "BF16":
+        return (np.frombuffer(content, "<u2").astype("<u4") << 16).view("<f4")
     if datatype != "BYTES":
         found = np.frombuffer(content, DTYPES[datatype])
         return found.astype(np.float32) if datatype == "FP16" else found

@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from loadtest.driver.dialects import DIALECTS, DIGITS, HEADER_JSON_BYTES, BodyKind, ClientDialect, encode_npy
+from loadtest.driver.dialects import DIALECTS, HEADER_JSON_BYTES, BodyKind, ClientDialect, encode_npy
+from loadtest.driver.drawn_tensors import FP32, DrawnTensor, draw_tensor
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import ForecastSpec
 from model_store.errors import LoadError
@@ -122,13 +122,15 @@ def make_request_body(
         if forecast is None:
             raise ValueError(f"{archive.name} carries no `forecast` and cannot be asked for one; ask for tensors")
         return RequestBody(json.dumps({"instances": [make_deepar_instance(forecast, seed)]}).encode())
-    arrays = {name: _draw_numbers(shape, seed) for name, shape in _read_input_shapes(archive).items()}
+    drawn = _draw_inputs(archive, seed)
     if kind is not BodyKind.NPY:
-        digits = {name: array.astype(np.float64).round(DIGITS).tolist() for name, array in arrays.items()}
-        return RequestBody(json.dumps(digits).encode())
-    if len(arrays) != 1:
-        raise ValueError(f"{archive.name} has {len(arrays)} inputs, and npy carries one array; ask for tensors as JSON")
-    return RequestBody(encode_npy(next(iter(arrays.values()))), NPY)
+        return RequestBody(json.dumps({name: each.nest() for name, each in drawn.items()}).encode())
+    if len(drawn) != 1:
+        raise ValueError(f"{archive.name} has {len(drawn)} inputs, and npy carries one array; ask for tensors as JSON")
+    (only,) = drawn.values()
+    if only.datatype != FP32:
+        raise ValueError(f"{archive.name} takes {only.datatype}, and npy carries {FP32}; ask for tensors as JSON")
+    return RequestBody(encode_npy(only.values), NPY)
 
 
 def _make_v2_body(archive: Archive, kind: BodyKind | None, seed: int) -> RequestBody:
@@ -140,17 +142,17 @@ def _make_v2_body(archive: Archive, kind: BodyKind | None, seed: int) -> Request
         return RequestBody(
             json.dumps({"inputs": [{**_name_input(DEEPAR_INPUT, (1,), "BYTES"), "data": [text]}]}).encode()
         )
-    arrays = {name: _draw_numbers(shape, seed) for name, shape in _read_input_shapes(archive).items()}
-    inputs = [_name_input(name, (1, *array.shape), "FP32") for name, array in arrays.items()]
+    drawn = _draw_inputs(archive, seed)
+    inputs = [_name_input(name, (1, *each.values.shape), each.datatype) for name, each in drawn.items()]
     if kind is not BodyKind.BINARY:
-        for each, array in zip(inputs, arrays.values(), strict=True):
-            each["data"] = array.astype(np.float64).round(DIGITS).ravel().tolist()
+        for named, each in zip(inputs, drawn.values(), strict=True):
+            named["data"] = each.list_values()
         return RequestBody(json.dumps({"inputs": inputs}).encode())
-    for each, array in zip(inputs, arrays.values(), strict=True):
-        each["parameters"] = {"binary_data_size": array.nbytes}
+    parts = [each.pack() for each in drawn.values()]
+    for named, part in zip(inputs, parts, strict=True):
+        named["parameters"] = {"binary_data_size": len(part)}
     head = json.dumps({"inputs": inputs}).encode()
-    body = b"".join([head, *(array.astype("<f4").tobytes() for array in arrays.values())])
-    return RequestBody(body, BINARY, {HEADER_JSON_BYTES: str(len(head))})
+    return RequestBody(b"".join([head, *parts]), BINARY, {HEADER_JSON_BYTES: str(len(head))})
 
 
 def _name_input(name: str, shape: tuple[int, ...], datatype: str) -> dict[str, Any]:
@@ -176,12 +178,9 @@ def make_deepar_instance(forecast: ForecastSpec, seed: int) -> dict[str, object]
     return found
 
 
-def _read_input_shapes(archive: Archive) -> Mapping[str, tuple[int, ...]]:
-    """Return input name -> shape of one request row, with 1 for dimensions that the model leaves open."""
+def _draw_inputs(archive: Archive, seed: int) -> Mapping[str, DrawnTensor]:
+    """Draw each input of one request row, with 1 for dimensions that the model leaves open."""
     from handlers.kinds import tensor_inputs  # noqa: PLC0415 -- torch, which a load of forecasts does not need
 
-    return {name: tuple(abs(n) for n in shape) for name, shape in tensor_inputs(archive).items()}
-
-
-def _draw_numbers(shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    taken = tensor_inputs(archive).items()
+    return {name: draw_tensor(each.datatype, tuple(abs(n) for n in each.shape), seed) for name, each in taken}

@@ -5,9 +5,11 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+from model_store.archives.manifest import Setting
+
 CONTEXT, PREDICTION, LAG = 168, 24, 144
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
-CONFIG: Mapping[str, int | float | str | bool | list[int]] = {
+CONFIG: Mapping[str, Setting] = {
     "features": 8,  # the target, its lag, six of the calendar
     "context_length": CONTEXT,
     "prediction_length": PREDICTION,

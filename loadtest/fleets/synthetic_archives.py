@@ -25,7 +25,7 @@ from handlers.forecasters import ARCHITECTURES, build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from handlers.training.fit import Fitted
 from loadtest.fleets.network_shape import CONFIG, CONTEXT, LAG, LEVELS, ONNX, PREDICTION, TRAINED, UNITS, make_request
-from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler
+from model_store.archives.manifest import ForecastSpec, GoldenSample, InputChannel, Kind, Scaler, Setting
 
 CALENDAR = ("hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "year_sin", "year_cos")
 WIDTHS = ("channels", "hidden")  #: config fields that the number in `tcn-64` sets
@@ -39,7 +39,7 @@ class Network:
     """A kind's architecture with its config."""
 
     architecture: str
-    config: Mapping[str, int | float | str | bool | list[int]]
+    config: Mapping[str, Setting]
     family: Family
 
 

@@ -35,6 +35,9 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Meta(ge=1, le=1_000_000)]
 Level = Annotated[float, Meta(gt=0.0, lt=1.0)]
 Numbers = Annotated[list[int], Meta(max_length=MAX_ROWS)]
+PartSettings = Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)]
+#: The value of a field of `config`; lists of objects are the parts of a mixture.
+Setting = int | float | str | bool | Annotated[list[int | PartSettings], Meta(max_length=MAX_ROWS)]
 T = TypeVar("T", bound=Struct)
 
 
@@ -269,7 +272,7 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     weights: Weights
     format: Literal[1] = 1
     architecture: str = ""
-    config: Annotated[dict[str, int | float | str | bool | Numbers], Meta(max_length=MAX_FIELDS)] = {}
+    config: Annotated[dict[str, Setting], Meta(max_length=MAX_FIELDS)] = {}
     forecast: ForecastSpec | None = None
     correlation: CorrelationSpec | UnsetType = UNSET  # not written if unset: archives of other kinds keep their bytes
     golden: MemberPath | None = None

@@ -1,4 +1,4 @@
-"""The command `fleetcast`: its commands by name. Each is a file here that is imported when the command is run.
+"""The command `fleetcast`: its commands by name, each in a file that is imported when the command is run.
 
 So `fleetcast --help` and `fleetcast --version` import none of what the commands need, and `fleetcast serve`, the
 supervisor's process, has no torch.
@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 
 from server.sdk import __version__
 
-#: Command -> its line in `fleetcast --help`. The function NAME of `server.cli.NAME` is the command.
+#: Command -> its line in `fleetcast --help`. The function NAME of `server.cli.NAME` is the command, but for FLEET.
 COMMANDS = {
     "serve": "Run the server.",
     "train": "Fit forecasters to your prices.",
@@ -27,8 +27,24 @@ COMMANDS = {
     "verify": "Check that archives load.",
     "migrate": "Turn a config.properties of TorchServe or Multi Model Server into settings.",
     "invoke": "Send a request to a running server.",
+    "top": "Watch what a running server is doing.",
+    "ls": "List the models that a running server holds, and those that failed.",
+    "load": "Load models now.",
+    "unload": "Remove models from memory.",
+    "pin": "Load models and never evict them.",
+    "unpin": "Let models be evicted again.",
+    "reload": "Swap in new versions from the store.",
+    "rollback": "Serve an earlier version of models.",
+    "follow": "Let models follow the store again.",
+    "release": "Let models in quarantine run again.",
     "token": "Make a token for a client or an operator.",
     "settings-table": "",
+}
+#: Commands that speak to a running server's management listener -> their file in `server.cli.fleet`.
+FLEET = {
+    "top": "top",
+    "ls": "ls",
+    **dict.fromkeys(("load", "unload", "pin", "unpin", "reload", "rollback", "follow", "release"), "actions"),
 }
 HIDDEN = {"settings-table"}  #: for `make docs`, not for users
 
@@ -37,7 +53,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 120},
+    context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
 )
 
 
@@ -52,8 +68,12 @@ class LazyCommand(TyperCommand):
 
 def _load_command(name: str) -> TyperCommand:
     function = name.replace("-", "_")
-    alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    alone.command(name)(getattr(import_module(f"server.cli.{function}"), function))
+    names = {"help_option_names": ["-h", "--help"]}
+    alone = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=names
+    )
+    file = f"fleet.{FLEET[name]}" if name in FLEET else function
+    alone.command(name)(getattr(import_module(f"server.cli.{file}"), function))
     command = typer.main.get_command(alone)
     assert isinstance(command, TyperCommand), "an application of one command is that command"
     return command
@@ -91,6 +111,8 @@ def fleetcast(
     fleetcast calibrate p.csv --time hour --models models   make bands hold what they promise
     fleetcast correlate p.csv --time hour --target NSW1 --target VIC1 --out joint.mar    prepare joint scenarios
     fleetcast retrain p.csv --time hour --store models      refit a fleet, publish archives that are no worse
+    fleetcast top                                     watch what a running server is doing
+    fleetcast ls --failed                             list its models; load, unload, pin, reload, rollback change them
     fleetcast token desk-au --scope invoke --model au/      make a token for a client
     fleetcast doctor --store s3://models/prices       check this machine and measure its speed
     """  # noqa: D301 -- click's mark for "do not wrap"

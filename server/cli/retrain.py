@@ -1,19 +1,19 @@
 """`fleetcast retrain` refits every archive of a fleet and publishes those that are no worse. It imports torch late."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import rich
 import typer
 from rich.table import Table
 
-from server.cli import price_flags
+from server.cli import architecture_flags, price_flags
+from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
@@ -38,6 +38,7 @@ class RetrainFlags:
     architecture: Annotated[
         str, typer.Option(help="architecture of the new archives; default: that of the old one")
     ] = ""
+    stack: architecture_flags.Stack = False
     config: Annotated[
         str, typer.Option(metavar="JSON", help="config fields of --architecture that differ from its defaults")
     ] = "{}"
@@ -137,6 +138,9 @@ def _make_plan(flags: RetrainFlags) -> "RetrainingPlan":
     from server.offline.rolling_windows import Rolling  # noqa: PLC0415
 
     settings = settings_from({"store": flags.store} if flags.store else {})
+    architecture, config = parse_architecture(flags.architecture, flags.config, stack=flags.stack)
+    if config and not architecture:
+        raise ValueError("--config goes with --architecture")
     return RetrainingPlan(
         csv=flags.csv,
         time=flags.time,
@@ -145,8 +149,8 @@ def _make_plan(flags: RetrainFlags) -> "RetrainingPlan":
         gate=GateTerms(flags.score, flags.margin, Rolling(most=flags.windows)),
         fitting=Fitting(flags.epochs, seed=flags.seed, threads=flags.threads),
         half_life=flags.half_life,
-        architecture=flags.architecture,
-        config=_parse_config(flags.architecture, flags.config),
+        architecture=architecture,
+        config=config,
         servers=flags.reload or (),
         rules=price_flags.make_file_rules(flags.interval_ending, flags.stamps_zone, flags.time_format, flags.item),
         keep_worse=flags.keep_worse,
@@ -180,10 +184,3 @@ def _make_outcome_table(outcomes: Sequence["Outcome"]) -> Table:
 
 def _format_cell(shape: str, value: float | None) -> str:
     return "" if value is None else shape.format(value)
-
-
-def _parse_config(architecture: str, text: str) -> dict[str, Any]:
-    found = json.loads(text)
-    if not isinstance(found, dict) or (found and not architecture):
-        raise ValueError("--config: an object such as '{\"channels\": 32}' that goes with --architecture")
-    return found

@@ -11,7 +11,7 @@ from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
 from server.contract import HEADER_TARGET_MODEL
-from server.sagemaker_environment import MULTI_MODEL, SINGLE_MODEL
+from server.sagemaker_container.environment import MULTI_MODEL, SINGLE_MODEL
 from server.sdk import __version__
 from server.settings import Settings, format_bytes
 

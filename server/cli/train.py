@@ -1,6 +1,5 @@
 """`fleetcast train` fits forecasters to a price file and stores them as archives. It imports torch when it runs."""
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from handlers.architectures import SUMMARIES
 from model_store.names import ModelName, parse_model_name
-from server.cli import price_flags
+from server.cli import architecture_flags, price_flags
+from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim, watch_progress
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 SHOWN = 10  #: most names of archives that were there already
-DECIDED = ("features", "context_length", "prediction_length", "quantiles", "members")
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
-ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n" + "\n".join(f"{name}: {summary}" for name, summary in SUMMARIES.items())
+SEVERAL = "several make one archive of their weighted mean, such as lear,lear:3,tcn; lear:3 has 3 members"
+ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n{SEVERAL}\n" + "\n".join(
+    f"{name}: {summary}" for name, summary in SUMMARIES.items()
+)
 QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
 
 
@@ -55,8 +57,13 @@ class TrainFlags:
     residual_to: price_flags.ResidualTo = ""
     architecture: Annotated[str, typer.Option(help=ARCHITECTURE_HELP)] = ""
     members: Annotated[int, typer.Option(min=1, max=64, help="number of networks in the ensemble of one archive")] = 1
+    stack: architecture_flags.Stack = False
     config: Annotated[
-        str, typer.Option(metavar="JSON", help="config fields of the architecture that differ from its defaults")
+        str,
+        typer.Option(
+            metavar="JSON",
+            help="config fields of the architecture that differ from its defaults; of several, by architecture",
+        ),
     ] = "{}"
     name_template: price_flags.NameTemplate = price_flags.NAME_TEMPLATE
     prediction_length: Annotated[
@@ -178,6 +185,7 @@ def _make_plan(flags: TrainFlags) -> "TrainingPlan":
     targets = _choose_targets(flags)
     rules = _make_rules(flags)
     limit = flags.minutes * 60 or float("inf")
+    architecture, config = parse_architecture(flags.architecture, flags.config, flags.members, stack=flags.stack)
     return TrainingPlan(
         csv=flags.csv,
         time=flags.time,
@@ -188,8 +196,8 @@ def _make_plan(flags: TrainFlags) -> "TrainingPlan":
         out=flags.out,
         settings=settings_from({"store": flags.out}),
         until=parse_moment("--train-until", flags.train_until),
-        architecture=flags.architecture,
-        config=_parse_config(flags.config) | ({"members": flags.members} if flags.members > 1 else {}),
+        architecture=architecture,
+        config=config,
         prediction_length=flags.prediction_length,
         context_length=flags.context_length,
         options=_make_recipe_options(flags),
@@ -299,14 +307,3 @@ def _parse_levels(text: str) -> tuple[float, ...]:
     if not levels or not all(0 < level < 1 for level in levels) or sorted(set(levels)) != list(levels):
         raise ValueError(f"--quantiles: expected rising levels between 0 and 1 such as 0.1,0.5,0.9, not {text!r}")
     return levels
-
-
-def _parse_config(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"--config: not JSON: {error}") from None
-    if not isinstance(found, dict) or found.keys() & DECIDED:
-        what = f"an object such as '{{\"channels\": 32}}' without {', '.join(DECIDED)}, which other options set"
-        raise ValueError(f"--config: expected {what}, not {text!r}")
-    return found

@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import structlog
@@ -18,10 +19,13 @@ from server import contract
 from server.access.tls import CLIENT_NAME
 from server.contract import raw_header
 from server.errors import Refused, Situation
+from server.front.asynchronous.journal import Journal
 from server.front.auth.permissions import open_permissions
+from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
+from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
@@ -37,7 +41,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 MAX_HEADER = 1024
-PIECE_BYTES = 256 * 1024  #: of a large answer that are handed to the client's connection at a time
 HASHED_HERE = 1024 * 1024  #: bytes of a signed body; a longer one is hashed in a thread, without the interpreter's lock
 _TIMEOUT_MS = raw_header(contract.HEADER_TIMEOUT_MS)
 _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
@@ -45,7 +48,6 @@ _CACHE = raw_header(contract.HEADER_CACHE)
 _MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
 _SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
 STATUSES_AT_ONCE = 32  #: that are counted before other requests get their turn
-CLIENT_GONE = 499  # counted, never sent; the number is nginx's
 
 
 class App:
@@ -112,6 +114,25 @@ class App:
         """The series of answers with this status, found once."""
         series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
         return series
+
+    # --- asynchronous invocations -----------------------------------------------------------------------------------
+
+    def keep_jobs(self, folder: Path) -> "asyncio.Task[None] | None":
+        """Keep accepted invocations in the server's folder, and go on with those of fronts that die.
+
+        Returns the task that looks for these; None where no dialect accepts any. Raises OSError.
+        """
+        for dialect in self._dialects:
+            if isinstance(dialect, SageMakerStreams):
+                journal = Journal(folder, self._settings.async_jobs, self._settings.async_jobs_per_client)
+                jobs = dialect.keep_jobs(journal, self._metrics)
+                return asyncio.create_task(jobs.take_over(self.plane.background, self._find_plane))
+        return None
+
+    def _find_plane(self, token: str) -> InferencePlane:
+        """The plane of who has shown the token of this name. Raises Refused if it is none any more."""
+        found = self._permissions.find_named(token) if token and self._permissions is not None else None
+        return make_plane(self.plane, found, self.releases)
 
     # --- the request ------------------------------------------------------------------------------------------------
 
@@ -210,7 +231,7 @@ class App:
         return reply
 
     def _refuse_path(self, path: str) -> NoReturn:
-        places = ", ".join(dialect.paths for dialect in self._dialects)
+        places = ", ".join(f"{each.routes.main_path} ({each.routes.title})" for each in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
     async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:
@@ -228,6 +249,8 @@ class App:
             head.append((b"content-type", reply.content_type.encode()))
         if reply.stats is not None:
             _add_stats(head, reply.stats)
+        if reply.chunks is not None:
+            return await self._send_chunks(reply, reply.chunks, head[1:], send)
         more, held = len(reply.body) < size, len(reply.body)
         self.plane.held.size += held
         try:
@@ -257,13 +280,21 @@ class App:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted
 
+    async def _send_chunks(self, reply: HttpReply, chunks: Chunks, head: Headers, send: Send) -> Sequence[int]:
+        """Send a reply while it is made. Returns the status codes to count."""
+        start = {"type": "http.response.start", "status": reply.status, "headers": head}
+        return list_statuses(reply.counted, reply.status, await chunks.send(start, send, self.plane.held))
+
 
 def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:
     """The reply. INVARIANT: no model's answer leaves as a success after its deadline. Raises Refused.
 
-    A call for many is answered when its deadline passes, with an error for each item that was not ready.
+    A call for many is answered when its deadline passes, with an error for each item that was not ready; a reply that
+    is sent while it is made has last words for that.
     """
     if request.deadline and reply.counted is None and time.monotonic() > request.deadline:
+        if reply.chunks is not None:
+            return reply
         if reply.stream is not None:
             reply.stream.cancel()
         raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")

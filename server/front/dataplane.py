@@ -6,7 +6,7 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from itertools import chain, zip_longest
 from typing import Protocol, cast
 
@@ -24,7 +24,7 @@ from server.front.registrations import Registrations
 from server.front.suspects import Suspects
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
-from server.ipc.frames import CacheResult, Tier
+from server.ipc.frames import CacheResult, Partial, Response, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.operations import (
     KnownModel,
@@ -111,6 +111,8 @@ class InferResponse(msgspec.Struct, frozen=True):
 
     `head`: what an archive's code said of it, for a request with a `call`. Its status may be any from 200 to 599; the
     body is the handler's own.
+    A handler may send its answer while it makes it, for a request whose `call` says that this is wanted: then `body` is
+    the first part, and `stream` yields all of them.
     """
 
     content_type: str
@@ -144,9 +146,47 @@ class InferResponse(msgspec.Struct, frozen=True):
             self.cancel()
         return cast("bytes", body)  # not copied: all that read it take any buffer
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the answer is sent while it is made: `stream` yields all of it."""
+        return self.call.later is not None
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The parts of a streamed answer, the first of them too, each when it is there. Raises Refused."""
+        later, part = self.call.later, self.body
+        assert later is not None, "the answer has parts"
+        try:
+            while True:
+                if part:
+                    yield part
+                    self.link.note_taken(self.call, len(part))
+                found = await later.get()
+                if found is None:
+                    raise Refused(Situation.WORKER_LOST, HALF_ANSWER)
+                part = found.body
+                if isinstance(found, Response):
+                    break
+            async for each in self._end_stream(found):
+                yield each
+        finally:
+            self.link.cancel(self.call)
+
+    async def _end_stream(self, last: Response) -> AsyncIterator[bytes]:
+        """The last part, or why there is none."""
+        if last.situation:
+            whole = last.body + b"".join([part async for part in self.parts()])
+            raise _refused_by_worker(Situation(last.situation), whole, self.stats, 0.0)
+        if last.body:
+            yield last.body
+        try:
+            async for part in self.parts():
+                yield part
+        except WorkerLost:
+            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
+
     def cancel(self) -> None:
         """Give up what has not been read; nothing to do when all has."""
-        if self.call.unread:
+        if self.call.unread or self.call.later is not None:
             self.link.cancel(self.call)
 
 
@@ -199,6 +239,7 @@ class InferencePlane(Protocol):
     background: BackgroundJobs
     registrations: Registrations
     forecasters: "dict[ModelName, None]"
+    token_name: str  #: of the token that the client has shown; empty where it showed none
 
     @property
     def expected(self) -> int:
@@ -232,7 +273,7 @@ class PlaneInFront:
 
     def __init__(self, plane: InferencePlane) -> None:
         self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
-        self.background = plane.background
+        self.background, self.token_name = plane.background, plane.token_name
         self._plane = plane
 
     @property
@@ -285,7 +326,7 @@ class DataPlane:
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
-        self.background = BackgroundJobs()
+        self.background, self.token_name = BackgroundJobs(), ""
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -502,6 +543,8 @@ class DataPlane:
         finally:
             del self._watched[call]
             backlog.end(model, client, was_work=counted)
+        if isinstance(head, Partial):
+            return self._begin_stream(lane, request, head, link, call, counted=counted)
         held = head.situation in _HOLDS
         ended = time.monotonic()
         wait_s = max(0.0, ended - now - head.load_us / 1e6)
@@ -523,6 +566,22 @@ class DataPlane:
             response.cancel()
             raise Refused(Situation.DEADLINE, "the answer was ready after the deadline")
         return response
+
+    def _begin_stream(
+        self,
+        lane: WorkerLoad,
+        request: InferRequest,
+        first: Partial,
+        link: WorkerLink,
+        call: WorkerCall,
+        *,
+        counted: bool,
+    ) -> InferResponse:
+        """The response of which the first part is there. Its worker is free for others: the archive's process works."""
+        self.router.count_end(lane, request.model, counted, held=True)
+        stats = InferStats(None, int((time.monotonic() - (request.arrived or time.monotonic())) * 1e6), None, 0)
+        said = decode_head(first.head) if first.head else None
+        return InferResponse(first.content_type, first.body, len(first.body), stats, link, call, said)
 
 
 def _refused_by_worker(situation: Situation, body: bytes, stats: InferStats, expected_s: float) -> RefusedByWorker:

@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 
 from server.errors import Refused, Situation
+from server.front.chunks import Chunks
 from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
 from server.routes.record import Protocol as Routes
 
@@ -55,6 +56,7 @@ class HttpReply(msgspec.Struct):
     """An answer to be sent. The app adds Content-Length, X-Request-Id and the headers that `stats` become.
 
     An empty `content_type` leaves the header out. `reason`: that of the status line; None for the usual one.
+    `chunks`: a body that is sent while it is made, in the place of `body` and without Content-Length.
     """
 
     status: int
@@ -65,6 +67,7 @@ class HttpReply(msgspec.Struct):
     stream: InferResponse | None = None  #: the answer of which `body` is the first part
     counted: Sequence[int] | None = None  #: status codes that the metrics count; None: `status` once
     reason: str | None = None
+    chunks: Chunks | None = None
 
 
 class Dialect(Protocol):
@@ -75,7 +78,6 @@ class Dialect(Protocol):
 
     name: str  #: the metrics' label `protocol`
     routes: Routes  #: its part of the table of `server.routes.inference`, with which `match` agrees
-    paths: str  #: for the message about a path that no dialect has
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """The operation that is asked for; None for a path that is not this dialect's. `query`: as it was sent.

@@ -24,6 +24,7 @@ class CallDetails(msgspec.Struct, frozen=True):
     headers: Mapping[bytes, bytes]
     parts: Sequence[tuple[str, str]] = ()
     properties: Mapping[str, str] = {}
+    streams: bool = False
 
 
 class CodeCalls:
@@ -46,7 +47,8 @@ class CodeCalls:
             for name, value in details.headers.items()
             if name not in self._hidden
         ]
-        call = HandlerCall(request_id.decode("latin-1"), headers, list(details.parts), dict(details.properties))
+        told = (list(details.parts), dict(details.properties), details.streams)
+        call = HandlerCall(request_id.decode("latin-1"), headers, *told)
         try:
             return encode_call(call)
         except CallTooLong as error:

@@ -9,6 +9,7 @@ import ctypes
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Protocol, assert_never
 
 import structlog
@@ -149,6 +150,17 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
+def _keep_jobs(app: App, folder: str) -> "asyncio.Task[None] | None":
+    """What looks for jobs of fronts that have died; None where this front accepts none."""
+    if not folder:
+        return None
+    try:
+        return app.keep_jobs(Path(folder))
+    except OSError as error:  # the folder of temporary files is full or gone: all else can be served
+        log.error("async_jobs_not_kept", error=str(error))  # noqa: TRY400 -- the disk's fault
+        return None
+
+
 async def main(control_fd: int, listen_fd: int) -> None:
     """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
     member = ChildChannel(AskedOfFront)
@@ -170,6 +182,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     server = make_listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
+    keeper = _keep_jobs(app, assignment.journal)
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
     member.serve(front.handle)
     await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
@@ -179,6 +192,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
     await app.plane.background.wait_ended()
     sweeper.cancel()
+    if keeper is not None:
+        keeper.cancel()
 
 
 if __name__ == "__main__":

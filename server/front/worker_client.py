@@ -12,7 +12,7 @@ from typing import Any
 from server.errors import Refused, Situation
 from server.front.backlog import Backlog, Turns
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Partial, Request, Response, WireError
 
 #: A worker answers a passed deadline itself and says more about it. The front does so when the worker stays silent.
 GRACE_S = 0.25
@@ -26,15 +26,20 @@ class WorkerLost(Exception):
 
 @dataclass(slots=True, eq=False)
 class WorkerCall:
-    """A request at the worker. `reply` resolves with the response's head and first part."""
+    """A request at the worker. `reply` resolves with the response's head and first part.
+
+    Of an answer that is sent while it is made it resolves with the first part, and `later` has what follows: parts, the
+    response, or None where the worker has died.
+    """
 
     id: int
-    reply: asyncio.Future[Response]
+    reply: asyncio.Future[Response | Partial]
     deadline: float
     uploads: bool = False  #: its body did not fit one frame: parts of it may still have to be sent
     missing: int = 0  #: bytes of the answer that have not come from the worker
     unread: int = 0  #: bytes of it that the client has not been given
     parts: asyncio.Queue[bytes | None] | None = None
+    later: asyncio.Queue[Partial | Response | None] | None = None
 
 
 class WorkerLink(FrameConnection):
@@ -105,6 +110,10 @@ class WorkerLink(FrameConnection):
                 self.send(Credit(call.id, len(part)))
             yield part
 
+    def note_taken(self, call: WorkerCall, size: int) -> None:
+        """The client of an answer that is sent while it is made has been given so many bytes."""
+        self.send(Credit(call.id, size))
+
     def sweep(self, now: float) -> None:
         """Refuse the calls whose deadline has passed without a word from the worker."""
         for call in [call for call in self._calls.values() if call.deadline <= now and not call.reply.done()]:
@@ -144,12 +153,15 @@ class WorkerLink(FrameConnection):
             self.cancel(call)
             call.reply.set_exception(WorkerLost(f"worker {self.worker} is silent"))
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
         """The head of an answer or a part of its body."""
         call = self._calls.get(frame.id)
         if isinstance(frame, Response):
             if call is not None:
                 self._begin_answer(call, frame)
+        elif isinstance(frame, Partial):
+            if call is not None:
+                _add_partial(call, frame)
         elif isinstance(frame, Data):
             if call is not None and call.parts is not None:
                 self._add_part(call, call.parts, frame.body)
@@ -161,6 +173,8 @@ class WorkerLink(FrameConnection):
         for call in self._calls.values():
             if call.parts is not None:
                 call.parts.put_nowait(None)
+            elif call.later is not None:
+                call.later.put_nowait(None)
             elif not call.reply.done():
                 call.reply.set_exception(WorkerLost(f"worker {self.worker} died"))
         self._calls.clear()
@@ -175,7 +189,9 @@ class WorkerLink(FrameConnection):
             call.parts = asyncio.Queue()
         else:
             del self._calls[response.id]
-        if not call.reply.done():
+        if call.later is not None:
+            call.later.put_nowait(response)
+        elif not call.reply.done():
             call.reply.set_result(response)
 
     def _add_part(self, call: WorkerCall, parts: asyncio.Queue[bytes | None], part: bytes) -> None:
@@ -185,6 +201,16 @@ class WorkerLink(FrameConnection):
         parts.put_nowait(part)
         if not call.missing:
             del self._calls[call.id]
+
+
+def _add_partial(call: WorkerCall, part: Partial) -> None:
+    """The next part of an answer that is not complete."""
+    if call.later is not None:
+        call.later.put_nowait(part)
+        return
+    call.later = asyncio.Queue()
+    if not call.reply.done():
+        call.reply.set_result(part)
 
 
 async def connect_to_worker(path: str, worker: int, on_lost: Callable[[WorkerLink], None]) -> WorkerLink:

@@ -18,6 +18,7 @@ from server.ipc.frames import (
     Credit,
     Data,
     FrameReader,
+    Partial,
     Request,
     Response,
     WireError,
@@ -42,14 +43,14 @@ class FrameConnection(asyncio.Protocol, ABC):
     # --- for the subclass -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def handle_frame(self, frame: Request | Data | Response | Cancel) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
         """A frame has arrived. A WireError from here ends the connection."""
 
     @abstractmethod
     def handle_end(self) -> None:
         """The connection has ended. Called once."""
 
-    def send(self, frame: Request | Response | Cancel | Credit) -> None:
+    def send(self, frame: Request | Response | Cancel | Credit | Partial) -> None:
         """Send a frame, soon; the part of a body above `CHUNK` follows as the peer gives credit.
 
         On a connection that has ended it does nothing: `handle_end` reports the end. Raises WireError for a frame that
@@ -96,13 +97,17 @@ class FrameConnection(asyncio.Protocol, ABC):
         try:
             for frame in self._reader.feed(data):
                 if isinstance(frame, Credit):
-                    self._outbox.add_credit(frame.id, frame.room)
-                    self._send_chunks()
+                    self.add_credit(frame.id, frame.room)
                 else:
                     self.handle_frame(frame)
         except WireError as error:
             log.error("bad_frame", connection=repr(self), error=str(error))  # noqa: TRY400 -- the peer's fault, not ours
             self.close()
+
+    def add_credit(self, ident: int, room: int) -> None:
+        """The peer has room for more of this body."""
+        self._outbox.add_credit(ident, room)
+        self._send_chunks()
 
     def pause_writing(self) -> None:
         """The peer reads slower than we write: large bodies wait, and what the subclass keeps back."""
@@ -113,7 +118,7 @@ class FrameConnection(asyncio.Protocol, ABC):
         self.is_paused = False
         self._send_chunks()
 
-    def _write(self, frame: Request | Data | Response | Cancel | Credit) -> None:
+    def _write(self, frame: Request | Data | Response | Cancel | Credit | Partial) -> None:
         if not self._pending:
             self._loop.call_soon(self._flush)
         append_frame(self._pending, frame)

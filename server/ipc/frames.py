@@ -111,7 +111,18 @@ class Credit(_Frame, tag=5):
     room: Count
 
 
-Frame = Request | Data | Response | Cancel | Credit
+class Partial(_Frame, tag=7):
+    """A part of an answer that is sent while it is made, before its response; see `server.ipc.part_streams`.
+
+    `content_type` and `head` are those of the response; only the first part's count.
+    """
+
+    content_type: str
+    body: Part
+    head: bytes = b""
+
+
+Frame = Request | Data | Response | Cancel | Credit | Partial
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode

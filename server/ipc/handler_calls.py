@@ -23,13 +23,15 @@ class CallTooLong(Exception):
 class HandlerCall(Struct, frozen=True, array_like=True):
     """What a handler is told. `headers` are the request's, `parts` its parameters that are data beside the body.
 
-    `properties` are what the dialect adds to the headers, such as TorchServe's `explain` and `url_path`.
+    `properties` are what the dialect adds to the headers, such as TorchServe's `explain` and `url_path`. `streams`: the
+    dialect takes an answer part by part while it is made.
     """
 
     request_id: str
     headers: Pairs
     parts: Pairs = []
     properties: dict[str, str] = {}
+    streams: bool = False
 
 
 class AnswerHead(Struct, frozen=True, array_like=True):

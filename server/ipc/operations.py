@@ -28,6 +28,7 @@ class FrontAssignment(Struct, frozen=True):
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
     grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
+    journal: str = ""  #: the folder of accepted asynchronous invocations; empty where none are accepted
 
 
 class WorkerAssignment(Struct, frozen=True):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,8 +13,8 @@ from handlers.codecs.codec import describe_recipe
 from handlers.model import open_model
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.names import ModelName
-from server.example_requests import NoExample, make_forecast_example
 from server.offline.archive_location import ArchiveLocation
+from server.routes.example_requests import NoExample, make_forecast_example
 from server.settings import format_bytes
 
 SHOWN = 3  #: numbers of a list in an example
@@ -86,8 +86,7 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "trained", f"until {spec['trained_until']}"
     if calibration := spec.get("calibration"):
         yield "calibrated", f"by {calibration['windows']} forecasts until {calibration['until']}"
-    if spec.get("config"):
-        yield "config", ", ".join(f"{key} {value}" for key, value in spec["config"].items())
+    yield from _list_settings(spec, found.get("mixture", ()))
     if "graph" in found:
         graph = found["graph"]
         ((name, shape),) = graph["input"].items()
@@ -102,6 +101,16 @@ def format_description(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "member", f"{name}, {format_bytes(size)}"
     for name, shape in found.get("tensors", {}).items():
         yield "tensor", f"{name} {shape}"
+
+
+def _list_settings(spec: dict[str, Any], parts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """List the config of a network, and for a mixture each part with its weight."""
+    config = spec.get("config", {})
+    if config:
+        yield "config", ", ".join(f"{key} {value}" for key, value in config.items() if key != "parts")
+    for each, part in zip(parts, config.get("parts", ()), strict=False):
+        own = ", ".join(f"{key} {value}" for key, value in part.items() if key != "architecture")
+        yield "part", f"{each['architecture']}, weight {each['weight']:.3f}{own and f', {own}'}"
 
 
 def _explain_code(code: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ Only windows that the network was not fitted to tell how wide its errors are: th
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from model_store.archives.packing import pack_archive, save_tensors
 from model_store.names import ModelName
 from server.offline.evaluation import compute_scores
 from server.offline.fleet_evaluation import Progress, collect_results, fetch_archives, read_columns
+from server.offline.mixture_shares import learn_archive_shares, learns_shares, use_shares, write_shares
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
@@ -63,6 +64,7 @@ class Calibrated:
     days: int
     before: Scores | None
     after: Scores | None
+    shares: Float32 | None = None  #: the new weights [parts, levels] of a mixture that learns them
 
 
 def calibrate_fleet(
@@ -99,6 +101,8 @@ def calibrate_archive(
 ) -> Calibrated:
     """Learn the offsets of an archive from its forecasts of the last days that it was not fitted to.
 
+    A mixture that learns its weights learns them from these days first, and the offsets are those of its new answer.
+
     Raises:
         Unfit: the archive cannot be calibrated on these prices, or has seen too many of them. LoadError.
     """
@@ -114,7 +118,11 @@ def calibrate_archive(
     if len(origins) < (least := count_windows(LEAST_DAYS, forecast)):
         what = f"{model.name} was not fitted to {len(origins)} windows at the end of the file"
         raise Unfit(f"{what}, and a calibration needs {least}; give newer rows, or use `retrain --calibrate`")
-    return calibrate_windows(forecast_windows(InProcess(), plain, series, origins))
+    if not learns_shares(plain.archive):
+        return calibrate_windows(forecast_windows(InProcess(), plain, series, origins))
+    shares = learn_archive_shares(InProcess(), plain, series, origins)
+    mixed = use_shares(plain, shares)
+    return replace(calibrate_windows(forecast_windows(InProcess(), mixed, series, origins)), shares=shares)
 
 
 def count_windows(days: int, forecast: ForecastSpec) -> int:
@@ -157,6 +165,8 @@ def pack_calibrated(archive: Archive, calibrated: Calibrated) -> bytes:
     members = {name: archive.read(name) for name in archive.members if name not in dropped}
     members[FILE] = save_tensors({"offsets": calibrated.offsets})
     bare = msgspec.structs.replace(spec, calibration=calibrated.record, golden=None)
+    if calibrated.shares is not None:
+        bare, members[spec.weights.file] = write_shares(archive, bare, calibrated.shares)
     packed = _pack(archive, bare, members, None)
     if golden is None:
         return packed

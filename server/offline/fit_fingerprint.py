@@ -24,9 +24,9 @@ def compute_fingerprint(
         return ""
     stamps = (series.start.isoformat(), series.step.total_seconds(), series.zone, series.known_names)
     config = complete_config(architecture, dict(config), forecast)
-    terms = (architecture, sorted(config.items()), repr(replace(fitting, threads=1)), __version__)
+    terms = (architecture, repr(replace(fitting, threads=1)), __version__)
     digest = sha256(repr((stamps, terms)).encode())
-    digest.update(msgspec.json.encode(forecast, order="sorted"))
+    digest.update(msgspec.json.encode((config, forecast), order="sorted"))
     digest.update(series.values.tobytes())
     digest.update(series.known.tobytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ import numpy as np
 
 from handlers.codecs.clock import check_zone_name
 from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import GRAPH_FILE, ForecastSpec, Kind, parse_golden
+from model_store.archives.manifest import GRAPH_FILE, ForecastSpec, Kind, Setting, parse_golden
 from model_store.archives.packing import WEIGHTS_FILE
 from model_store.errors import ArchiveInvalid
 from server.offline.archive_location import ArchiveLocation, locate_archive, settings_of_store, split_location
@@ -112,7 +112,7 @@ def _gather_parts(
         exported = _export_members(module, config, inputs, weights)
         parts = ArchiveParts(program=exported[GRAPH_FILE], tensors=exported[WEIGHTS_FILE], forecast=record)
         return Kind.GRAPH, parts
-    fields = _decode_json(config, dict[str, int | float | str | bool | list[int]], "--config")
+    fields = _decode_json(config, dict[str, Setting], "--config")
     tensors = _read_weights(weights)
     return Kind.FORECASTER, ArchiveParts(tensors=tensors, architecture=architecture, config=fields, forecast=record)
 

@@ -138,11 +138,16 @@ def _split_block(plan: TrainingPlan, block: Sequence[Series]) -> Iterator[Sequen
 
     INVARIANT: groups depend on the file and the plan alone, because the numbers of a network depend on its group.
     """
-    members = plan.config.get("members", 1)
-    each = CHANNELS * _count_bytes(block[0]) * (members if isinstance(members, int) else 1)
+    each = CHANNELS * _count_bytes(block[0]) * _count_networks(plan.config)
     size = max(1, min(GROUP, FIT_BYTES // max(each, 1)))
     for at in range(0, len(block), size):
         yield block[at : at + size]
+
+
+def _count_networks(config: Mapping[str, Any]) -> int:
+    """Count the networks of an archive that have windows of their own: members, and the parts of a mixture."""
+    parts: Sequence[Mapping[str, Any]] = config.get("parts", ())
+    return sum(_count_networks(part) for part in parts) or int(config.get("members", 1))
 
 
 def _count_bytes(series: Series) -> int:

@@ -32,6 +32,7 @@ FLEET = Protocol(
         Route("DELETE", "/fleet/alias/{model}", "alias", "Remove an alias"),
         Route("GET", "/fleet/aliases", "aliases", "All aliases"),
         Route("GET", "/fleet/processes", "processes", "Fronts and workers"),
+        Route("GET", "/fleet/overview", "overview", "What the fleet is doing, in counts since the server's start"),
         Route("POST", contract.EVENTS_PATH, "events", "What a store says of changed archives", (JSON,),
               statuses=(202,), schema="any_object"),
         Route("GET", contract.PING_PATH, "ping", "Whether the process runs"),

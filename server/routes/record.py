@@ -1,9 +1,11 @@
 """One route of a listener as a record. Pure, stdlib only."""
 
+import re
 from dataclasses import dataclass
 
 JSON, LINES, NPY = "application/json", "application/jsonlines", "application/x-npy"
 BYTES, TEXT, ANY = "application/octet-stream", "text/plain", "*/*"
+_PARAMETER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +40,9 @@ class Protocol:
     routes: tuple[Route, ...]
     errors: tuple[int, ...]
     error_schema: str
+
+    @property
+    def main_path(self) -> str:
+        """For example `/v2/models/MODEL/infer`: the first path that takes a body, else the first of all."""
+        path = next((route.path for route in self.routes if route.takes), self.routes[0].path)
+        return _PARAMETER.sub(lambda found: found[1].upper(), path)

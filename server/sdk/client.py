@@ -21,7 +21,7 @@ from server.contract import (
     OPEN_INFERENCE_MODELS_PATH,
     verb_path,
 )
-from server.example_requests import make_example
+from server.routes.example_requests import make_example
 from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
 from server.sdk.http_connection import HttpConnection

@@ -30,12 +30,13 @@ from server.access.sites import Sites
 from server.access.tls import open_tls
 from server.contract import EVENTS_PATH
 from server.errors import Situation
-from server.example_requests import NoExample, make_forecast_example
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
 from server.ipc.control import ControlError
 from server.model_server_api.bodies import encode_pretty
 from server.model_server_api.torchserve_description import describe_metrics
+from server.routes.example_requests import NoExample, make_forecast_example
+from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.docs_routes import list_docs_routes
@@ -44,6 +45,7 @@ from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
 from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
 from server.supervisor.model_server_api.torchserve_metrics import CpuClock, HostFamilies, NamedFamilies
+from server.supervisor.overview import Overview
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
 from server.supervisor.stop_signals import StopSignals
@@ -104,6 +106,25 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
 
         return endpoint
 
+    verbs = {name: getattr(operations, name) for name in ("load", "unload", "pin", "unpin", "reload", "release")}
+    routes = [Route(f"/fleet/{name}/{{model:path}}", post(verb), methods=["POST"]) for name, verb in verbs.items()]
+    routes += [
+        Route("/fleet/models", models),
+        Route("/fleet/models/{model:path}", describe),
+        Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
+        *list_release_routes(supervisor.releases),
+        *list_docs_routes(supervisor.settings, addresses),
+        *_list_status_routes(supervisor),
+    ]
+    routes += _list_model_server_routes(supervisor)
+    handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
+    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _list_status_routes(supervisor: Supervisor) -> list[Route]:
+    """How the server is, and what it does."""
+    shared = Overview(supervisor.metrics, partial(_describe_server, supervisor))
+
     async def ready(_: Request) -> Response:
         found = supervisor.readiness()
         return JSONResponse(msgspec.to_builtins(found), status_code=found.status)
@@ -111,24 +132,29 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
     async def processes(_: Request) -> Response:
         return JSONResponse({"processes": supervisor.processes()})
 
+    async def overview(_: Request) -> Response:
+        return JSONResponse(await shared.read())
+
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
-    verbs = {name: getattr(operations, name) for name in ("load", "unload", "pin", "unpin", "reload", "release")}
-    routes = [Route(f"/fleet/{name}/{{model:path}}", post(verb), methods=["POST"]) for name, verb in verbs.items()]
-    routes += [
-        Route("/fleet/models", models),
-        Route("/fleet/models/{model:path}", describe),
+    return [
         Route("/fleet/processes", processes),
-        Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
-        *list_release_routes(supervisor.releases),
-        *list_docs_routes(supervisor.settings, addresses),
+        Route("/fleet/overview", overview),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
-    routes += _list_model_server_routes(supervisor)
-    handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
-    return Starlette(routes=routes, exception_handlers=handlers)
+
+
+def _describe_server(supervisor: Supervisor) -> dict[str, object]:
+    """What `/fleet/overview` says of the server that no metric says."""
+    ready = msgspec.to_builtins(supervisor.readiness())
+    return {
+        "version": __version__,
+        "store": supervisor.settings.store,
+        "ready": ready["ready"],
+        "processes": supervisor.processes(),
+    }
 
 
 def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:

@@ -51,7 +51,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
-from server.sagemaker_environment import MULTI_MODEL
+from server.sagemaker_container.environment import MULTI_MODEL
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.access_control import App
@@ -224,7 +224,8 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc))
+                journal = self._folder.make("jobs") if child.has_output else ""
+                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc), journal)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():

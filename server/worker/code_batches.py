@@ -7,23 +7,27 @@ is full before.
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from weakref import WeakSet
 
 from handlers.codecs.codec import JSON
 from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
 from model_store.cache.slots import Slot
+from model_store.names import ModelName
+from server.code_messages import CodeAnswer, CodeRequest
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
+from server.worker.code_measures import CodeMeasures
 from server.worker.code_replicas import CodeReplicas
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
 from server.worker.sandbox.memory_use import MemorySampler, is_folder_larger
-from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.replicas import Replicas
 from server.worker.scheduler import Job, Scheduler
 
@@ -67,6 +71,7 @@ class CodeBatches:
         self._replies, self._residents, self._scheduler, self._scaling = replies, residents, scheduler, scaling
         scaling.note_free = self._free_groups
         self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
+        self.measures = CodeMeasures(residents.children, os.uname().nodename)
         self._running: dict[ChildProcess, Sequence[Job]] = {}
         self._full: dict[str, Replicas] = {}  # groups that are parked because no child of theirs is idle
         self._collecting: dict[str, tuple[Replicas, float]] = {}  # group -> its children, and when it runs anyhow
@@ -81,6 +86,7 @@ class CodeBatches:
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Send jobs to an idle child, or collect more of them first."""
+        began = time.perf_counter()
         jobs = [job for job in jobs if not self._describe(job, now)]
         if not jobs:
             return
@@ -105,18 +111,28 @@ class CodeBatches:
         if rest:
             self._scheduler.put_back(group, rest)
         self._running[child] = batch
-        started = time.perf_counter()
+        queued_s, started = batch[0].queued_s(now), time.perf_counter()
 
         def end(outcome: Outcome) -> None:
             del self._running[child]
             self._free_groups(replicas)
-            self._answer(batch, outcome, now, time.perf_counter() - started)
+            ended = time.perf_counter()
+            self._answer(batch, outcome, now, ended - started)
+            own_s = started - began + time.perf_counter() - ended
+            self._note_measures(slot.model, child, queued_s=queued_s, ran_s=ended - started, own_s=own_s)
             if len(replicas.children) > replicas.wanted and not child.ended:
                 self._scaling.end_surplus(slot, replicas)
 
-        child.run([_make_request(job) for job in batch], end)
+        child.run([_make_request(job) for job in batch], end, partial(self._answer_part, batch))
         if child.is_busy and replicas.find_idle() is None:
             self._park_full(group, replicas)
+
+    def _note_measures(
+        self, model: ModelName, child: ChildProcess, *, queued_s: float, ran_s: float, own_s: float
+    ) -> None:
+        """Show what the handler has measured, and the times of a batch that its process has answered."""
+        if not child.ended:
+            self.measures.note_batch(model, child.measures, queued_s=queued_s, ran_s=ran_s, own_s=own_s)
 
     def _park_full(self, group: str, replicas: Replicas) -> None:
         """Make no batches of the group until one of these has answered."""
@@ -167,6 +183,18 @@ class CodeBatches:
                 self._replies.answer(job, encoded, began, took)
             else:  # who asks cannot say another status than that of a success
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status))
+
+    def _answer_part(self, batch: Sequence[Job], index: int, answer: CodeAnswer) -> None:
+        """Pass on a part of an answer that the handler is still making."""
+        job = batch[index]
+        if job.done:
+            return
+        try:
+            body, head = _make_body(answer), _make_head(answer)
+        except Refused as refused:
+            self._replies.tell_refused(job, refused)
+            return
+        self._replies.answer_part(job, (body, answer.content_type or answer.body_type or BYTES), encode_head(head))
 
     def advance_time(self, now: float) -> None:
         """Refuse late jobs, measure the children."""
@@ -229,7 +257,8 @@ def _make_request(job: Job) -> CodeRequest:
     if not request.call:
         return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    return CodeRequest(call.request_id, content_type, accept, body, call.headers, call.parts, call.properties)
+    told = (call.headers, call.parts, call.properties, call.streams)
+    return CodeRequest(call.request_id, content_type, accept, body, *told)
 
 
 def _make_body(answer: CodeAnswer) -> bytes:

@@ -32,6 +32,11 @@ class Asker:
         if not self.answered.done():
             self.answered.set_result(bytes(body))
 
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """A description comes in one piece: the call does not ask for parts."""
+        del job, content_type, body, head
+        return False
+
     def refuse(self, job: Job, refused: Refused) -> None:
         """Why there is none."""
         del job

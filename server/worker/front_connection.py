@@ -10,7 +10,8 @@ import msgspec
 from server.errors import Refused, Situation
 from server.ipc.bodies import Inbox
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Partial, Request, Response, WireError
+from server.ipc.part_streams import PartStreams
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 
@@ -27,12 +28,13 @@ class FrontConnection(FrameConnection):
         self._max_body_bytes, self._max_unsent_bytes = max_body_bytes, max_unsent_bytes
         self._inbox = Inbox()
         self._jobs: dict[int, Job] = {}
+        self._streams = PartStreams()
 
     def __repr__(self) -> str:
         """For example `<FrontConnection 12 jobs, 1 bodies in, <Outbox 0 bodies, 0 bytes>>`."""
         return f"<FrontConnection {len(self._jobs)} jobs, {len(self._inbox)} bodies in, {self._outbox!r}>"
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
         """A request, a part of its body, or its end."""
         if isinstance(frame, Request):
             self._receive_request(frame)
@@ -72,9 +74,16 @@ class FrontConnection(FrameConnection):
     def _cancel(self, ident: int) -> None:
         self._inbox.drop(ident)
         self.drop_body(ident)
+        self._streams.drop(ident)
         job = self._jobs.pop(ident, None)
         if job is not None:
             self._steps.cancel(job)
+
+    def add_credit(self, ident: int, room: int) -> None:
+        """The front has given its client so much."""
+        super().add_credit(ident, room)
+        for frame in self._streams.add_credit(ident, room):
+            self.send(frame)
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
@@ -87,6 +96,14 @@ class FrontConnection(FrameConnection):
             self.refuse(job, Refused(Situation.OVERLOADED, message))
             return
         self._respond(job, Situation.OK, content_type, body, queue_s, inference_s, head)
+
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """Send a part of an answer that is not complete yet. False where slow clients hold too many bytes."""
+        if self.unsent_bytes + self._streams.held_bytes + len(body) > self._max_unsent_bytes:
+            return False
+        for frame in self._streams.add(Partial(job.request.id, content_type, body, head)):
+            self.send(frame)
+        return True
 
     def refuse(self, job: Job, refused: Refused) -> None:
         """Send why there is no answer, and how long the request waited for that."""
@@ -107,4 +124,9 @@ class FrontConnection(FrameConnection):
         self._jobs.pop(ident, None)
         version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        self.send(Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head))
+        response = Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head)
+        if self._streams.has(ident):
+            for frame in self._streams.end(response):
+                self.send(frame)
+        else:
+            self.send(response)

@@ -96,7 +96,7 @@ def build_steps(
 
 
 def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
-    """What runs code archives, its template under way; None where no archive's code may run. Raises OSError."""
+    """What runs code archives, its template under way; None where none may run. Raises ValueError, OSError."""
     if not settings.allow_code:
         return None
     cores = frozenset(os.sched_getaffinity(os.getppid()))  # the supervisor has all that the server may use

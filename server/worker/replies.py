@@ -26,6 +26,9 @@ class Origin(Protocol):
         `head`: what an archive's code has said of it.
         """
 
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """Send a part of the answer before its end. False where slow clients hold too many bytes already."""
+
     def refuse(self, job: Job, refused: Refused) -> None:
         """Send the reason why there is no answer."""
 
@@ -65,6 +68,13 @@ class Replies:
                 job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
             job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
         self._release(job)
+
+    def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:
+        """Send a part of an answer that an archive's code is still making, unless nobody waits for it any more."""
+        body, content_type = encoded
+        if not job.done and not job.origin.answer_part(job, content_type, body, head):
+            message = "bytes of answers wait for slow clients already, as many as max_inflight_bytes allows"
+            self.tell_refused(job, Refused(Situation.OVERLOADED, message))
 
     def encode(self, job: Job, encode: Callable[[Any], Encoded], outputs: Any, began: float, run_s: float) -> None:
         """Answer with what `encode` makes of a forward's outputs; refuse where these are not finite."""

@@ -55,6 +55,7 @@ class ResidentModels:
         self.singles: dict[Slot, SingleModel] = {}  #: as `rows`, those that run alone
         self.children: dict[Slot, Replicas] = {}  #: as `rows`, those whose code runs in processes of its own
         self.note_death: Callable[[ModelName], None] = _ignore  #: called when such a process has ended by itself
+        self.note_gone: Callable[[ModelName], None] = _ignore  #: called when no slot has a model any more
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
@@ -154,6 +155,7 @@ class ResidentModels:
         del self._sorted[self._sorted.index(slot, bisect_left(self._sorted, slot.model, key=_slot_name))]
         if slot.model not in self.cache:
             self._metrics.model_gone(slot.model)
+            self.note_gone(slot.model)
             if self._foresight is not None:
                 self._foresight.note_evicted(slot.model)
         self._metrics.unloading.observe(time.perf_counter() - started)

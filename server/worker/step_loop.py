@@ -111,6 +111,8 @@ class StepLoop:
         )
         if code is not None:
             self._residents.note_death = code.note_death
+            self._residents.note_gone = self._code.measures.drop
+            metrics.registry.register(self._code.measures)
         self._metrics, self._batch, self._now = metrics, batch, now
         self._loop = asyncio.get_running_loop()
         self._woken, self._beaten, self._beat_due = False, self._now(), False

@@ -17,10 +17,10 @@ from torch import nn
 
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Setting
 
 Float32 = npt.NDArray[np.float32]
-Config = Mapping[str, int | float | str | bool | list[int]]
+Config = Mapping[str, Setting]
 
 SHAPES: Config = {"features": 3, "context_length": 12, "prediction_length": 4, "quantiles": 3}
 SMALL_TCN: Config = {**SHAPES, "channels": 16, "layers": 2}

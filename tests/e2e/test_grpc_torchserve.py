@@ -30,6 +30,18 @@ def handle(data, context):
     shown = {name: bytes(value).decode() for name, value in data[0].items()}
     return [json.dumps({"model": context.model_name, **shown})]
 """
+PARTS = """
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+def handle(data, context):
+    if data is None:
+        return None
+    for word in ("one ", "two "):
+        send_intermediate_predict_response([word], context.request_ids, "Prediction success", 200, context)
+    if bytes(data[0]["data"]) == b"fail":
+        raise ValueError("half way")
+    return ["three"]
+"""
 FORECASTER = pack_forecaster("market.mar", 1, config=FORECAST_TCN, forecast=True)
 
 
@@ -86,8 +98,9 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     store = folder / "store"
     store.mkdir()
     (store / "probe.mar").write_bytes(pack_code(PROBE))
+    (store / "parts.mar").write_bytes(pack_code(PARTS))
     (store / "market.mar").write_bytes(FORECASTER.data)
-    settings = {"allow_code": ["probe"], "grpc_port": 0, "grpc_management_port": 0}
+    settings = {"allow_code": ["probe", "parts"], "grpc_port": 0, "grpc_management_port": 0}
     with run_server(s3, folder, str(store), **settings) as running:
         yield running
 
@@ -164,6 +177,16 @@ def test_streams(client: Client) -> None:
     assert [each.status.code for each in answers] == [0, 5, 3, 0]
     assert [each.sequence_id for each in answers] == ["s", "s", "", "s"]
     assert [json.loads(each.prediction)["data"] for each in (answers[0], answers[3])] == ["1", "3"]
+
+
+def test_an_answer_in_parts_is_a_message_a_part(client: Client) -> None:
+    """`StreamPredictions` has each part as it is made, and a failure behind them; `Predictions` has the whole."""
+    request = client.messages.get("inference.PredictionsRequest")
+    answers = client.stream("StreamPredictions", request(model_name="parts", input={"data": b"1"}))
+    assert [each.prediction for each in answers] == [b"one ", b"two ", b"three"]
+    assert client.predict("parts", data=b"1") == b"one two three"
+    failed = fail(lambda: client.stream("StreamPredictions", request(model_name="parts", input={"data": b"fail"})))
+    assert (failed.code(), "Prediction failed" in str(failed.details())) == (grpc.StatusCode.INTERNAL, True)
 
 
 def test_each_port_has_its_services(client: Client, house: Server) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.example_requests import make_example
+from server.routes.example_requests import make_example
 from server.routes.inference import choose_protocols
 from server.routes.management import METRICS, choose_management
 from tests.e2e.models import FORECAST_TCN, pack_forecaster

@@ -99,21 +99,55 @@ def probe(fleet: Fleet, model: Model, until: Event, headers: dict[str, str]) -> 
     return found
 
 
-def test_three_times_the_peak(overloaded: Fleet) -> None:
-    """No success comes late, much of the peak is answered, refusals say when to come, and another model is served."""
-    peak = overloaded.measure_peak()
+@dataclass(frozen=True)
+class Overload:
+    """What a load of three times the peak met, and what others were told meanwhile."""
+
+    peak: float
+    run: Run
+    hot: list[Probe]
+    other: list[Probe]
+
+
+def run_overload(fleet: Fleet, peak: float) -> Overload:
+    """Three times the peak, and two other clients: one of the hot model, one of the other."""
     done, deadline = Event(), {HEADER_TIMEOUT_MS: str(int(DEADLINE_S * 1e3))}
     with ThreadPoolExecutor(3) as pool:
-        loading = pool.submit(overloaded.load, 3 * peak, SECONDS)
+        loading = pool.submit(fleet.load, 3 * peak, SECONDS)
         time.sleep(SECONDS / 4)  # until the queue is as long as it gets
-        hot = pool.submit(probe, overloaded, overloaded.hot, done, deadline)
-        other = pool.submit(probe, overloaded, overloaded.other, done, {})
-        counted = partial(overloaded.server.total, "fleetcast_requests_under_way")
-        wait_until(lambda: counted() > 4 or loading.done(), "what waits is counted")
-        assert not loading.done(), "what waits was not counted while the load lasted"
-        run = loading.result()
-        done.set()
-        hot_probes, other_probes = hot.result(), other.result()
+        hot = pool.submit(probe, fleet, fleet.hot, done, deadline)
+        other = pool.submit(probe, fleet, fleet.other, done, {})
+        counted = partial(fleet.server.total, "fleetcast_requests_under_way")
+        try:
+            wait_until(lambda: counted() > 4 or loading.done(), "what waits is counted")
+            was_counted = not loading.done()
+            run = loading.result()
+        finally:
+            done.set()
+        overload = Overload(peak, run, hot.result(), other.result())
+    if (run.status != 200).any():
+        assert was_counted, "what waits was not counted while the load lasted"
+    return overload
+
+
+def overload_server(fleet: Fleet) -> Overload:
+    """The first load that is more than the server can do.
+
+    Other programs may slow the burst that measures the peak. A server that answers all of a load was measured too low.
+    """
+    peak = fleet.measure_peak()
+    for _ in range(5):
+        overload = run_overload(fleet, peak)
+        if (overload.run.status != 200).any():
+            return overload
+        peak *= 2
+    pytest.fail(f"the server answered all of {3 * peak / 2:.0f} requests a second: no load of ours is too much for it")
+
+
+def test_three_times_the_peak(overloaded: Fleet) -> None:
+    """No success comes late, much of the peak is answered, refusals say when to come, and another model is served."""
+    overload = overload_server(overloaded)
+    peak, run, hot_probes, other_probes = overload.peak, overload.run, overload.hot, overload.other
     right = run.status == 200
     took = (run.done - run.sent)[right]
     refused = [each for each in hot_probes if each.status != 200]

@@ -4,12 +4,14 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from botocore.exceptions import EventStreamError
 
 from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.e2e.server import Server, run_server
@@ -43,6 +45,44 @@ def handle(data, context):
         time.sleep(0.01)
     return [{"pid": os.getpid(), "home": home}]
 """
+#: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
+MEASURING = """
+class Dimension:
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+def handle(data, context):
+    if data is None:
+        return None
+    print("[METRICS]Forged.Count:7|#ModelName:measured,Level:Model|#type:COUNTER|#hostname:h,1700000000", flush=True)
+    metrics = context.metrics
+    metrics.add_counter("Asked", len(data), None, [Dimension("Kind", "text"), Dimension("ModelName", "someone else")])
+    metrics.add_time("HandlerTime", 1.5, None, "ms")
+    metrics.add_metric("fleetcast_loaded_models", 1e6, "count")
+    for i in range(200):
+        metrics.add_size("Sized", i, None, "MB", [Dimension("Part", str(i))])
+    return ["ok" for _ in data]
+"""
+#: Answers in parts, the second once its folder has a file `go`.
+PARTS = """
+import os, time
+from ts.handler_utils.utils import send_intermediate_predict_response
+
+def handle(data, context):
+    if data is None:
+        return None
+    asked = data[0].get("body")
+    context.set_response_content_type(0, "text/event-stream")
+    context.set_response_header(0, "X-Made-By", "parts")
+    send = lambda text: send_intermediate_predict_response([text], context.request_ids, "", 200, context)
+    send(os.environ["HOME"] + ";")
+    while asked == "wait" and not os.path.exists(os.environ["HOME"] + "/go"):
+        time.sleep(0.01)
+    if asked == "fail":
+        raise ValueError("half way")
+    send("x" * (1000000 if asked == "large" else 1))
+    return ["end"]
+"""
 SMALL, FORECASTER = (
     pack_forecaster("au/small.mar", 0),
     pack_forecaster("au/NSW1.mar", 1, config=FORECAST_TCN, forecast=True),
@@ -57,6 +97,8 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
         "code/waits.mar": pack_code(WAITER),
+        "code/measured.mar": pack_code(MEASURING),
+        "code/parts.mar": pack_code(PARTS),
         "code/broken.mar": pack_code("import nosuch"),
         "code/no-archive.mar": b"no archive",
         **{model.name: model.data for model in (SMALL, FORECASTER)},
@@ -108,6 +150,82 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     assert not {"code/one.mar", "code/two.mar"} & server.resident()
     assert server.total("ts_inference_requests_total", model_name="team/m") == 0
     assert "team/m" not in manage(server, "GET", "").text
+
+
+def test_what_handlers_measure_is_shown_while_their_model_is_in_memory(server: Server) -> None:
+    """Under its own name and the archive's, bounded; a printed line makes no metric, and no name of ours is taken."""
+    for _ in range(2):
+        assert predict(server, "code/measured").text == "ok"
+    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == 2
+    assert server.total("HandlerTime", ModelName="code/measured", Level="Model") == 1.5
+    shown = server.exposition()
+    for each in ("QueueTime{", "WorkerThreadTime{", "WorkerLoadTime{", 'ModelName="code/measured"', "PredictionTime{"):
+        assert each in shown
+    assert 0 < sum(line.startswith("Sized{") for line in shown.splitlines()) <= 50
+    assert "Forged" not in shown
+    assert "someone else" not in shown
+    assert server.total("fleetcast_loaded_models") < 1000
+    manage(server, "POST", "", url="code/measured.mar", model_name="gone", initial_workers="1", synchronous="true")
+    assert manage(server, "DELETE", "/gone").status_code == 200
+    assert "code/measured" not in server.exposition()
+
+
+def ask_parts(server: Server, asked: str) -> httpx.Request:
+    """A request to the archive that answers in parts."""
+    headers = {"Content-Type": "application/json"}
+    return server.http.build_request(
+        "POST", f"{server.url}/predictions/code/parts", content=f'"{asked}"'.encode(), headers=headers
+    )
+
+
+def test_an_answer_in_parts_arrives_while_it_is_made(server: Server) -> None:
+    """The first part is there while the handler waits, with the handler's headers. All of a large part comes."""
+    pytest.importorskip("ts")
+    answer = server.http.send(ask_parts(server, "wait"), stream=True)
+    parts = answer.iter_raw()
+    home = next(parts).decode().removesuffix(";")
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert (answer.headers["x-made-by"], answer.headers["transfer-encoding"]) == ("parts", "chunked")
+    (Path(home) / "go").write_text("")
+    assert b"".join(parts) == b"xend"
+    answer.close()
+    large = server.http.send(ask_parts(server, "large"))
+    assert large.text.endswith("x" * 1000000 + "end")
+    assert server.http.send(ask_parts(server, "now")).text == f"{home};xend"
+
+
+def test_a_response_stream_has_a_frame_for_each_part(server: Server) -> None:
+    """boto3 reads the first while the handler waits, and raises what fails behind it."""
+    pytest.importorskip("ts")
+    client = server.client()
+    wanted = {"EndpointName": "f", "InferenceComponentName": "code/parts.mar", "ContentType": "application/json"}
+    answer = client.invoke_endpoint_with_response_stream(Body=b'"wait"', **wanted)
+    events = iter(answer["Body"])
+    home = next(events)["PayloadPart"]["Bytes"].decode().removesuffix(";")
+    assert answer["ContentType"] == "text/event-stream"
+    assert answer["ResponseMetadata"]["HTTPHeaders"]["x-made-by"] == "parts"
+    (Path(home) / "go").write_text("")
+    assert b"".join(event["PayloadPart"]["Bytes"] for event in events) == b"xend"
+    with closing(client.invoke_endpoint_with_response_stream(Body=b'"fail"', **wanted)["Body"]) as failing:
+        events = iter(failing)
+        assert next(events)["PayloadPart"]
+        with pytest.raises(EventStreamError, match="ModelStreamError"):
+            next(events)
+    client.close()
+
+
+def test_half_of_an_answer_in_parts_is_no_answer(server: Server) -> None:
+    """What fails behind the first part cuts the connection. Who leaves, or asks in another protocol, breaks nothing."""
+    pytest.importorskip("ts")
+    with pytest.raises(httpx.RemoteProtocolError):
+        server.http.send(ask_parts(server, "fail"))
+    left = server.http.send(ask_parts(server, "large"), stream=True)
+    next(left.iter_raw())
+    left.close()
+    headers = {"Content-Type": "application/json", "X-Amzn-SageMaker-Target-Model": "code/parts.mar"}
+    joined = server.http.post(f"{server.url}/invocations", content=b'"now"', headers=headers)
+    assert (joined.status_code, joined.text.endswith(";xend")) == (200, True)
+    wait_until(lambda: count_leases(server, "code/parts.mar") == 0, "nothing is under way")
 
 
 def list_pids(server: Server) -> list[int]:

@@ -118,9 +118,9 @@ class RecurrentNet(nn.Module):
         return answer.view(-1, 2, 3)
 
 
-def chain_layers(*layers: nn.Module) -> Callable[[], nn.Module]:
-    """Layers one after another, then [N, ...] -> [N, 5]."""
-    return lambda: nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(5))
+def chain_layers(make_layers: Callable[[], list[nn.Module]]) -> Callable[[], nn.Module]:
+    """Layers one after another, then [N, ...] -> [N, 5]; each call makes layers of its own."""
+    return lambda: nn.Sequential(*make_layers(), nn.Flatten(), nn.LazyLinear(5))
 
 
 SHAPE: Shape = (3, 12)
@@ -132,16 +132,26 @@ BATCHED: dict[str, Callable[[], nn.Module]] = {
     "encoder-norm-first": lambda: Attending(norm_first=True),
     "grouped-attention": Grouped,
     "blocks": Blocks,
-    "linear": chain_layers(nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 4, bias=False), nn.Tanh()),
-    "norms": chain_layers(nn.Conv1d(3, 8, 5, stride=2), nn.GroupNorm(4, 8), nn.SiLU(), nn.LayerNorm(4), nn.RMSNorm(4)),
-    "batch-norm": chain_layers(nn.BatchNorm1d(3), nn.Conv1d(3, 6, 3, groups=3), nn.LeakyReLU(), nn.BatchNorm1d(6)),
-    "instance-norm": chain_layers(nn.InstanceNorm1d(3, affine=True), nn.Softplus()),
-    "pools": chain_layers(nn.MaxPool1d(2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(2), nn.Hardswish(), nn.Softmax(-1)),
-    "pads": chain_layers(nn.ConstantPad1d(2, 1.5), nn.ReflectionPad1d(1), nn.ReplicationPad1d(1), nn.CircularPad1d(2)),
-    "activations": chain_layers(
-        nn.ELU(), nn.Mish(), nn.Hardtanh(), nn.Sigmoid(), nn.PReLU(3), nn.LogSoftmax(-1), nn.GLU(-1)
+    "linear": chain_layers(lambda: [nn.Linear(12, 7), nn.GELU(), nn.Linear(7, 4, bias=False), nn.Tanh()]),
+    "norms": chain_layers(
+        lambda: [nn.Conv1d(3, 8, 5, stride=2), nn.GroupNorm(4, 8), nn.SiLU(), nn.LayerNorm(4), nn.RMSNorm(4)]
     ),
-    "transposed": chain_layers(nn.ConvTranspose1d(3, 4, 3, stride=2), nn.Upsample(scale_factor=2), nn.Dropout(0.5)),
+    "batch-norm": chain_layers(
+        lambda: [nn.BatchNorm1d(3), nn.Conv1d(3, 6, 3, groups=3), nn.LeakyReLU(), nn.BatchNorm1d(6)]
+    ),
+    "instance-norm": chain_layers(lambda: [nn.InstanceNorm1d(3, affine=True), nn.Softplus()]),
+    "pools": chain_layers(
+        lambda: [nn.MaxPool1d(2), nn.AvgPool1d(2), nn.AdaptiveAvgPool1d(2), nn.Hardswish(), nn.Softmax(-1)]
+    ),
+    "pads": chain_layers(
+        lambda: [nn.ConstantPad1d(2, 1.5), nn.ReflectionPad1d(1), nn.ReplicationPad1d(1), nn.CircularPad1d(2)]
+    ),
+    "activations": chain_layers(
+        lambda: [nn.ELU(), nn.Mish(), nn.Hardtanh(), nn.Sigmoid(), nn.PReLU(3), nn.LogSoftmax(-1), nn.GLU(-1)]
+    ),
+    "transposed": chain_layers(
+        lambda: [nn.ConvTranspose1d(3, 4, 3, stride=2), nn.Upsample(scale_factor=2), nn.Dropout(0.5)]
+    ),
     "attention": lambda: nn.TransformerEncoderLayer(12, 3, 16, batch_first=True),
 }
 

@@ -50,6 +50,16 @@ def test_equal_series_of_two_fronts_are_summed() -> None:
     assert seen["fleetcast_inference_request_seconds_bucket{le=+Inf,protocol=sagemaker}"] == 4
 
 
+def test_of_times_under_other_names_the_largest_is_shown() -> None:
+    """Two workers' last times have no sum: TorchServe's gauges and handlers'. Counters of handlers are summed."""
+    merged = MergedMetrics()
+    for process, value in (("worker-0", 3), ("worker-1", 8), ("worker-2", 5)):
+        text = f'# TYPE QueueTime gauge\nQueueTime{{Level="Host"}} {value}\n# TYPE Asked untyped\nAsked {value}\n'
+        merged.update(process, text)
+    seen = scrape(merged)
+    assert (seen["QueueTime{Level=Host}"], seen["Asked{}"]) == (8, 16)
+
+
 def test_tiers_of_workers_and_host_share_a_family() -> None:
     """The disk's bytes come from the supervisor, the device's from a worker: one family, one series each."""
     worker, host, merged = WorkerMetrics(0, "cpu"), HostMetrics(), MergedMetrics()

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
 
-from handlers.base import Shape
 from handlers.kinds.code.batch_settings import explain_batches, read_batch_settings
 from handlers.kinds.code.entry_point import (
     TORCHSERVE_HANDLERS,
@@ -16,7 +15,7 @@ from handlers.kinds.code.entry_point import (
 from handlers.kinds.code.model_file import find_model_files
 from handlers.kinds.code.needs import find_needs, read_requirements, read_sources
 from handlers.kinds.code.source_reader import Source
-from handlers.kinds.models import BuiltModel, Target
+from handlers.kinds.models import BuiltModel, Target, TensorInput
 from handlers.kinds.onnx import find_onnx_file
 from handlers.kinds.packing import ArchiveParts
 from model_store.archives.archive import Archive, list_names
@@ -47,7 +46,7 @@ class CodeKind:
         del target
         _refuse(archive)
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """Raises UnsupportedKind: only the code knows them."""
         _refuse(archive)
 

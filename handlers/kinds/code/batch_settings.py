@@ -18,9 +18,9 @@ KEYS: Mapping[str, bool] = {
     "startupTimeout": False, "deviceType": False, "deviceIds": False, "parallelType": False, "parallelLevel": False,
     "torchrun": False, "jobQueueSize": False, "useJobTicket": False, "clientTimeoutInMills": False,
     "maxRetryTimeoutInSec": False, "sequenceBatching": False, "continuousBatching": False, "asyncCommunication": False,
-    "useVenv": False,
+    "useVenv": False, "service_envelope": True,
 }  # fmt: skip
-_LINE = re.compile(r"([A-Za-z]+)[ \t]*:[ \t]*([^#\r\n]*)", re.ASCII)
+_LINE = re.compile(r"([A-Za-z_]+)[ \t]*:[ \t]*([^#\r\n]*)", re.ASCII)
 
 
 def read_batch_settings(archive: Archive) -> dict[str, str]:
@@ -38,5 +38,7 @@ def explain_batches(settings: Mapping[str, str]) -> str:
     size = settings.get("batchSize", "1")
     delay = settings.get("maxBatchDelay", "100")
     text = f"up to {size} requests in one call, the first waits at most {delay} ms" if size != "1" else "one by one"
+    if envelope := settings.get("service_envelope"):
+        text += f"; their bodies are taken apart by TorchServe's envelope {envelope}"
     others = [key for key in settings if not KEYS[key]]
     return f"{text}; not kept here: {', '.join(others)}" if others else text

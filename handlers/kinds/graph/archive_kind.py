@@ -6,12 +6,12 @@ from typing import Any
 
 import structlog
 
-from handlers.base import Float32, Shape
+from handlers.base import Float32
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import check_forecast
 from handlers.kinds.forecaster import describe_tensors, open_calibration, read_row
 from handlers.kinds.graph.family import GraphFamily, graph_family
-from handlers.kinds.models import BuiltModel, RowModel, Target
+from handlers.kinds.models import BuiltModel, RowModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
@@ -45,10 +45,10 @@ class GraphKind:
         body = RowModel(network, FamilyCodec(network, forecast, budget, open_calibration(archive)), one_by_one)
         return BuiltModel(body, row, f"{network.key}, {network.runs}")
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """The one input of its family. Raises ArchiveInvalid."""
         network = graph_family(_read_program(archive))
-        return {network.input_name: network.input_shape}
+        return {network.input_name: TensorInput(network.input_shape)}
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The family, what goes in and out, how rows run, and its operators by how often they occur."""

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from handlers.base import Shape
 from handlers.codecs.codec import SingleCodec
-from handlers.kinds.models import BuiltModel, SingleModel, Target
+from handlers.codecs.datatypes import FP32
+from handlers.kinds.models import BuiltModel, SingleModel, Target, TensorInput
 from handlers.kinds.onnx.model import OnnxModel
 from handlers.kinds.onnx.session import ONNX_FILE, ONNX_SUFFIX
 from handlers.kinds.packing import ArchiveParts
@@ -30,9 +30,10 @@ class OnnxKind:
         body = SingleModel(model, SingleCodec(model.inputs, model.outputs, model.types), unbounded=model.loops)
         return BuiltModel(body, None, "onnx")
 
-    def tensor_inputs(self, archive: Archive) -> Mapping[str, Shape]:
+    def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """The session's inputs. Raises ArchiveInvalid, UnsupportedKind."""
-        return OnnxModel(_read_file(archive)).inputs
+        model = OnnxModel(_read_file(archive))
+        return {name: TensorInput(shape, model.types.get(name, FP32)) for name, shape in model.inputs.items()}
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """Nothing: the model is not opened."""

@@ -19,6 +19,7 @@ from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
+from server.front.statuses import USUAL_STATUS
 from server.routes.inference import FORECASTS
 from server.settings import Settings
 
@@ -28,27 +29,10 @@ OK, TOO_MANY = 200, 429
 
 #: The status of a call that fails as a whole, and the one that an item is counted with.
 STATUS: Mapping[Situation, int] = {
-    Situation.BAD_NAME: 400,
-    Situation.NO_TARGET: 400,
-    Situation.BAD_REQUEST: 400,
-    Situation.TOO_LARGE: 413,
+    **USUAL_STATUS,
     Situation.NOT_FOUND: 400,
-    Situation.MODEL_FAILED: 424,
-    Situation.ARCHIVE_FAILED: 424,
-    Situation.STORE_FAILED: 503,
     Situation.NO_ROOM: 424,
-    Situation.OVERLOADED: 503,
-    Situation.NOT_READY: 503,
-    Situation.WORKER_LOST: 503,
     Situation.DEADLINE: 424,
-    Situation.INTERNAL: 500,
-    Situation.NO_ROUTE: 404,
-    Situation.BAD_METHOD: 405,
-    Situation.SLOW_CLIENT: 408,
-    Situation.BAD_SIGNATURE: 403,
-    Situation.UNSUPPORTED_CODING: 415,
-    Situation.UNAUTHORIZED: 401,
-    Situation.FORBIDDEN: 403,
 }
 #: When a client should come back, where nothing is estimated: what is short of room or of a worker is over within 1 s.
 RETRY_AFTER = (Situation.STORE_FAILED, Situation.OVERLOADED, Situation.NOT_READY, Situation.WORKER_LOST)
@@ -83,7 +67,6 @@ class Forecasts:
 
     name = "forecasts"
     routes = FORECASTS
-    paths = f"{FORECASTS_PATH} (many models in one call)"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_forecasts_bytes), "max_forecasts_bytes")

@@ -21,7 +21,6 @@ class Health:
 
     name = "health"
     routes = HEALTH
-    paths = f"{contract.PING_PATH}, {contract.READY_PATH}"
 
     def __init__(self, settings: Settings) -> None:
         self._stuck_s = stuck_after_s(settings)

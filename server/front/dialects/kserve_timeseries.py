@@ -8,7 +8,6 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -25,6 +24,7 @@ from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, list_known, parse_model
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_frequency, check_horizon
 from server.front.raw_json import MAX_ITEMS
+from server.front.statuses import USUAL_STATUS
 from server.routes.inference import KSERVE
 from server.settings import Settings
 
@@ -33,29 +33,7 @@ NO_BODY = 64 * 1024  #: most bytes of a body that is not read
 OK, UNPROCESSABLE = 200, 422
 SINGLE, SEVERAL = "univariate_time_series", "multivariate_time_series"
 
-STATUS: Mapping[Situation, int] = {
-    Situation.BAD_NAME: 400,
-    Situation.NO_TARGET: 400,
-    Situation.BAD_REQUEST: 400,
-    Situation.TOO_LARGE: 413,
-    Situation.NOT_FOUND: 404,
-    Situation.MODEL_FAILED: 424,
-    Situation.ARCHIVE_FAILED: 424,
-    Situation.STORE_FAILED: 503,
-    Situation.NO_ROOM: 507,
-    Situation.OVERLOADED: 503,
-    Situation.NOT_READY: 503,
-    Situation.WORKER_LOST: 503,
-    Situation.DEADLINE: 504,
-    Situation.INTERNAL: 500,
-    Situation.NO_ROUTE: 404,
-    Situation.BAD_METHOD: 405,
-    Situation.SLOW_CLIENT: 408,
-    Situation.BAD_SIGNATURE: 403,
-    Situation.UNSUPPORTED_CODING: 415,
-    Situation.UNAUTHORIZED: 401,
-    Situation.FORBIDDEN: 403,
-}
+STATUS = USUAL_STATUS
 Number = float | str | None  #: null and "NaN" are missing; other text must be a number's
 
 
@@ -104,7 +82,6 @@ class KServeTimeSeries:
 
     name = "kserve"
     routes = KSERVE
-    paths = f"{PATH} (KServe)"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")

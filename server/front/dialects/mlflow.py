@@ -16,6 +16,7 @@ from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequ
 from server.front.forecasting.bodies import say_place
 from server.front.forecasting.calls import parse_model
 from server.front.forecasting.scoring import Scoring
+from server.front.statuses import USUAL_STATUS
 from server.routes.inference import MLFLOW
 from server.sdk import __version__
 from server.settings import Settings
@@ -36,27 +37,8 @@ CODES: Mapping[int, str] = {
     504: "DEADLINE_EXCEEDED",
 }
 STATUS: Mapping[Situation, int] = {
-    Situation.BAD_NAME: 400,
-    Situation.NO_TARGET: 400,
-    Situation.BAD_REQUEST: 400,
-    Situation.TOO_LARGE: 413,
-    Situation.NOT_FOUND: 404,
-    Situation.MODEL_FAILED: 424,
-    Situation.ARCHIVE_FAILED: 424,
-    Situation.STORE_FAILED: 503,
+    **USUAL_STATUS,
     Situation.NO_ROOM: 424,
-    Situation.OVERLOADED: 503,
-    Situation.NOT_READY: 503,
-    Situation.WORKER_LOST: 503,
-    Situation.DEADLINE: 504,
-    Situation.INTERNAL: 500,
-    Situation.NO_ROUTE: 404,
-    Situation.BAD_METHOD: 405,
-    Situation.SLOW_CLIENT: 408,
-    Situation.BAD_SIGNATURE: 403,
-    Situation.UNSUPPORTED_CODING: 415,
-    Situation.UNAUTHORIZED: 401,
-    Situation.FORBIDDEN: 403,
 }
 
 
@@ -72,7 +54,6 @@ class MLflow:
 
     name = "mlflow"
     routes = MLFLOW
-    paths = "/serving-endpoints/MODEL/invocations"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")

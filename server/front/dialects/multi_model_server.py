@@ -24,7 +24,8 @@ from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PAT
 from server.model_server_api.mms_description import describe_api, describe_model_api
 from server.model_server_api.mms_errors import ERRORS
 from server.routes.inference import MULTI_MODEL_SERVER
-from server.sagemaker_environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL, describe_transform
+from server.sagemaker_container.batch_transform import describe_transform
+from server.sagemaker_container.environment import MULTI_MODEL, ONLY_MODEL, SINGLE_MODEL
 from server.settings import Settings
 
 MANAGEMENT_BYTES = 64 * 1024  #: most bytes of the body of a management request
@@ -53,7 +54,6 @@ class MultiModelServer:
 
     name = "mms"
     routes = MULTI_MODEL_SERVER
-    paths = "/predictions/MODEL, /models/MODEL/invoke, /invocations?model_name=MODEL"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")

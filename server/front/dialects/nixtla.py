@@ -19,6 +19,7 @@ from server.front.forecasting.bodies import decode_body, say_place
 from server.front.forecasting.calls import Forecast, ForecastCall, list_known, parse_model, require_forecasts
 from server.front.forecasting.nixtla_series import Level, NixtlaRequest, Plan
 from server.front.forecasting.recipes import check_frequency, level_quantiles
+from server.front.statuses import USUAL_STATUS
 from server.routes.inference import NIXTLA
 from server.settings import Settings
 
@@ -29,27 +30,9 @@ NO_COUNT = {"consumed": 0, "limit": 0}
 
 #: The client repeats 408, 409, 429, 502, 503 and 504, each time after 10 s: what a repetition does not heal is another.
 STATUS: Mapping[Situation, int] = {
-    Situation.BAD_NAME: 400,
-    Situation.NO_TARGET: 400,
-    Situation.BAD_REQUEST: 400,
-    Situation.TOO_LARGE: 413,
-    Situation.NOT_FOUND: 404,
-    Situation.MODEL_FAILED: 424,
-    Situation.ARCHIVE_FAILED: 424,
-    Situation.STORE_FAILED: 503,
+    **USUAL_STATUS,
     Situation.NO_ROOM: 424,
-    Situation.OVERLOADED: 503,
-    Situation.NOT_READY: 503,
-    Situation.WORKER_LOST: 503,
     Situation.DEADLINE: 424,
-    Situation.INTERNAL: 500,
-    Situation.NO_ROUTE: 404,
-    Situation.BAD_METHOD: 405,
-    Situation.SLOW_CLIENT: 408,
-    Situation.BAD_SIGNATURE: 403,
-    Situation.UNSUPPORTED_CODING: 415,
-    Situation.UNAUTHORIZED: 401,
-    Situation.FORBIDDEN: 403,
 }
 _REFUSED = ("finetune", "explain", "simulate", "finetuned_models")  #: below /v2: each is 501, as is what ends in /async
 _decoder = msgspec.json.Decoder(NixtlaRequest)
@@ -67,7 +50,6 @@ class Nixtla:
 
     name = "nixtla"
     routes = NIXTLA
-    paths = "/v2/forecast (NixtlaClient)"
 
     def __init__(self, settings: Settings) -> None:
         limit, nothing = Limit(int(settings.max_body_bytes), "max_body_bytes"), Limit(NO_BODY, "what this path allows")

@@ -29,6 +29,7 @@ from server.front.dialects.open_inference_models import (
 )
 from server.front.dialects.open_inference_repository import control_model, list_index
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.front.statuses import USUAL_STATUS
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.routes.inference import V2
@@ -51,27 +52,9 @@ log = structlog.get_logger()
 
 #: Clients retry nothing by themselves, so each status is the one that HTTP has for it.
 STATUS: Mapping[Situation, int] = {
-    Situation.BAD_NAME: 400,
-    Situation.NO_TARGET: 400,
-    Situation.BAD_REQUEST: 400,
-    Situation.TOO_LARGE: 413,
-    Situation.NOT_FOUND: 404,
+    **USUAL_STATUS,
     Situation.MODEL_FAILED: 500,
     Situation.ARCHIVE_FAILED: 500,
-    Situation.STORE_FAILED: 503,
-    Situation.NO_ROOM: 507,
-    Situation.OVERLOADED: 503,
-    Situation.NOT_READY: 503,
-    Situation.WORKER_LOST: 503,
-    Situation.DEADLINE: 504,
-    Situation.INTERNAL: 500,
-    Situation.NO_ROUTE: 404,
-    Situation.BAD_METHOD: 405,
-    Situation.SLOW_CLIENT: 408,
-    Situation.BAD_SIGNATURE: 403,
-    Situation.UNSUPPORTED_CODING: 415,
-    Situation.UNAUTHORIZED: 401,
-    Situation.FORBIDDEN: 403,
 }
 
 
@@ -124,7 +107,6 @@ class OpenInference:
 
     name = "v2"
     routes = V2
-    paths = "/v2/models/MODEL/infer"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")

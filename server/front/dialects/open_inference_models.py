@@ -10,7 +10,7 @@ from server.ipc.operations import KnownModel, ModelUsage
 
 VERSION = "1"  #: of every model; what is served is said by X-Fleetcast-Model-Version
 PLATFORM = "fleetcast"
-MOST_ROWS = 1024  #: of one request, as `handlers.codecs.open_inference` has it
+MOST_ROWS = 1024  #: of one request, as `handlers.codecs.open_inference_requests` has it
 MOST_LISTED = 1000  #: models of an index, or of all statistics
 STATES = {"ready": "READY", "loading": "LOADING", "unloading": "UNLOADING"}
 

@@ -96,7 +96,6 @@ class SageMaker:
 
     name = "sagemaker"
     routes = SAGEMAKER
-    paths = "/endpoints/NAME/invocations, /invocations"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
@@ -151,7 +150,7 @@ class SageMaker:
             raise
         headers = _make_headers(request)
         if response.head is not None:
-            headers = await _add_code_headers(headers, response)
+            headers = await add_code_headers(headers, response)
         return HttpReply(200, response.content_type, response.body, headers, response.stats, response)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
@@ -190,6 +189,10 @@ class SageMaker:
             return self._parse_name(raw)
         return self._choose_model("" if _NAME.fullmatch(endpoint) else endpoint, request)
 
+    def find_status(self, situation: Situation) -> int:
+        """The status that this situation has, and is counted with."""
+        return self._errors[situation].status
+
     @staticmethod
     def make_headers(request: HttpRequest) -> Headers:
         """What every answer carries."""
@@ -218,7 +221,7 @@ class SageMaker:
         return name
 
 
-async def _add_code_headers(headers: Headers, response: InferResponse) -> Headers:
+async def add_code_headers(headers: Headers, response: InferResponse) -> Headers:
     """The headers with those of an archive's code, which replace ours. Raises Refused for a status of no success."""
     assert response.head is not None, "who asks has told the code of the request"
     status = response.head.status

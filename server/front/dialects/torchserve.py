@@ -16,10 +16,12 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
+from server.front.chunks import Chunks, Ending
 from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
 from server.front.registrations import RegisteredPath, find_version, key_of
+from server.front.shared_watch import SharedWatch
 from server.ipc.operations import ServedVersion
 from server.model_server_api.bodies import JSON, NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty
 from server.model_server_api.torchserve_description import describe_inference, describe_model
@@ -90,7 +92,6 @@ class TorchServe:
 
     name = "torchserve"
     routes = TORCHSERVE
-    paths = "/predictions/MODEL"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
@@ -145,13 +146,36 @@ class TorchServe:
             )
             await self._ask(operation, registered, asked, plane)
             return _reply(encode_pretty({"name": operation.path, "ready": True}))
-        return _make_reply(await self._ask(operation, registered, request, plane))
+        watched = msgspec.structs.replace(request, client_gone=SharedWatch(request.client_gone))
+        response = await self._ask(operation, registered, watched, plane, streams=True)
+        if not response.is_streamed:
+            return _make_reply(response)
+        chunks = await Chunks.open(response.stream(), self._end, request.deadline, watched.client_gone)
+        return msgspec.structs.replace(_make_reply(response), body=b"", stream=None, chunks=chunks)
+
+    async def predict(
+        self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane, *, streams: bool
+    ) -> InferResponse:
+        """A model's answer as the data plane has it; `streams`: it may be sent while it is made. Raises Refused."""
+        assert isinstance(operation, ModelOperation), "it asks a model"
+        registered = plane.registrations.find_longest(operation.path)
+        return await self._ask(operation, registered, request, plane, streams=streams)
+
+    def _end(self, why: Refused) -> Ending:
+        """Half of an answer cannot be told from a whole one by TorchServe's clients, unless the connection is cut."""
+        return Ending(ERRORS[why.situation].status, None)
 
     async def _ask(
-        self, operation: ModelOperation, registered: RegisteredPath | None, request: HttpRequest, plane: InferencePlane
+        self,
+        operation: ModelOperation,
+        registered: RegisteredPath | None,
+        request: HttpRequest,
+        plane: InferencePlane,
+        *,
+        streams: bool = False,
     ) -> InferResponse:
         """The answer of what the path names: a registered model, else an archive of the store. Raises Refused."""
-        call = _make_call(operation, request, registered)
+        call = _make_call(operation, request, registered, streams=streams)
         if registered is None:
             unknown = _refuse_model(operation.path)
             return await self._names.ask(operation.path, call, request, plane, unknown)
@@ -219,7 +243,9 @@ def _require_workers(name: str, version: ServedVersion) -> None:
         raise Refused(Situation.NOT_READY, message)
 
 
-def _make_call(operation: ModelOperation, request: HttpRequest, place: RegisteredPath | None) -> CallDetails:
+def _make_call(
+    operation: ModelOperation, request: HttpRequest, place: RegisteredPath | None, *, streams: bool
+) -> CallDetails:
     """What the code of an archive is told of the request."""
     properties: dict[str, str] = {}
     if operation.name != INVOKE:
@@ -227,7 +253,7 @@ def _make_call(operation: ModelOperation, request: HttpRequest, place: Registere
     if operation.tells_path:
         properties["url_path"] = "" if place is None else place.rest.partition("/")[2]
     parts = parse_parameters(request.query) if operation.tells_query else ()
-    return CallDetails(request.headers, parts, properties)
+    return CallDetails(request.headers, parts, properties, streams)
 
 
 def _make_reply(response: InferResponse) -> HttpReply:

@@ -56,6 +56,15 @@ class ForecastCall:
         """What the model's forecast requests must be; it is loaded for that. Raises Refused, ClientGone."""
         return self._read(await self._ask_description(model), model)
 
+    async def is_forecaster(self, model: ModelName) -> bool:
+        """Whether the model takes instances and lines of section 5. Raises Refused, ClientGone."""
+        description = await self._ask_description(model)
+        try:
+            self._read(description, model)
+        except Refused:  # it answers tensors, or is code, which describes itself as it likes
+            return False
+        return True
+
     async def describe_each(self, model: ModelName, series: int | None = None) -> tuple[list[ModelName], Recipe]:
         """The models that take a call's series, and what these must be.
 

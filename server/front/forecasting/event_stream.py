@@ -4,44 +4,77 @@ A frame is its length and that of its headers, their CRC-32, the headers, the pa
 """
 
 import zlib
-from collections.abc import Iterator
 from struct import pack
 
-from server.front.slices import Slices, join_parts
+import msgspec
 
 PART_BYTES = 256 * 1024  #: most of one frame's payload
 _STRING = 7  #: the type of a header's value
 MEDIA = "application/vnd.amazon.eventstream"
 
 
-def write_events(body: bytes, *, lines: bool) -> Slices[bytes]:
-    """The frames of an answer: a line each where it is JSON Lines, and no more than `PART_BYTES` each."""
-    return (yield from join_parts(_write_frames(memoryview(body), lines=lines)))
+class EventWriter:
+    """Makes the frames of an answer that comes in pieces: a line each where it is JSON Lines.
 
+    No frame has more than `PART_BYTES`, which is also the most that is kept of a line whose end has not come.
+    """
 
-def _write_frames(body: memoryview, *, lines: bool) -> Iterator[bytes]:
-    whole = body.obj
-    at = 0
-    while at < len(body):
-        end = min(len(body), at + PART_BYTES)
-        if lines and isinstance(whole, (bytes, bytearray)):
-            line = whole.find(b"\n", at, end)
-            end = end if line < 0 else line + 1
-        yield write_frame(bytes(body[at:end]))
-        at = end
+    def __init__(self, *, lines: bool) -> None:
+        self._lines, self._rest = lines, bytearray()
+
+    def __repr__(self) -> str:
+        """For example `<EventWriter with 20 bytes of a line>`."""
+        return f"<EventWriter with {len(self._rest)} bytes of a line>"
+
+    def write(self, piece: bytes | bytearray) -> bytes:
+        """The frames of all that is whole with this piece; empty where nothing is."""
+        self._rest += piece
+        frames, at = list[bytes](), 0
+        while (end := self._find_end(at)) > at:
+            frames.append(write_frame(bytes(self._rest[at:end])))
+            at = end
+        del self._rest[:at]
+        return b"".join(frames)
+
+    def finish(self) -> bytes:
+        """The frame of what is left, which is a last line without its end; empty where nothing is."""
+        rest, self._rest = bytes(self._rest), bytearray()
+        return write_frame(rest) if rest else b""
+
+    def _find_end(self, at: int) -> int:
+        """The end of the frame that begins `at`; `at` itself where more has to come."""
+        size = len(self._rest)
+        if not self._lines:
+            return min(size, at + PART_BYTES)
+        line = self._rest.find(b"\n", at, at + PART_BYTES)
+        if line >= 0:
+            return line + 1
+        return at + PART_BYTES if size - at >= PART_BYTES else at
 
 
 def write_frame(payload: bytes) -> bytes:
     """One event of the kind PayloadPart."""
-    headers = b"".join(
+    return _write_message(
         (
-            _write_header(b":event-type", b"PayloadPart"),
-            _write_header(b":content-type", b"application/octet-stream"),
-            _write_header(b":message-type", b"event"),
-        )
+            (b":event-type", b"PayloadPart"),
+            (b":content-type", b"application/octet-stream"),
+            (b":message-type", b"event"),
+        ),
+        payload,
     )
-    head = pack(">II", 16 + len(headers) + len(payload), len(headers))
-    frame = b"".join((head, pack(">I", zlib.crc32(head)), headers, payload))
+
+
+def write_exception(kind: str, message: str, code: str | None = None) -> bytes:
+    """The frame that ends a broken stream: boto3 raises `kind` with this message. `code`: of a ModelStreamError."""
+    said = {"Message": message} if code is None else {"Message": message, "ErrorCode": code}
+    kinds = (b":exception-type", kind.encode()), (b":content-type", b"application/json")
+    return _write_message((*kinds, (b":message-type", b"exception")), msgspec.json.encode(said))
+
+
+def _write_message(headers: tuple[tuple[bytes, bytes], ...], payload: bytes) -> bytes:
+    fields = b"".join(_write_header(name, value) for name, value in headers)
+    head = pack(">II", 16 + len(fields) + len(payload), len(fields))
+    frame = b"".join((head, pack(">I", zlib.crc32(head)), fields, payload))
     return frame + pack(">I", zlib.crc32(frame))
 
 

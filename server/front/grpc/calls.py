@@ -23,8 +23,9 @@ from server import contract
 from server.access.tls import name_client
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.app import CLIENT_GONE, MAX_HEADER, parse_timeout
+from server.front.app import MAX_HEADER, parse_timeout
 from server.front.auth.permissions import open_permissions
+from server.front.chunks import CLIENT_GONE
 from server.front.dataplane import DataPlane, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects.open_inference import STATUS as COUNTED
 from server.front.grpc.statuses import AnsweredBadly, choose_statuses, describe_refusal, list_advice

@@ -16,7 +16,7 @@ from google.protobuf.json_format import ParseDict
 from model_store.names import ModelName
 from server import contract
 from server.errors import Refused, Situation
-from server.front.app import CLIENT_GONE
+from server.front.chunks import CLIENT_GONE
 from server.front.dataplane import InferencePlane
 from server.front.dialects.open_inference import EXTENSIONS, STATUS
 from server.front.dialects.open_inference_models import PLATFORM, VERSION, make_config

@@ -129,7 +129,7 @@ def _list_parts(request: Any) -> Iterator[bytes]:
         message = f"{len(raw)} parts for {len(inputs)} inputs: send one for each, or contents in every input"
         raise _refuse("raw_input_contents", message)
     for i, (tensor, part) in enumerate(zip(inputs, raw, strict=True)):
-        if tensor.HasField("contents"):
+        if tensor.contents.ListFields():  # MLServer's client sends empty ones beside the parts
             raise _refuse(f"inputs[{i}].contents", "there are raw_input_contents too: send one of the two")
         yield part
 

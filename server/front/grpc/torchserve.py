@@ -7,7 +7,8 @@ time-outs and what a handler sees are the same. Runs in the gRPC front.
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ from google.protobuf import empty_pb2
 from grpc import StatusCode
 
 from server.errors import Refused, Situation
-from server.front.app import CLIENT_GONE
-from server.front.dataplane import ClientWatch, InferencePlane
+from server.front.chunks import CLIENT_GONE
+from server.front.dataplane import ClientWatch, InferencePlane, InferResponse
 from server.front.dialects.torchserve import ERRORS, OK, TorchServe
 from server.front.exchange import HttpRequest
 from server.front.grpc.calls import SERVER_FAILED, Call, Method, Send
@@ -72,12 +73,16 @@ class TorchServeService:
         return _Response(prediction=await self._ask(request, call))
 
     async def _predict_once(self, requests: AsyncIterator[Any], send: Send, call: Call) -> None:
-        """One answer, in one part: no archive here answers before it has the whole of it."""
+        """One answer: a message for each part that its handler sends while it makes it, else one."""
         started = time.monotonic()
         async for request in requests:
-            raw = _Response(prediction=await self._ask(request, call)).SerializeToString()
+            response = await self._infer(request, call, streams=True)
+            await _require_ok(response)
+            parts = response.stream() if response.is_streamed else _read_whole(response)
+            async with aclosing(parts):
+                async for part in parts:
+                    await send(_Response(prediction=bytes(part)).SerializeToString())
             call.count(OK, time.monotonic() - started)  # a refusal is counted by whoever says it
-            await send(raw)
             return
 
     async def _predict_all(self, requests: AsyncIterator[Any], send: Send, call: Call) -> None:
@@ -105,6 +110,12 @@ class TorchServeService:
 
     async def _ask(self, request: Any, call: Call) -> bytes:
         """The answer's bytes. Raises Refused."""
+        response = await self._infer(request, call, streams=False)
+        await _require_ok(response)
+        return bytes(await response.read())
+
+    async def _infer(self, request: Any, call: Call, *, streams: bool) -> InferResponse:
+        """The model's answer; `streams`: it may be sent while it is made. Raises Refused."""
         name, version = request.model_name, request.model_version
         if not name:
             raise Refused(Situation.NO_TARGET, "Parameter model_name is required.")
@@ -115,13 +126,9 @@ class TorchServeService:
         del request
         operation = self._dialect.match(asked.method, asked.path)
         assert operation is not None, "every name has a path of predictions"
-        reply = await self._dialect.answer(operation, asked, call.plane)
-        call.stats = reply.stats
-        body = reply.body if reply.stream is None else await reply.stream.read()
-        if reply.status != OK:  # as the code of the archive has it: a client's mistake, or its own failure
-            code = StatusCode.INTERNAL if reply.status >= FAILED else None
-            raise AnsweredBadly(reply.status, bytes(body).decode(errors="replace"), code)
-        return bytes(body)
+        response = await self._dialect.predict(operation, asked, call.plane, streams=streams)
+        call.stats = response.stats
+        return response
 
     def _make_request(self, name: str, version: str, inputs: Mapping[str, bytes], call: Call) -> HttpRequest:
         """The request of the dialect. One input is the body, unless code may run that wants to know its name."""
@@ -146,6 +153,22 @@ class TorchServeService:
         found = find_version(registered, version or None) if registered is not None else None
         key = name if found is None else key_of(found)
         return key.startswith(self._code)
+
+
+async def _require_ok(response: InferResponse) -> None:
+    """Raises AnsweredBadly where the code of the archive has said so: a client's mistake, or its own failure."""
+    status = OK if response.head is None else response.head.status
+    if status == OK:
+        return
+    body = response.body if response.is_streamed else await response.read()
+    response.cancel()
+    code = StatusCode.INTERNAL if status >= FAILED else None
+    raise AnsweredBadly(status, bytes(body).decode(errors="replace"), code)
+
+
+async def _read_whole(response: InferResponse) -> AsyncGenerator[bytes, None]:
+    """An answer in one piece, as the one part of itself. Raises Refused."""
+    yield await response.read()
 
 
 def _require_sequence(sequence: str) -> None:

@@ -100,6 +100,15 @@ def _explain_metrics(config: Configuration) -> Outcome:
     return ignore("metrics are not logged: `/metrics` on the metrics listener has them for Prometheus")
 
 
+def _set_metrics_file(config: Configuration) -> Outcome:
+    file = config.get("metrics_config")
+    if not file:
+        return hold("handlers' metrics need no file")
+    return become(
+        {"code_metrics": file}, "its `model_metrics` are for get_metric of handlers; `ts_metrics` are not read"
+    )
+
+
 def _explain_metrics_api(config: Configuration) -> Outcome:
     if config.get("enable_metrics_api", "true").lower() == "true":
         return hold("`/metrics` is on the metrics listener")
@@ -118,10 +127,10 @@ def _explain_handler(config: Configuration) -> Outcome:
     return leave("an archive that names no handler is not run: pack it with --handler")
 
 
-def _explain_envelope(config: Configuration) -> Outcome:
+def _set_envelope(config: Configuration) -> Outcome:
     if not config.get("service_envelope"):
         return hold("requests are not unwrapped")
-    return leave("no envelope is taken off a request: let the handler read `instances` or `inputs` of the body")
+    return become({"code_envelope": config.get("service_envelope")}, "it needs pip install 'fleetcast[torchserve]'")
 
 
 def _explain_envvars(config: Configuration) -> Outcome:
@@ -172,15 +181,15 @@ RULES: Mapping[str, Rule] = {
     "metrics_mode": _explain_metrics,
     "enable_metrics_api": _explain_metrics_api,
     "metrics_format": always(hold("Prometheus's")),
-    "metrics_config": always(ignore("metrics that a handler adds are not collected: `context.metrics` takes them")),
-    "model_metrics_auto_detect": always(ignore("metrics that a handler adds are not collected")),
+    "metrics_config": _set_metrics_file,
+    "model_metrics_auto_detect": always(hold("`/metrics` shows what handlers measure, declared or not")),
     "metric_time_interval": always(ignore("metrics are as of the moment in which they are read")),
     "disable_system_metrics": _TELEMETRY,
     "system_metrics_cmd": _TELEMETRY,
     "allowed_urls": _explain_urls,
     "use_env_allowed_urls": _explain_urls,
     "default_service_handler": _explain_handler,
-    "service_envelope": _explain_envelope,
+    "service_envelope": _set_envelope,
     "enable_envvars_config": _explain_envvars,
     "blacklist_env_vars": always(
         hold("the code of an archive sees no variables but those of paths, language and zone")

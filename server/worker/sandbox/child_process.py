@@ -19,9 +19,9 @@ import structlog
 
 from model_store.errors import CodeFailed, CodeNoMemory
 from model_store.names import ModelName
-from server.worker.sandbox.child_output import ChildOutput
-from server.worker.sandbox.memory_use import measure_memory
-from server.worker.sandbox.messages import (
+from server.code_messages import (
+    MAX_ANSWER_BYTES,
+    MAX_PARTS,
     RECEIVE_BYTES,
     BatchAnswered,
     ChildMessages,
@@ -30,10 +30,14 @@ from server.worker.sandbox.messages import (
     FromChild,
     HandlerLoaded,
     LoadFailed,
+    Measure,
+    PartAnswered,
     ProtocolError,
     RunBatch,
     frame,
 )
+from server.worker.sandbox.child_output import ChildOutput
+from server.worker.sandbox.memory_use import measure_memory
 
 TICK_S = 0.1  #: how often a loading child's output is looked at again after it has had its share
 ENDED = "its process ended by itself or by a limit (memory, processor time, a signal, os._exit)"
@@ -71,11 +75,16 @@ class ChildProcess:
         self.pid, self.folder, self.loaded = pid, folder, HandlerLoaded()
         self.charge = 0  #: bytes as measured last
         self.ended = ""  #: why it has ended; empty while it lives
+        self.load_s = 0.0  #: from its fork until its handler was loaded
+        self.measures: list[Measure] = []  #: what its handler has measured until the last answer
+        self._forked = time.monotonic()
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s
         self._output, self._messages = ChildOutput(model, output), ChildMessages()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_end: Callable[[], None] = _ignore
         self._done: Callable[[Outcome], None] | None = None
+        self._take_part: Callable[[int, CodeAnswer], None] = _ignore_part
+        self._parts, self._part_bytes = 0, 0  # of the batch under way
         self._timer: asyncio.TimerHandle | None = None
         self._batch, self._unsent = 0, memoryview(b"")
         self._gone: Future[None] | None = None
@@ -115,6 +124,7 @@ class ChildProcess:
             ready = {descriptor for descriptor, _ in poll.poll(min(left, TICK_S) * 1e3)}
             reads = not self._output.ended and self._output.read(time.monotonic())
             if ready & {self._channel.fileno(), self._pidfd} and self._take_loaded():
+                self.load_s = time.monotonic() - self._forked
                 self.charge = measure_memory(self.pid)
                 return
             if self._pidfd in ready:  # what it has started may hold the channel open
@@ -155,14 +165,23 @@ class ChildProcess:
         loop.add_reader(self._pidfd, self._note_end)
         self._watch_output()
 
-    def run(self, requests: Sequence[CodeRequest], done: Callable[[Outcome], None]) -> None:
-        """Have the child answer these, and call `done`. INVARIANT: one batch at a time, and `done` once."""
+    def run(
+        self,
+        requests: Sequence[CodeRequest],
+        done: Callable[[Outcome], None],
+        take_part: "Callable[[int, CodeAnswer], None] | None" = None,
+    ) -> None:
+        """Have the child answer these, and call `done`. INVARIANT: one batch at a time, and `done` once.
+
+        `take_part` gets parts of answers before that, with the index of the request.
+        """
         assert self._done is None, "a child answers one batch at a time"
         assert self._loop is not None, "a child is watched before it is asked"
         if self.ended:
             done(ChildEnded(self.ended))
             return
         self._done, self._batch = done, len(requests)
+        self._take_part, self._parts, self._part_bytes = take_part or _ignore_part, 0, 0
         late = f"it took longer than {self._timeout_s:g} s for a batch (code_timeout_s)"
         self._timer = self._loop.call_later(self._timeout_s, self.end, late)
         self._unsent = memoryview(frame(RunBatch(list(requests))))
@@ -214,10 +233,25 @@ class ChildProcess:
             self.end(str(error))
             return
         for message in messages:
+            if isinstance(message, PartAnswered) and self._done is not None and message.index < self._batch:
+                if not self._pass_part(message):
+                    return
+                continue
             if not isinstance(message, BatchAnswered) or self._done is None or len(message.answers) != self._batch:
                 self.end("it answered what it was not asked")
                 return
+            self.measures = message.measures
             self._finish(message.answers)
+
+    def _pass_part(self, part: PartAnswered) -> bool:
+        """Hand a part on; False when the child was ended for too many of them."""
+        self._parts += 1
+        self._part_bytes += len(part.answer.body)
+        if self._parts > MAX_PARTS or self._part_bytes > MAX_ANSWER_BYTES:
+            self.end(f"the answers of a batch have {MAX_PARTS} parts and {MAX_ANSWER_BYTES} bytes at most")
+            return False
+        self._take_part(part.index, part.answer)
+        return True
 
     def _read_output(self) -> None:
         assert self._loop is not None
@@ -253,6 +287,10 @@ class ChildProcess:
             if descriptor >= 0:
                 self._loop.remove_reader(descriptor)
         self._loop.remove_writer(self._channel.fileno())
+
+
+def _ignore_part(_: int, __: CodeAnswer) -> None:
+    """Nobody takes parts of answers: the answers are complete without them."""
 
 
 def _ignore() -> None:

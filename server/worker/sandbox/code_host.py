@@ -33,6 +33,7 @@ from model_store.archives.archive import Archive
 from model_store.archives.manifest import Kind
 from model_store.errors import CodeFailed, UnsupportedKind
 from model_store.names import ModelName, split_version
+from server.code_messages import ProtocolError
 from server.host import WorkerPlan
 from server.ipc.operations import Batching
 from server.settings import Settings
@@ -48,7 +49,6 @@ from server.worker.sandbox.messages import (
     ForkChild,
     Forked,
     FromTemplate,
-    ProtocolError,
     TemplateReady,
     decode_from_template,
     encode_packet,
@@ -62,6 +62,7 @@ WARM_S, FORK_S = 120.0, 20.0  #: how long a template may take to import torch, a
 END_S = 10.0  #: how long a killed process may take to end before its folder is removed all the same
 CLEANERS = 4
 MOST_DEATHS, DEATHS_S = 3, 60.0  #: so many deaths of a model's processes in this time, and it is not started for now
+MAX_METRICS_FILE = 16 * 1024  #: bytes of a metrics.yaml
 MAX_DEAD = 4096  #: models of which deaths are remembered
 
 log = structlog.get_logger()
@@ -73,7 +74,8 @@ class CodePolicy:
 
     `install_s`: seconds in which an archive's packages are installed; 0: an archive that names packages is refused.
     `cores`: that children may run on; empty: those of this process. `gpu`: they may use the worker's GPU.
-    `replicas`: processes of one archive at most.
+    `replicas`: processes of one archive at most. `envelope`: of TorchServe's archives that name none. `metrics`: the
+    text of TorchServe's metrics.yaml.
     """
 
     keys: tuple[str, ...]
@@ -88,10 +90,12 @@ class CodePolicy:
     cores: frozenset[int] = frozenset()
     gpu: bool = False
     replicas: int = 4
+    envelope: str = ""
+    metrics: str = ""
 
     @classmethod
     def of(cls, settings: Settings, plan: WorkerPlan, cores: frozenset[int]) -> "CodePolicy":
-        """What the settings say, for a worker on a server that has these cores."""
+        """What the settings say, for a worker on a server that has these cores. Raises ValueError, OSError."""
         return cls(
             tuple(settings.allow_code),
             int(settings.code_memory_bytes),
@@ -105,11 +109,22 @@ class CodePolicy:
             cores,
             settings.code_device == "device" and plan.device != "cpu",
             settings.code_replicas,
+            settings.code_envelope,
+            read_metrics_file(settings.code_metrics) if settings.code_metrics else "",
         )
 
     def allows(self, model: ModelName) -> bool:
         """Whether the archive's code may run."""
         return any(key == EVERY_KEY or model.startswith(key) for key in self.keys)
+
+
+def read_metrics_file(path: Path) -> str:
+    """TorchServe's metrics.yaml, which travels to each child. Raises ValueError, OSError."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_METRICS_FILE + 1)
+    if len(raw) > MAX_METRICS_FILE:
+        raise ValueError(f"{path} (code_metrics) has more than {MAX_METRICS_FILE} bytes")
+    return raw.decode()
 
 
 class Template:
@@ -281,7 +296,7 @@ class CodeHost:
             try:
                 template = self._keep_template()
                 batching = self._find_batching(model)
-                told = (self.policy.threads, str(packages or ""), *batching)
+                told = (self.policy.threads, str(packages or ""), *batching, self.policy.envelope, self.policy.metrics)
                 asked = ForkChild(model, str(folder), entry, limits, *told)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:

@@ -5,8 +5,8 @@ Each answers one batch at a time, and knows nothing of the others.
 
 import asyncio
 
+from server.code_messages import HandlerLoaded
 from server.worker.sandbox.child_process import ChildProcess
-from server.worker.sandbox.messages import HandlerLoaded
 
 
 class Replicas:

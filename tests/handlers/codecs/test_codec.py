@@ -337,6 +337,20 @@ def test_a_forecast_is_one_element_of_bytes() -> None:
             infer(document)
 
 
+def test_a_forecast_may_have_the_axis_of_rows_and_mlservers_name() -> None:
+    """MLServer's codec of text sends [1, 1], and that of whole requests names the input itself; two are refused."""
+    request = json.dumps({"instances": [{"start": "2024-01-01 00:00:00", "target": [1.0] * 24}]})
+    given: dict[str, Any] = {"name": "input-1", "shape": [1, 1], "datatype": "BYTES", "data": [request]}
+    call = infer({"inputs": [given], "parameters": {"content_type": "str"}})
+    assert np.array_equal(call.rows, FORECASTER.decode(request.encode(), "", "").rows)
+    (output,) = json.loads(call.encode(np.zeros((1, *Tensor.output_shape), np.float32))[0])["outputs"]
+    assert (output["name"], output["shape"]) == ("response", [1, 1])
+    with pytest.raises(RequestError, match="'input-1' is none of the model's"):
+        infer({"inputs": [given]})
+    with pytest.raises(RequestError, match="send one, not 2"):
+        infer({"inputs": [{**given, "name": "request", "shape": [2, 1], "data": [request] * 2}]})
+
+
 def test_a_forecaster_says_what_a_client_must_know() -> None:
     """Its clock, lengths, covariates, levels and products, and the input that takes forecasts."""
     found = json.loads(FORECASTER.decode(b"", open_inference.DESCRIBE, "m").encode(np.empty((0, 1, 1), np.float32))[0])

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from handlers.base import Family
 from handlers.forecasters import ARCHITECTURES, build_family, check_forecast, get_family, random_tensors
 from handlers.forecasters.tcn import Tcn, TcnConfig
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Spec, Weights
+from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Setting, Spec, Weights
 from model_store.errors import ArchiveInvalid
 
 SHAPES = {
@@ -61,6 +61,24 @@ CONFIGS = st.one_of(
     st.fixed_dictionaries(SHAPES | {"channels": st.integers(1, 20), "members": st.integers(2, 3)}).map(
         lambda config: ("tcn", config)
     ),
+    st.fixed_dictionaries(
+        SHAPES
+        | {
+            "context_length": LONG_ENOUGH,
+            "parts": st.lists(
+                st.sampled_from(
+                    [
+                        {"architecture": "lear"},
+                        {"architecture": "lear", "members": 3, "inputs": [0]},
+                        {"architecture": "tcn", "channels": 5, "members": 2},
+                        {"architecture": "mlp", "hidden": 7},
+                    ]
+                ),
+                min_size=1,
+                max_size=4,
+            ),
+        }
+    ).map(lambda config: ("mixture", config)),
 )
 
 
@@ -91,7 +109,7 @@ def assert_batched_is_reference(made: Family, models: int, batch: int, seed: int
 @settings(max_examples=60, deadline=None)
 @given(CONFIGS, st.integers(1, 3), st.integers(1, 20), st.integers(0, 2**31))
 def test_batched_is_reference_for_any_configuration(
-    config: tuple[str, dict[str, int]], models: int, batch: int, seed: int
+    config: tuple[str, dict[str, Setting]], models: int, batch: int, seed: int
 ) -> None:
     """Any sizes, also contexts shorter than the receptive field, where zeros stand before every layer's input."""
     assert_batched_is_reference(build_family(*config), models, batch, seed)
@@ -113,9 +131,10 @@ def test_batched_is_reference_for_any_configuration(
         ("deepstate", {"context_length": 50, "hidden": 16, "paths": 10}),
         ("esrnn", {"context_length": 50, "hidden": 16}),
         ("recursive", {"context_length": 50, "hidden": 16}),
+        ("mixture", {"parts": [{"architecture": "lear", "members": 2}, {"architecture": "tcn"}]}),
     ],
 )
-def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, int], batch: int) -> None:
+def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, Setting], batch: int) -> None:
     """From one request to a tick of 512."""
     assert_batched_is_reference(build_family(architecture, config), min(batch, 12), batch, seed=7)
 
@@ -128,7 +147,7 @@ def test_batched_is_reference_for_the_default_mlp() -> None:
 @settings(max_examples=40, deadline=None)
 @given(CONFIGS, st.integers(1, 4), st.integers(0, 2**31))
 def test_the_steps_that_are_read_give_the_answer_of_all(
-    config: tuple[str, dict[str, int]], batch: int, seed: int
+    config: tuple[str, dict[str, Setting]], batch: int, seed: int
 ) -> None:
     """Bit for bit, whatever the other steps are, and without them."""
     made = build_family(*config)
@@ -220,7 +239,7 @@ def test_random_tensors_depend_on_the_seed_alone() -> None:
 
 def make_spec(architecture: str = "tcn", forecast: ForecastSpec | None = None, **config: object) -> Spec:
     """A forecaster's record, of 2 channels unless the config says otherwise."""
-    merged = msgspec.convert({"features": 2, **config}, dict[str, int | float | str | bool | list[int]])
+    merged = msgspec.convert({"features": 2, **config}, dict[str, Setting])
     return Spec(
         kind=Kind.FORECASTER,
         weights=Weights(file="weights.safetensors"),
@@ -299,12 +318,13 @@ def test_wrong_tensors_are_refused_by_name(architecture: str) -> None:
     """Missing, extra, misshapen and mistyped tensors never become a row."""
     made = build_family(architecture, {"features": 2, "context_length": 5, "prediction_length": 4})
     good = random_tensors(made, 0)
-    bias, out = good["head.bias"], made.parameters["head.bias"][0]
+    head = next(name for name in good if name.endswith("head.bias"))  # a mixture has one in each of its parts
+    bias, out = good[head], made.parameters[head][0]
     for wrong, names in (
-        ({name: tensor for name, tensor in good.items() if name != "head.bias"}, r"missing \['head.bias'\]"),
+        ({name: tensor for name, tensor in good.items() if name != head}, rf"missing \['{head}'\]"),
         (good | {"foot.bias": bias}, r"config \['foot.bias'\]"),
-        (good | {"head.bias": bias[:-1]}, rf"'head.bias' must be float32 \[{out}\], not float32 \[{out - 1}\]"),
-        (good | {"head.bias": bias.astype(np.float64)}, "float64"),
+        (good | {head: bias[:-1]}, rf"'{head}' must be float32 \[{out}\], not float32 \[{out - 1}\]"),
+        (good | {head: bias.astype(np.float64)}, "float64"),
     ):
         with pytest.raises(ArchiveInvalid, match=names):
             made.row(wrong)

@@ -66,6 +66,13 @@ def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") ->
         build_family("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),
         build_family("mlp", {"features": 2, "context_length": 12, "hidden": 6, "members": 3}),
         build_family("tcn", {"features": 3, "channels": 5, "members": 2}),
+        build_family(
+            "mixture",
+            {
+                "features": 3,
+                "parts": [{"architecture": "mlp", "inputs": [2, 0]}, {"architecture": "tcn", "members": 2}],
+            },
+        ),
         build_family("esrnn", {"features": 3, "context_length": 14, "season": 4, "hidden": 6}),
         build_family("recursive", {"features": 3, "context_length": 26, "prediction_length": 5, "hidden": 6}),
     ],

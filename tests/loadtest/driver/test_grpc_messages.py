@@ -1,6 +1,7 @@
 """The hand-written messages of a load over gRPC, held to the protocol's own classes."""
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,16 +11,16 @@ from loadtest.driver.dialects import DIALECTS, HEADER_JSON_BYTES, find_fault
 from loadtest.driver.grpc_messages import DTYPES, encode_infer, read_infer
 
 
-def make_answer(datatype: str, content: bytes) -> bytes:
+def make_answer(datatype: str, content: bytes, shape: Sequence[int] = (-1, 2**33)) -> bytes:
     """A server's answer of one output."""
     answer = service_pb2.ModelInferResponse(model_name="m", model_version="1", id="seven")
     answer.parameters["more"].int64_param = 2**40
-    answer.outputs.add(name="y", datatype=datatype, shape=[-1, 2**33])
+    answer.outputs.add(name="y", datatype=datatype, shape=shape)
     answer.raw_output_contents.append(content)
     return bytes(answer.SerializeToString())
 
 
-@pytest.mark.parametrize("datatype", [*DTYPES, "BYTES"])
+@pytest.mark.parametrize("datatype", [*DTYPES, "BF16", "BYTES"])
 def test_documents_become_messages(datatype: str) -> None:
     """The classes of the protocol read the model, the tensors and the bytes of each datatype."""
     data = ["é", ""] if datatype == "BYTES" else [1, 0]
@@ -28,7 +29,8 @@ def test_documents_become_messages(datatype: str) -> None:
     found = service_pb2.ModelInferRequest.FromString(raw)
     assert (found.model_name, found.model_version) == ("au/é.mar", "1")
     assert [(each.name, each.datatype, list(each.shape)) for each in found.inputs] == [("x", datatype, [2, 200])]
-    expected = b"\2\0\0\0\xc3\xa9\0\0\0\0" if datatype == "BYTES" else np.array(data, DTYPES[datatype]).tobytes()
+    others = {"BYTES": b"\2\0\0\0\xc3\xa9\0\0\0\0", "BF16": b"\x80\x3f\0\0"}
+    expected = others.get(datatype) or np.array(data, DTYPES[datatype]).tobytes()
     assert list(found.raw_input_contents) == [expected]
 
 
@@ -54,9 +56,9 @@ def test_other_bodies_are_no_requests(body: bytes) -> None:
 
 
 def test_a_datatype_that_cannot_be_written_is_named() -> None:
-    """BF16, which numpy lacks."""
-    body = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "BF16", "data": [1]}]}'
-    with pytest.raises(ValueError, match="x is BF16"):
+    """One that the protocol does not have."""
+    body = b'{"inputs": [{"name": "x", "shape": [1], "datatype": "FP8", "data": [1]}]}'
+    with pytest.raises(ValueError, match="x is FP8"):
         encode_infer("m", "", body, len(body))
 
 
@@ -68,6 +70,11 @@ def test_answers_are_checked_as_over_http() -> None:
     assert find_fault(read_infer(make_answer("BYTES", len(forecast).to_bytes(4, "little") + forecast))) is None
     assert find_fault(read_infer(make_answer("FP32", np.array([1, np.nan], "<f4").tobytes()))) is not None
     assert find_fault(read_infer(make_answer("FP32", b""))) is not None
+    assert find_fault(read_infer(make_answer("BF16", b"\x80\x3f"))) is None
+    assert find_fault(read_infer(make_answer("BF16", b"\x80\x7f"))) is not None
+    assert find_fault(read_infer(make_answer("BOOL", b"\1"))) is None
+    assert find_fault(read_infer(make_answer("BYTES", b"\1\0\0\0a"))) is not None, "the shape says many"
+    assert find_fault(read_infer(make_answer("BYTES", b"\1\0\0\0a", [1, 1]))) is None
     whole = make_answer("FP32", np.array([1, 2], "<f4").tobytes())
     for broken in (whole[:-3], b"\xff", make_answer("FP64", b"abc"), make_answer("odd", b"")):
         with pytest.raises(ValueError, match=r"."):

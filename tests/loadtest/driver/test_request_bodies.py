@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+import grpc
 import numpy as np
+import orjson
 import pytest
 import urllib3
+from onnx import TensorProto
 
+from handlers.codecs.datatypes import DATATYPES, read_bytes, read_data
 from loadtest.driver.dialects import DIALECTS, BodyKind, encode_npy, find_fault
+from loadtest.driver.drawn_tensors import draw_tensor
+from loadtest.driver.grpc_messages import DTYPES, read_infer
 from loadtest.driver.request_bodies import RequestBody, join_requests, make_request_body, read_request_bodies
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import run_local_server
@@ -17,8 +23,14 @@ from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.contract import NPY
 from tests.archives import pack_tcn
-from tests.e2e.models import onnx_model
+from tests.e2e.models import onnx_model, pack_identity
+from tests.patience import PATIENCE_S
 
+NAMES = (
+    "BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64",
+    "FLOAT16", "BFLOAT16", "FLOAT", "DOUBLE", "STRING",
+)  # fmt: skip
+KINDS = [getattr(TensorProto, name) for name in NAMES]
 START = "2026-01-01 00:00:00"
 SMALL = {"features": 4, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 
@@ -102,6 +114,51 @@ def test_every_question_is_answered(tmp_path: Path) -> None:
                 url = f"{server.inference}/v2/models/{name}/infer"
                 reply = urllib3.request("POST", url, body=each.body, headers=dict(each.headers))
                 assert (name, reply.status, find_fault(reply.data)) == (name, 200, None), reply.data[:300]
+
+
+@pytest.mark.e2e
+def test_every_datatype_is_asked(tmp_path: Path) -> None:
+    """ONNX archives of each datatype have no refusal and no fault, by V2 and gRPC, as JSON and as binary tensors."""
+    for kind in KINDS:
+        (tmp_path / f"{TensorProto.DataType.Name(kind)}.mar").write_bytes(pack_identity(kind))
+    source, names = open_source(str(tmp_path)), [ModelName(each.name) for each in sorted(tmp_path.iterdir())]
+    with run_local_server(str(tmp_path), ["--workers", "1", "--grpc-port", "0"]) as server:
+        with grpc.insecure_channel(server.grpc.removeprefix("grpc://")) as channel:
+            call = channel.unary_unary(DIALECTS["grpc"].path, None, None)
+            for kind in (BodyKind.TENSOR, BodyKind.BINARY):
+                found = read_request_bodies(source, names, kind, 1, lambda: None, DIALECTS["v2"])
+                assert (len(found.questions), found.left_out) == (len(KINDS), {})
+                for name, each in found.questions.items():
+                    url = f"{server.inference}/v2/models/{name}/infer"
+                    by_http = urllib3.request("POST", url, body=each.body, headers=dict(each.headers))
+                    message = DIALECTS["grpc"].request("", name, each.body, headers=each.headers)
+                    by_grpc = read_infer(call(message, timeout=PATIENCE_S))
+                    for answer in (by_http.data, by_grpc):
+                        assert (name, find_fault(answer)) == (name, None), answer[:300]
+                    one, other = (orjson.loads(answer)["outputs"][0]["data"] for answer in (by_http.data, by_grpc))
+                    numbers = not isinstance(one[0], str)
+                    assert one == (pytest.approx(other) if numbers else other), name
+        found = read_request_bodies(source, names, BodyKind.TENSOR, 1, lambda: None)
+        for name, each in found.questions.items():
+            headers = {"X-Amzn-SageMaker-Target-Model": name}
+            reply = urllib3.request("POST", f"{server.inference}/invocations", body=each.body, headers=headers)
+            assert (name, reply.status) == (name, 200), reply.data[:300]
+
+
+@pytest.mark.parametrize("datatype", [*DTYPES, "BF16", "BYTES"])
+def test_drawn_values_are_the_same_as_json_and_as_bytes(datatype: str) -> None:
+    """A seed draws the same values again, and both forms hold them."""
+    drawn = draw_tensor(datatype, (2, 3), 5)
+    assert draw_tensor(datatype, (2, 3), 5).list_values() == drawn.list_values()
+    assert np.array(drawn.nest(), object).shape == (2, 3)
+    packed = read_bytes(memoryview(drawn.pack()), DATATYPES[datatype], (6,), "x")
+    told = read_data(orjson.dumps(drawn.list_values()), DATATYPES[datatype], (6,), "x")
+    if datatype == "BF16":
+        assert np.abs(packed.astype(np.int64) - told).max() <= 1, "JSON has some digits only"
+    elif datatype.startswith("FP"):
+        np.testing.assert_allclose(packed, told, atol=1e-3)
+    else:
+        assert packed.tolist() == told.tolist()
 
 
 def test_the_same_seed_asks_the_same() -> None:

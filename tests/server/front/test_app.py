@@ -33,7 +33,6 @@ class Toy:
     routes = Protocol(
         "toy", "Toy", "tests", (Route("POST", "/toy/{model}", "invoke", "Ask a model"),), (500,), "any_object"
     )
-    paths = "/toy/MODEL"
 
     def __init__(self, settings: Settings) -> None:
         self._limit = Limit(int(settings.max_body_bytes), "max_body_bytes")
@@ -257,3 +256,10 @@ def test_a_request_has_arrived_when_all_of_its_body_is_here() -> None:
         assert began < sent <= asked.arrived <= time.monotonic()
 
     asyncio.run(scenario())
+
+
+def test_a_path_of_no_protocol_is_told_all_of_them() -> None:
+    """Each protocol's path comes from the table of routes, with its title, so that none can be forgotten."""
+    message = json.loads(ask_once(make_app(), "GET", "/nowhere").body)["message"]
+    assert "/v2/models/MODEL/infer (Open Inference Protocol (V2))" in message
+    assert [each.routes.title for each in make_app()._dialects if f"({each.routes.title})" not in message] == []

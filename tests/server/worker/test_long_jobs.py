@@ -124,6 +124,10 @@ class Origin:
     answers: dict[int, bytes] = field(default_factory=dict)
     refusals: dict[int, Refused] = field(default_factory=dict)
 
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """No model here answers in parts."""
+        raise AssertionError((job, content_type, body, head))
+
     def answer(
         self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
     ) -> None:

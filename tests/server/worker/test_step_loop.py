@@ -128,6 +128,10 @@ class Front:
     queued: dict[int, float] = field(default_factory=dict)  # id -> seconds, of what is answered
     wrong: list[AssertionError] = field(default_factory=list)
 
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """No model here answers in parts."""
+        raise AssertionError((job, content_type, body, head))
+
     def answer(
         self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
     ) -> None:

@@ -9,23 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol
 
-from server.worker.sandbox.inside import module_space
-from server.worker.sandbox.inside.confinement import allow_cpu, confine, keep_descriptors
-from server.worker.sandbox.inside.sagemaker_script import load_script
-from server.worker.sandbox.inside.torchserve_handler import load_handler
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_ANSWER_BYTES,
     BatchAnswered,
+    Batches,
     CodeAnswer,
     CodeRequest,
-    ForkChild,
     HandlerLoaded,
     LoadFailed,
     frame,
     make_failure,
-    receive_batch,
     shorten,
 )
+from server.worker.sandbox.inside import module_space
+from server.worker.sandbox.inside.confinement import CpuAllowance, confine, keep_descriptors
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
+from server.worker.sandbox.inside.partial_answers import SendPart
+from server.worker.sandbox.inside.sagemaker_script import load_script
+from server.worker.sandbox.inside.torchserve_handler import load_handler
+from server.worker.sandbox.messages import ForkChild
 
 FAILED = 1  #: exit code of a child that could not load its handler
 
@@ -36,6 +38,13 @@ class LoadedHandler(Protocol):
     @property
     def loaded(self) -> HandlerLoaded:
         """How it wants its requests."""
+
+    @property
+    def metrics(self) -> HandlerMetrics:
+        """What its code measures."""
+
+    def connect(self, send: SendPart) -> None:
+        """How parts of answers are sent while they are made."""
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """As many answers as requests. Raises nothing but what ends the process."""
@@ -70,13 +79,15 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
         traceback.print_exc()
         worker.sendall(frame(LoadFailed(shorten(explain(error)), isinstance(error, MemoryError))))
         _end(FAILED)
+    handler.connect(lambda part: worker.sendall(frame(part)))
     worker.sendall(frame(handler.loaded))
-    while (batch := receive_batch(worker)) is not None:
-        allow_cpu(asked.limits.cpu_s)
+    batches, allowance = Batches(worker), CpuAllowance(asked.limits.cpu_s)
+    while (batch := batches.take()) is not None:
+        allowance.renew()
         answers = handler.answer(batch.requests)
         sys.stdout.flush()
         sys.stderr.flush()
-        worker.sendall(frame(BatchAnswered(refuse_large(answers))))
+        worker.sendall(frame(BatchAnswered(refuse_large(answers), handler.metrics.take())))
     _end(0)
 
 

@@ -5,11 +5,13 @@ The order matters: what needs the worker's rights comes before the change of the
 
 import ctypes
 import fcntl
+import math
 import os
 import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from server.worker.sandbox.inside import landlock
@@ -19,6 +21,7 @@ from server.worker.sandbox.messages import ChildLimits
 CHANNEL = 3  #: the child's only descriptor beside standard input, output and error
 MORE_MEMORY_BYTES = 64 * 1024 * 1024  #: of address space, for stacks of threads and the like
 NICE = 5  #: below the worker and the fronts: where cores are few, these go first
+CPU_SLACK_S = 0.5  #: of processor time between two renewals of the limit
 OOM_SCORE = "800"  #: of 1000: when the host has no memory left, the kernel ends children before workers
 _SET_PDEATHSIG, _SET_DUMPABLE, _SET_KEEP_CAPABILITIES, _SET_SUBREAPER, _SET_NO_NEW_PRIVILEGES = 1, 4, 8, 36, 38
 _CAPABILITY_VERSION, _DAC_READ_SEARCH = 0x20080522, 1 << 2
@@ -101,6 +104,24 @@ def allow_cpu(seconds: float) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
+
+
+class CpuAllowance:
+    """The processor time that each batch may take. Renewed when some was used: a renewal is three system calls."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._renewed_at = seconds, -math.inf  # on the clock of this process's own time
+
+    def __repr__(self) -> str:
+        """For example `<CpuAllowance 120.0 s>`."""
+        return f"<CpuAllowance {self._seconds} s>"
+
+    def renew(self) -> None:
+        """Before a batch. INVARIANT: it may take all the seconds, and at most CPU_SLACK_S and a second more."""
+        used = time.process_time()
+        if used - self._renewed_at >= CPU_SLACK_S:
+            self._renewed_at = used
+            allow_cpu(self._seconds + CPU_SLACK_S)
 
 
 def _change_user(folder: Path, user: int, *, keep_reading: bool) -> None:

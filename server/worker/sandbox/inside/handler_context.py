@@ -6,6 +6,8 @@ Source of the names: TorchServe 0.12 and Multi Model Server 1.1, "Custom service
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
+from server.worker.sandbox.inside.partial_answers import PartialAnswers
 from server.worker.sandbox.inside.request_parts import RequestHeaders
 
 OK: Final = 200
@@ -57,22 +59,6 @@ class RequestProperties:
         return self._answered.get(key)
 
 
-class HandlerMetrics:
-    """Takes what handlers measure, and keeps nothing: the server's own metrics are no handler's to write."""
-
-    def __repr__(self) -> str:
-        """`<HandlerMetrics>`."""
-        return "<HandlerMetrics>"
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith(("add_", "get_", "update", "set", "cache", "store")):
-            raise AttributeError(name)
-        return self._take
-
-    def _take(self, *_: Any, **__: Any) -> "HandlerMetrics":
-        return self
-
-
 class HandlerContext:
     """See the module. One for each handler; `begin` gives it the requests of a batch."""
 
@@ -84,6 +70,7 @@ class HandlerContext:
         batch_size: int,
         config: Mapping[str, Any],
         gpu_id: int | None = None,
+        metrics: HandlerMetrics | None = None,
     ) -> None:
         self.model_name, self.manifest = model_name, manifest
         self.model_yaml_config = config
@@ -95,7 +82,8 @@ class HandlerContext:
             "server_version": "fleetcast",
             "limit_max_image_pixels": True,
         }
-        self.metrics = HandlerMetrics()
+        self.metrics = metrics or HandlerMetrics()
+        self.cl_socket = PartialAnswers()  #: where TorchServe's function for parts of answers writes
         self.request_ids: dict[int, str] = {}
         self.request_processor: Sequence[RequestProperties] = ()
         self.stopping_criteria = None

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from server.worker.sandbox.messages import CodeRequest
+from server.code_messages import CodeRequest
 
 JSON, FORM, MULTIPART, BYTES = (
     "application/json", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream"

@@ -17,19 +17,21 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
-from server.worker.sandbox.inside.request_parts import JSON, read_fields
-from server.worker.sandbox.inside.torchserve_handler import BYTES, HandlerProblem, write_body
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
     CodeAnswer,
     CodeRequest,
-    ForkChild,
     HandlerLoaded,
     make_answer,
     make_failure,
 )
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.partial_answers import SendPart
+from server.worker.sandbox.inside.request_parts import JSON, read_fields
+from server.worker.sandbox.inside.torchserve_handler import BYTES, write_body
+from server.worker.sandbox.messages import ForkChild
 
 CSV, NPY, ANY = "text/csv", "application/x-npy", "*/*"
 FAILED = 500
@@ -42,7 +44,7 @@ class Script:
     loaded = HandlerLoaded()
 
     def __init__(self, module: ModuleType, context: HandlerContext, model: Any) -> None:
-        self._context, self._model = context, model
+        self._context, self._model, self.metrics = context, model, context.metrics
         self._transform = getattr(module, "transform_fn", None)
         self._input = getattr(module, "input_fn", read_array)
         self._predict = getattr(module, "predict_fn", predict)
@@ -51,6 +53,9 @@ class Script:
     def __repr__(self) -> str:
         """For example `<Script of <HandlerContext ...>>`."""
         return f"<Script of {self._context!r}>"
+
+    def connect(self, send: SendPart) -> None:
+        """See LoadedHandler. Scripts answer in one piece."""
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. Scripts know no batches: each request is answered by itself."""

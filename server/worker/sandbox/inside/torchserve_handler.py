@@ -20,20 +20,23 @@ from typing import Any
 
 import msgspec
 
-from server.worker.sandbox.inside import torchserve_package
-from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
-from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
-from server.worker.sandbox.messages import (
+from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
     CodeAnswer,
     CodeRequest,
-    Entry,
-    ForkChild,
     HandlerLoaded,
     make_answer,
     make_failure,
 )
+from server.worker.sandbox.inside import torchserve_package
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
+from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.partial_answers import SendPart
+from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
+from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
+from server.worker.sandbox.messages import Entry, ForkChild
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
@@ -43,19 +46,24 @@ BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 Handle = Callable[[Any, HandlerContext], Any]
 
 
-class HandlerProblem(Exception):
-    """The archive's handler cannot be loaded; the message says what to do."""
-
-
 class Handler:
     """A loaded handler; see LoadedHandler."""
 
-    def __init__(self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded) -> None:
-        self._handle, self._context, self.loaded = handle, context, loaded
+    def __init__(
+        self, handle: Handle, context: HandlerContext, loaded: HandlerLoaded, envelope: Envelope | None = None
+    ) -> None:
+        self._handle = envelope.wrap(handle) if envelope else handle
+        self._parts = context.cl_socket
+        self._alone = envelope is not None and envelope.is_for_one
+        self._context, self.loaded, self.metrics = context, loaded, context.metrics
 
     def __repr__(self) -> str:
         """For example `<Handler of <HandlerContext ...>>`."""
         return f"<Handler of {self._context!r}>"
+
+    def connect(self, send: SendPart) -> None:
+        """See LoadedHandler."""
+        self._parts.connect(send)
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
@@ -67,12 +75,14 @@ class Handler:
             except BadParts as error:
                 answers[i] = make_failure(BAD_REQUEST, str(error))
             else:  # a handler looks at the first request of a call to see what is asked of it
-                asked = tuple(request.properties.get(name) for name in ASKED)
+                asked: object = i if self._alone else tuple(request.properties.get(name) for name in ASKED)
                 calls.setdefault(asked, []).append((i, parts, fields))
         for call in calls.values():
             places, data, headers = zip(*call, strict=True)
-            self._context.begin([requests[i].id for i in places], headers)
-            answers.update(zip(places, self._run(list(data)), strict=True))
+            asked_here = [requests[i] for i in places]
+            self._context.begin([each.id for each in asked_here], headers)
+            self._parts.begin(places, asked_here)
+            answers.update(zip(places, self._parts.end(self._run(list(data))), strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
@@ -115,19 +125,24 @@ def load_handler(asked: ForkChild, model_dir: Path) -> Handler:
         loaded = HandlerLoaded(asked.batch_size, asked.max_batch_delay_s)
     name = str(manifest.get("model", {}).get("modelName") or asked.model)
     gpu_id = FIRST_GPU if asked.limits.gpu else None
-    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id)
+    metrics = HandlerMetrics(is_mms=asked.entry.style == "mms")
+    metrics.model_name = name
+    if asked.metrics:
+        metrics.declare(_read_yaml(asked.metrics, "the server's code_metrics file").get("model_metrics") or {})
+    context = HandlerContext(name, str(model_dir), manifest, loaded.batch_size, config, gpu_id, metrics)
     torchserve_package.fit(model_dir, asked.threads, has_device=asked.limits.gpu)
     module = import_handler(asked.entry)
+    envelope = find_envelope(asked, manifest, config)
     function = getattr(module, asked.entry.function or "handle", None)
     if function is not None:
         function(None, context)
-        return Handler(function, context, loaded)
+        return Handler(function, context, loaded, envelope)
     handler = _find_class(module, asked.entry)()
     if not hasattr(handler, "handle"):
         raise HandlerProblem(f"the class {type(handler).__name__} of {module.__name__} has no method `handle`")
     if hasattr(handler, "initialize"):
         handler.initialize(context)
-    return Handler(handler.handle, context, loaded)
+    return Handler(handler.handle, context, loaded, envelope)
 
 
 def import_handler(entry: Entry) -> ModuleType:
@@ -216,9 +231,17 @@ def _read_config(manifest: Mapping[str, Any], model_dir: Path) -> Mapping[str, A
     name = manifest.get("model", {}).get("configFile")
     if not name:
         return {}
+    return _read_yaml((model_dir / str(name)).read_text(), str(name))
+
+
+def _read_yaml(text: str, name: str) -> Mapping[str, Any]:
+    """Raises HandlerProblem where it cannot be read."""
     try:
         import yaml  # noqa: PLC0415 -- no dependency of ours
     except ModuleNotFoundError as error:
         raise HandlerProblem(f"{name} is YAML: pip install pyyaml beside the server") from error
-    found = yaml.safe_load((model_dir / str(name)).read_bytes())
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise HandlerProblem(f"{name} is no YAML: {error}") from error
     return found if isinstance(found, dict) else {}

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from handlers.codecs import open_inference as codec
+from handlers.codecs import open_inference_requests
 from server import contract
 from server.access.tokens import Scope, Token
 from server.errors import Refused, Situation
@@ -47,7 +48,7 @@ def test_front_and_worker_mean_the_same() -> None:
     assert contract.OPEN_INFERENCE_INFER == codec.INFER
     assert contract.OPEN_INFERENCE_DESCRIBE == codec.DESCRIBE
     assert VERSION == codec.MODEL_VERSION
-    assert MOST_ROWS == codec.MOST_ROWS
+    assert MOST_ROWS == open_inference_requests.MOST_ROWS
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,14 @@ def test_outputs_are_chosen() -> None:
     assert split_body(request)[0]["outputs"] == [{"name": "y", "parameters": {"classification": 3}}]
 
 
+def test_empty_contents_beside_parts_are_none() -> None:
+    """MLServer's client sends both."""
+    request = make_request("FP32", {"fp32_contents": []})
+    request.raw_input_contents.append(bytes(8))
+    assert request.inputs[0].HasField("contents")
+    assert split_body(request)[1] == bytes(8)
+
+
 @pytest.mark.parametrize(
     ("contents", "raw", "datatype", "said"),
     [

@@ -156,7 +156,6 @@ def test_listeners_that_others_reach_stay_on_loopback_until_there_are_tokens() -
         ("decode_input_request=false", "decode_input_request", "always decoded"),
         ("default_workers_per_model=x", "default_workers_per_model", "no whole number"),
         ("default_service_handler=a:b", "default_service_handler", "pack it with --handler"),
-        ("service_envelope=body", "service_envelope", "no envelope"),
         ("disable_token_authorization=false", "disable_token_authorization", "key_file.json"),
         ("model_store=$$NOPE$$", "model_store", "the variable NOPE, which is not set"),
     ],
@@ -166,6 +165,12 @@ def test_what_is_left_to_do_is_said(text: str, key: str, expected: str) -> None:
     fate, why = reason(text, key)
     assert fate is Fate.BY_HAND
     assert expected in why
+
+
+def test_envelopes_and_files_of_metrics_have_settings() -> None:
+    """What handlers get and measure moves with them."""
+    found = settings_of("service_envelope=kserve\nmetrics_config=/etc/metrics.yaml")
+    assert (found["code_envelope"], found["code_metrics"]) == ("kserve", "/etc/metrics.yaml")
 
 
 def test_models_at_the_start_are_pinned() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from model_store.archives.archive import Archive, open_archive
 from model_store.names import ModelName
+from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
 from server.worker.sandbox.code_host import CodeHost
-from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from tests.archives import make_mar_manifest, make_zip
 from tests.patience import PATIENCE_S
 

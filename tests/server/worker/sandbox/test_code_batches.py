@@ -80,6 +80,10 @@ class CodeFront:
         deadline = time.monotonic_ns() + int(deadline_s * 1e9)
         return self.steps.submit(Request(ident, deadline, model, "text/plain", "", len(body), body), self)
 
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """No model here answers in parts."""
+        raise AssertionError((job, content_type, body, head))
+
     def answer(
         self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
     ) -> None:

@@ -3,7 +3,7 @@
 import socket
 import threading
 
-from server.worker.sandbox.messages import CodeRequest, RunBatch, frame, receive_batch
+from server.code_messages import Batches, CodeRequest, RunBatch, frame
 
 
 def send(channel: socket.socket, pieces: list[bytes]) -> None:
@@ -22,8 +22,22 @@ def test_a_batch_comes_in_pieces_of_any_size() -> None:
             pieces = [data[: cuts[0]], data[cuts[0] : cuts[1]], data[cuts[1] :]]
             sender = threading.Thread(target=send, args=(ours, pieces))
             sender.start()
-            assert receive_batch(theirs) == batch
+            batches = Batches(theirs)
+            assert batches.take() == batch
             sender.join()
             ours.sendall(data[:6])
             ours.shutdown(socket.SHUT_WR)
-            assert receive_batch(theirs) is None
+            assert batches.take() is None
+
+
+def test_batches_that_come_at_once_are_taken_one_by_one() -> None:
+    """Small ones, one behind a large one, and the beginning of one whose rest comes later: none is lost."""
+    small, large = (RunBatch([CodeRequest(name, "", "", body)]) for name, body in (("1", b"x"), ("2", bytes(200_000))))
+    data = b"".join(map(frame, (small, small, large, small, small)))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        sender = threading.Thread(target=send, args=(ours, [data[:-3], data[-3:]]))
+        sender.start()
+        batches = Batches(theirs)
+        assert [batches.take() for _ in range(5)] == [small, small, large, small, small]
+        sender.join()

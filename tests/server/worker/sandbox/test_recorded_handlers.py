@@ -13,9 +13,9 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 import pytest
 
+from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.child_process import ChildEnded
 from server.worker.sandbox.code_host import CodeHost
-from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
 
 pytestmark = pytest.mark.slow

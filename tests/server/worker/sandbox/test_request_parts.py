@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.code_messages import CodeRequest
 from server.worker.sandbox.inside.request_parts import MAX_PARTS, BadParts, read_request
 from server.worker.sandbox.inside.torchserve_handler import write_json
-from server.worker.sandbox.messages import CodeRequest
 
 
 def make_request(content_type: str, body: bytes = b"", **headers: str) -> CodeRequest:

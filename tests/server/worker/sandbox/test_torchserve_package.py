@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from model_store.archives.archive import Archive, open_archive
+from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
-from server.worker.sandbox.messages import CodeAnswer, CodeRequest
 from tests.archives import make_tar_gz, make_zip
 from tests.patience import PATIENCE_S
 from tests.server.worker.sandbox.code_archives import Asker, start

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from server.contract import MIB
+from server.sagemaker_container.batch_transform import MAX_PAYLOAD_MIB
 
 BASE_FOLDER = "/opt/ml"  #: unless SAGEMAKER_BASE_DIR names another, as for SageMaker's own toolkits
 MULTI_MODEL, SINGLE_MODEL = "multi-model", "single-model"
 ONLY_MODEL = "model"  #: what the archive of a single-model container is called
-MAX_PAYLOAD_MIB = 100  #: of batch transform, where 0 means as much as there is
 _LOG_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "error"}
 _SECONDS = {"SAGEMAKER_MODEL_SERVER_TIMEOUT": ("request_timeout_s", "code_timeout_s")}
 
@@ -57,20 +57,6 @@ def read_sagemaker_environment(
 def find_model_folder(variables: Mapping[str, str]) -> Path:
     """Where SageMaker unpacks the one model of a container. Several have a folder `models` beside it."""
     return Path(variables.get("SAGEMAKER_BASE_DIR") or BASE_FOLDER) / "model"
-
-
-def describe_transform(variables: Mapping[str, str], max_body_bytes: int, at_once: int) -> dict[str, Any]:
-    """What `/execution-parameters` answers: how a batch transform should send its records.
-
-    `at_once`: requests that are worth sending at the same time. Lines of JSON and CSV may share a request.
-    """
-    asked = variables.get("SAGEMAKER_MAX_CONCURRENT_TRANSFORMS", "")
-    strategy = variables.get("SAGEMAKER_BATCH_STRATEGY", "").upper().replace("-", "_")
-    return {
-        "MaxConcurrentTransforms": int(asked) if asked.isdigit() and int(asked) else at_once,
-        "BatchStrategy": strategy if strategy in ("SINGLE_RECORD", "MULTI_RECORD") else "MULTI_RECORD",
-        "MaxPayloadInMB": max(1, min(MAX_PAYLOAD_MIB, max_body_bytes // MIB)),
-    }
 
 
 def _find_container(variables: Mapping[str, str], chosen: Mapping[str, Any], *, has_model: bool) -> str:

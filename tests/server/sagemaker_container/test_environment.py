@@ -1,4 +1,4 @@
-"""SageMaker's variables as settings, and what a batch transform is told."""
+"""SageMaker's variables as settings."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from server.sagemaker_environment import describe_transform, read_sagemaker_environment
+from server.sagemaker_container.environment import read_sagemaker_environment
 from server.settings import Settings
 
 MULTI = {"SAGEMAKER_MULTI_MODEL": "true"}
@@ -69,24 +69,6 @@ def test_other_variables() -> None:
     assert found["code_program"] == "serve_me.py"
     module = read_sagemaker_environment({**MULTI, "SAGEMAKER_PROGRAM": "toolkit.main"}, {}, has_model=False)
     assert "code_program" not in module
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, (64, "MULTI_RECORD", 6)),
-        (
-            {"SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": "3", "SAGEMAKER_BATCH_STRATEGY": "SingleRecord"},
-            (3, "MULTI_RECORD", 6),
-        ),
-        ({"SAGEMAKER_BATCH_STRATEGY": "single-record"}, (64, "SINGLE_RECORD", 6)),
-        ({"SAGEMAKER_MAX_CONCURRENT_TRANSFORMS": "0"}, (64, "MULTI_RECORD", 6)),
-    ],
-)
-def test_a_batch_transform_is_told_how_to_send(variables: dict[str, str], expected: tuple[int, str, int]) -> None:
-    """What the job asks for is answered where it can be."""
-    found = describe_transform(variables, 6 * 2**20, 64)
-    assert found == dict(zip(("MaxConcurrentTransforms", "BatchStrategy", "MaxPayloadInMB"), expected, strict=True))
 
 
 def test_everything_else_wins_over_sagemakers_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

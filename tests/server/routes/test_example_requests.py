@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from handlers.codecs.codec import describe_recipe
 from handlers.codecs.deepar import DeepAr
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
-from server.example_requests import NoExample, make_example, make_forecast_example, make_tensor_example
+from server.routes.example_requests import NoExample, make_example, make_forecast_example, make_tensor_example
 
 PLAIN = ForecastSpec(
     frequency="1h",
