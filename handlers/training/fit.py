@@ -122,6 +122,7 @@ class Fitting:
     holdout_windows: int = 512
     checks: int = 40  #: evaluations of the holdout in a whole run
     patience: int = 12  #: evaluations without a better loss of any model after which the run ends
+    half_life_days: float = 0.0  #: a window so many days older counts half, for every architecture; 0: all count alike
     max_seconds: float = float("inf")  #: about, of both runs; a run that reaches half of it is not reproducible
     seed: int = 0
     threads: int = 1
@@ -184,7 +185,7 @@ def _fit_family(
     progress: Progress | None,
 ) -> tuple[torch.Tensor, list[Judged]]:
     """Fit a family: returns flat parameters [M, n], and what the holdout says. Parts and members are fitted apart."""
-    data = Windows(series, forecasts, compute_reach(family), fitting.holdout)
+    data = Windows(series, forecasts, compute_reach(family), fitting.holdout, half_life_days=fitting.half_life_days)
     if isinstance(family, Mixture):
         best, whole = _fit_parts(family, data, series, forecasts, fitting, pool, progress)
     else:
@@ -205,7 +206,7 @@ def _fit_parts(
     found = []
     for part, places in zip(family.parts, family.places, strict=True):
         inputs = [replace(each, inputs=tuple(each.inputs[place] for place in places)) for each in forecasts]
-        windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history)
+        windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history, fitting.half_life_days)
         found.append(_fit_members(part, windows, series, inputs, fitting, pool, progress))
     even = torch.full((len(series), prod(family.parameters[SHARES])), 1 / len(family.parts))
     bests, wholes = ([even, *each] for each in zip(*found, strict=True))
@@ -253,7 +254,7 @@ def _fit_members(
         return best.view(len(series), -1), dense.whole().view(len(series), -1)
     if count > 1:
         copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
-        data = Windows(*copies, compute_reach(member), fitting.holdout, data.history)
+        data = Windows(*copies, compute_reach(member), fitting.holdout, data.history, fitting.half_life_days)
     if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)

@@ -351,7 +351,9 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     correlation: `weights` and `correlation`.
 
     `trained_until`: the stamp of the last step that the fit has used, its holdout included, on the wall clock of the
-    forecast; windows up to it are no test of the archive. `trained_epochs`: what `--epochs` was, 0 the default.
+    forecast; windows up to it are no test of the archive. `trained_epochs`: what `--epochs` was, 0 the default;
+    `trained_half_life`: what `--half-life` was, in days, not written if off. `fingerprint`: a hash of all that the fit
+    depended on.
     """
 
     kind: Kind
@@ -365,6 +367,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     description: Annotated[str, Meta(max_length=2000)] = ""
     trained_until: Stamp | UnsetType = UNSET
     trained_epochs: Annotated[float, Meta(ge=0.0)] | UnsetType = UNSET
+    trained_half_life: Annotated[float, Meta(gt=0.0)] | UnsetType = UNSET
+    fingerprint: Sha256 | UnsetType = UNSET
     calibration: Calibration | UnsetType = UNSET
 
     def __post_init__(self) -> None:
