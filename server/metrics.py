@@ -108,6 +108,7 @@ class WorkerMetrics:
         self.prefetch = self._counter(contract.PREFETCH)
         self.rhythms = self._gauge(contract.PREFETCH_MODELS).labels(**bind)
         self._model_requests = self._counter(contract.MODEL_REQUESTS)
+        self._doubtful = self._counter(contract.DOUBTFUL_HISTORIES)
 
     def _counter(self, spec: MetricSpec) -> Counter:
         return _make_counter(spec, self.registry, contract.WORKER_LABELS)
@@ -145,6 +146,12 @@ class WorkerMetrics:
                 return
             self._shown.add(model)
         self._model_requests.labels(**self._labels, model=model).inc(count)
+
+    def count_doubts(self, quality: str) -> None:
+        """Count what `X-Fleetcast-Quality` says of an answer; its codes are those of `handlers.codecs.gaps`, nine."""
+        for part in quality.split(", "):
+            code, _, count = part.partition("=")
+            self._doubtful.labels(**self._labels, code=code).inc(int(count))
 
     def model_gone(self, model: str) -> None:
         """Remove the series of a model that is no longer resident."""
