@@ -25,6 +25,7 @@ from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
+from server.front.dialects.health import Health
 from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
@@ -62,6 +63,9 @@ class App:
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
         self._dialects = tuple(make(settings) for make in dialects or choose_dialects(settings))
+        for dialect in self._dialects:
+            if not isinstance(dialect, Health):  # probes are not counted
+                metrics.show_protocol(dialect.name, (*dialect.routes.list_statuses(), CLIENT_GONE))
         self._permissions = open_permissions(settings)
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex().encode()

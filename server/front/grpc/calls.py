@@ -111,6 +111,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         self._streams, self._most_streams = 0, max(1, places // 2)
         self._running: set[asyncio.Task[Any]] = set()
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
+        methods = tuple(methods)
+        for protocol in {method.protocol for method in methods if not method.is_open}:
+            metrics.show_protocol(protocol, {OK, *COUNTED.values()})
         self._ids, self._id_prefix = itertools.count(1), os.urandom(6).hex().encode()
         self._handlers = {
             method.path: grpc.stream_stream_rpc_method_handler(partial(self._handle, method)) for method in methods
