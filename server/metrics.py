@@ -26,7 +26,7 @@ from model_store.errors import LoadError
 from server import contract
 from server.contract import METRIC_PREFIX, MetricSpec
 from server.logs import STANDARD_ERROR
-from server.single_thread_metrics import CounterFamily, HistogramFamily, LoopCounter, LoopHistogram
+from server.single_thread_metrics import BucketExample, CounterFamily, HistogramFamily, LoopCounter, LoopHistogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 # A base image may set PROMETHEUS_MULTIPROC_DIR: counts would go through files in that folder, which may not exist. Ours
@@ -234,9 +234,12 @@ class FrontMetrics:
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 
     def show_protocol(self, protocol: str, codes: Iterable[int]) -> None:
-        """Have the series of a protocol's answers from the start, before the first of them."""
+        """Have the counters of a protocol's answers from the start, before the first of them.
+
+        Its histogram comes with its first request: that has 28 series a protocol, which every scrape would parse.
+        """
         for code in codes:
-            self.bind_answers(protocol, code)
+            self._requests.labels(protocol, str(code))
 
     def bind_answers(self, protocol: str, code: int) -> AnswerSeries:
         """The series of answers of a protocol with a status code; to be kept, since finding them costs microseconds."""
@@ -252,6 +255,10 @@ class FrontMetrics:
         for result in _RESULTS:
             self._releases.remove(name, version, result)
         self._release_seconds.remove(name, version)
+
+    def list_examples(self) -> Iterator[tuple[dict[str, str], BucketExample]]:
+        """Examples of requests, with the labels of their buckets in `inference_request_seconds`."""
+        return self._seconds.list_examples()
 
     def show_under_way(self, counts: Mapping[int, int]) -> None:
         """The requests under way at each worker now."""

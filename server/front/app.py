@@ -103,14 +103,14 @@ class App:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
             statuses = await self._send(reply, request, send)
-        await self._count(dialect.name, statuses, time.monotonic() - started)
+        await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
 
-    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float) -> None:
+    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
         for i, status in enumerate(statuses):
             answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
             answered.answers.inc()
-            answered.seconds.observe(seconds)
+            answered.seconds.observe_request(seconds, request_id)
             if i % STATUSES_AT_ONCE == STATUSES_AT_ONCE - 1:
                 await asyncio.sleep(0)
 

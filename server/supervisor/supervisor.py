@@ -29,10 +29,12 @@ from server.ipc.operations import (
     CallManagement,
     ConnectWorkers,
     EndTrial,
+    Exemplar,
     Fatal,
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ListExemplars,
     ListKnownModels,
     LoadForClient,
     ManageModels,
@@ -417,6 +419,12 @@ class Supervisor:
         self._metrics.store_failing.set(self._watch.failing_s())
         self._merged.update("host", self._metrics.text())
         return self._merged
+
+    async def list_exemplars(self) -> list[Exemplar]:
+        """Examples of requests, of all fronts that answer in time."""
+        asked = (front.ask(ListExemplars(), SCRAPE_S) for front in self.fronts if front.ready.is_set())
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [exemplar for answer in answers if not isinstance(answer, BaseException) for exemplar in answer]
 
     def _show_workers(self) -> None:
         """Have the series of every worker from the start."""

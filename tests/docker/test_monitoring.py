@@ -9,6 +9,7 @@ import shlex
 import ssl
 import subprocess
 import sys
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ DASHBOARD = DOCKER / "grafana/dashboards/fleetcast.json"
 WINDOW = "30s"  #: for Grafana's `$__rate_interval`
 _COMPARISON = re.compile(r"\s(?:<|>|==)\s[\d.]+")
 _SERIES = re.compile(rf"\b{METRIC_PREFIX}\w+")
+EXEMPLARS = "--enable-feature=exemplar-storage"
 EMPTY_IN_HEALTH = {
     "Failed loads": "no load of this test's models fails",
 }
@@ -219,7 +221,7 @@ def watched(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with run_server(s3, folder, f"s3://{bucket}", **settings) as server:
         at_start, config = read_series(server), write_configuration(folder, server, authority)
         flags = [f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
-        flags += [f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage"]
+        flags += [f"--web.listen-address=127.0.0.1:{port}", EXEMPLARS]
         with start_service(["prometheus", *flags], {}, folder / "prometheus.log"):
             found = Watched(server, f"http://127.0.0.1:{port}", at_start)
             bodies = {model.name: model.question(0).body for model in models}
@@ -269,10 +271,26 @@ def test_prometheus_loads_the_rules_and_scrapes_without_complaint(watched: Watch
 
 @needs_prometheus
 @pytest.mark.e2e
+def test_prometheus_keeps_request_ids_as_exemplars(watched: Watched) -> None:
+    """A chart of request times leads to requests in the log; the compose file's Prometheus is told to keep them."""
+    assert EXEMPLARS in yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["prometheus"]["command"]
+    found = watched.read(
+        "query_exemplars", query=f"{contract.INFERENCE_SECONDS.series}_bucket", start="0", end=str(time.time())
+    )
+    ids = [exemplar["labels"]["request_id"] for series in found for exemplar in series["exemplars"]]
+    assert ids
+    assert all(ids)
+
+
+@needs_prometheus
+@pytest.mark.e2e
 def test_no_series_appears_with_its_first_event(watched: Watched) -> None:
-    """What a server at work shows, it has shown before the first request: an increase from nothing is an increase."""
+    """What a server at work shows, it has shown before the first request: an increase from nothing is an increase.
+
+    But for the times of a protocol that nobody had asked before, of which its counters tell the first request.
+    """
     appeared = read_series(watched.server) - watched.at_start
-    assert appeared == set()
+    assert {series for series in appeared if not series.startswith(contract.INFERENCE_SECONDS.series)} == set()
     later = {contract.MODEL_REQUESTS.series, contract.RELEASE_REQUESTS.series}  # of single models and names
     shown = {series.partition("{")[0] for series in watched.at_start}
     assert {spec.series for spec in contract.METRICS if spec.kind != "histogram"} - shown == later

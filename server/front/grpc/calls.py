@@ -281,14 +281,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     def _count(self, method: Method, status: int, call: Call) -> None:
         """Count a call; those of a stream are counted by what it answers each message."""
         if not method.is_open and (method.stream is None or status != CLIENT_GONE):
-            self._note(method.protocol, status, time.monotonic() - call.started)
+            self._note(method.protocol, status, time.monotonic() - call.started, call.id)
 
-    def _note(self, protocol: str, status: int, seconds: float) -> None:
+    def _note(self, protocol: str, status: int, seconds: float, request_id: bytes = b"") -> None:
         series = self._answered.get((protocol, status))
         if series is None:
             series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
         series.answers.inc()
-        series.seconds.observe(seconds)
+        series.seconds.observe_request(seconds, request_id)
 
 
 def _parse(method: Method, raw: bytes) -> Any:
