@@ -18,6 +18,7 @@ import uvloop
 from server.access.tls import open_tls
 from server.front.app import App
 from server.front.dataplane import DataPlane
+from server.front.finished_jobs import FinishedJobs
 from server.front.releases import Releases
 from server.front.worker_client import WorkerLink, connect_to_worker
 from server.http_listener import make_listener
@@ -42,6 +43,7 @@ from server.metrics import FrontMetrics
 log = structlog.get_logger()
 
 SWEEP_S = 0.1
+JOBS_FOLDER = "finished_jobs"  #: of finished jobs, within the server's own
 RECONNECT_S = 0.1
 LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -182,6 +184,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
         app = App(settings, metrics)
         app.plane.expected, app.plane.supervisor = assignment.workers, member.channel
         app.plane.suspects.channel = member.channel
+        app.plane.finished_jobs = FinishedJobs(Path(assignment.folder, JOBS_FOLDER))
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug

@@ -233,8 +233,9 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
+                folder, count = str(self._folder.path), len(self.workers)
                 journal = self._folder.make("jobs") if child.has_output else ""
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc), journal)
+                return FrontAssignment(self.settings, child.index, cores, count, folder, dict(child.grpc), journal)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():
