@@ -218,6 +218,19 @@ class ScrapeMetrics(Operation[str]):
 # --- the supervisor asks a front ------------------------------------------------------------------------------------
 
 
+class Exemplar(Struct, frozen=True):
+    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted."""
+
+    labels: dict[str, str]
+    request_id: str
+    seconds: float
+    at: float
+
+
+class ListExemplars(Operation[list[Exemplar]]):
+    """Examples of the requests in the buckets of `inference_request_seconds`."""
+
+
 class ConnectWorkers(Operation[None]):
     """Be connected to these workers and to no others: socket path by worker index. Answered at once."""
 
@@ -272,7 +285,7 @@ class AwaitConnections(Operation[None]):
 
 
 AskedOfFront: TypeAlias = (
-    Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
+    Ping | Drain | ScrapeMetrics | ListExemplars | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
 )
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------
