@@ -39,6 +39,7 @@ from server.routes.example_requests import NoExample, make_forecast_example
 from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.console.routes import list_console_routes
 from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
@@ -115,6 +116,7 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
         *list_release_routes(supervisor.releases),
         *list_docs_routes(supervisor.settings, addresses),
         *_list_status_routes(supervisor),
+        *list_console_routes(supervisor.workers, operations),
     ]
     routes += _list_model_server_routes(supervisor)
     handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}

@@ -7,6 +7,7 @@ import msgspec
 from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name, parse_versioned_name
 from server.access_log import ArrivalBuffer
+from server.contract import JSON
 from server.errors import Refused, Situation, situation_of
 from server.ipc.control import ControlError
 from server.ipc.handler_calls import CallTooLong, Pairs
@@ -22,17 +23,20 @@ from server.ipc.operations import (
     Ping,
     PinModel,
     ReadArchive,
+    ReadSample,
     ReloadModel,
     ScrapeMetrics,
     SetBatching,
     SetQuarantine,
     SetReplicas,
     TakeAccessLog,
+    TryModel,
     UnloadModel,
     UnpinModel,
 )
 from server.worker.archive_facts import ArchiveReader
 from server.worker.code_descriptions import CodeDescriptions
+from server.worker.inner_requests import InnerRequests
 from server.worker.sandbox.code_host import CodeHost
 from server.worker.step_loop import StepLoop
 
@@ -52,7 +56,8 @@ class Management:
         patience_s: float,
     ) -> None:
         self._steps, self._arrivals, self._archives, self._code = steps, arrivals, archives, code
-        self._descriptions = CodeDescriptions(steps, patience_s)
+        self._requests = InnerRequests(steps, patience_s)
+        self._descriptions = CodeDescriptions(self._requests)
 
     def __repr__(self) -> str:
         """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
@@ -89,6 +94,10 @@ class Management:
                 return None
             case DescribeByCode(model, headers):
                 return await self._describe(parse_model_name(model), headers)
+            case ReadSample(model):
+                return await self._archives.read_sample(parse_model_name(model))
+            case TryModel(model, body):
+                return await self._try(parse_model_name(model), body)
             case SetBatching(models, whole):
                 if self._code is not None:
                     self._code.follow_batching(models, whole=whole)
@@ -115,6 +124,13 @@ class Management:
             return await self._descriptions.ask(model, headers)
         except CallTooLong as error:
             raise ControlError(str(error), Situation.BAD_REQUEST) from error
+        except Refused as refused:
+            raise ControlError(str(refused), refused.situation) from refused
+
+    async def _try(self, model: ModelName, body: bytes) -> bytes:
+        """Answer a request of an operator as one of a client."""
+        try:
+            return await self._requests.ask(model, body, JSON)
         except Refused as refused:
             raise ControlError(str(refused), refused.situation) from refused
 
