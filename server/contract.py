@@ -240,6 +240,13 @@ UNDER_WAY: Final = MetricSpec(
     "Requests that fronts have sent to a worker, or hold for it, and that are not answered",
     ("worker",),
 )
+ASYNC_INVOCATIONS: Final = MetricSpec(
+    "counter",
+    "async_invocations",
+    "Asynchronous invocations, by result: accepted, done (the answer is written) or failed",
+    ("result",),
+)
+ASYNC_UNDER_WAY: Final = MetricSpec("gauge", "async_invocations_under_way", "Asynchronous invocations that wait or run")
 WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts requests, else 0", WORKER_LABELS)
 WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)
 ACCESS_LOG_ROWS: Final = MetricSpec(

@@ -172,6 +172,15 @@ class ReleaseSeries(NamedTuple):
     seconds: Histogram
 
 
+class AsyncSeries(NamedTuple):
+    """Of asynchronous invocations: how many were accepted, answered and failed, and how many are under way."""
+
+    accepted: Counter
+    done: Counter
+    failed: Counter
+    under_way: Gauge
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -182,6 +191,9 @@ class FrontMetrics:
         self.registry.register(self._requests)
         self.registry.register(self._seconds)
         self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
+        counted = _make_counter(contract.ASYNC_INVOCATIONS, self.registry)
+        accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
+        self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 

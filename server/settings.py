@@ -316,6 +316,18 @@ class Settings(BaseSettings):
         description="location of the answers to SageMaker's asynchronous invocations, s3://bucket/prefix, below which "
         "their inputs lie too; apart from `store`; empty: such requests are answered with 400",
     )
+    async_jobs: int = Field(
+        1024,
+        ge=1,
+        le=10_000,
+        description="maximum asynchronous invocations under way; above it: `overload_status`",
+    )
+    async_jobs_per_client: int = Field(
+        256,
+        ge=1,
+        le=10_000,
+        description="maximum of these of one client, by its token, key or certificate; above it: `overload_status`",
+    )
     overload_status: Literal[503, 429] = Field(503, description="status code of the response when a queue is full")
     request_timeout_s: Seconds = Field(
         contract.REQUEST_TIMEOUT_S, description="default and maximum deadline of a request"

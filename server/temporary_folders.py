@@ -51,7 +51,7 @@ def remove_abandoned(base: Path, prefix: str) -> list[Path]:
             found = folder.lstat()
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 continue
-            with _hold_if_unused(folder / LOCK_FILE) as unused:
+            with hold_if_unused(folder / LOCK_FILE) as unused:
                 if unused:
                     shutil.rmtree(folder, ignore_errors=True)
                     removed.append(folder)
@@ -59,7 +59,7 @@ def remove_abandoned(base: Path, prefix: str) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _hold_if_unused(lock: Path) -> Iterator[bool]:
+def hold_if_unused(lock: Path) -> Iterator[bool]:
     """Whether nobody holds the lock; it is held meanwhile. Raises OSError where there is no such file.
 
     A process that is just starting has a folder without a lock file for a moment: such a folder is left alone.

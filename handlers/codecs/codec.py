@@ -370,7 +370,8 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
 def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
     """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products.
 
-    `needs_start`: whether a forecast depends on when it begins.
+    `needs_start`: whether a forecast depends on when it begins. `paths`: sample paths that the network draws itself; 0:
+    none, so that samples of its steps are independent.
     """
     return {
         **describe_forecast(forecast),
@@ -381,6 +382,7 @@ def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
         "unit": forecast.unit,
         "needs_start": bool(forecast.origin) or any(channel.source == "calendar" for channel in forecast.inputs),
         "step_s": parse_step_seconds(forecast.frequency),
+        "paths": forecast.paths or 0,
     }
 
 

@@ -91,6 +91,10 @@ class Tokens:
         """Whether at least one token has the scope."""
         return any(scope in token.scopes for token in self._tokens)
 
+    def find_named(self, name: str) -> Token | None:
+        """The token of this name; None where there is none."""
+        return next((token for token in self._tokens if token.name == name), None)
+
     def find(self, authorization: bytes | None) -> Token:
         """The token that the Authorization header shows. Raises Unauthorized.
 

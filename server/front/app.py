@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import structlog
@@ -18,11 +19,13 @@ from server import contract
 from server.access.tls import CLIENT_NAME
 from server.contract import raw_header
 from server.errors import Refused, Situation
+from server.front.asynchronous.journal import Journal
 from server.front.auth.permissions import open_permissions
 from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
+from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
@@ -111,6 +114,25 @@ class App:
         """The series of answers with this status, found once."""
         series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
         return series
+
+    # --- asynchronous invocations -----------------------------------------------------------------------------------
+
+    def keep_jobs(self, folder: Path) -> "asyncio.Task[None] | None":
+        """Keep accepted invocations in the server's folder, and go on with those of fronts that die.
+
+        Returns the task that looks for these; None where no dialect accepts any. Raises OSError.
+        """
+        for dialect in self._dialects:
+            if isinstance(dialect, SageMakerStreams):
+                journal = Journal(folder, self._settings.async_jobs, self._settings.async_jobs_per_client)
+                jobs = dialect.keep_jobs(journal, self._metrics)
+                return asyncio.create_task(jobs.take_over(self.plane.background, self._find_plane))
+        return None
+
+    def _find_plane(self, token: str) -> InferencePlane:
+        """The plane of who has shown the token of this name. Raises Refused if it is none any more."""
+        found = self._permissions.find_named(token) if token and self._permissions is not None else None
+        return make_plane(self.plane, found, self.releases)
 
     # --- the request ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ from collections.abc import Coroutine
 
 from server.errors import Refused, Situation
 
-MOST_JOBS = 1024  #: that wait or run in one front
 LAST_WORDS_S = 5.0  #: in which jobs that were cancelled may say so
 
 
@@ -21,15 +20,18 @@ class BackgroundJobs:
         self._stopping: asyncio.Task[None] | None = None
 
     def __repr__(self) -> str:
-        """For example `<BackgroundJobs 12 of 1024>`."""
-        return f"<BackgroundJobs {len(self._jobs)} of {MOST_JOBS}>"
+        """For example `<BackgroundJobs 12 under way>`."""
+        return f"<BackgroundJobs {len(self._jobs)} under way>"
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the front was told to stop."""
+        return self._stopping is not None
 
     def check(self) -> None:
-        """Raises Refused where no job may start: there are too many, or the front stops."""
+        """Raises Refused where no job may start, because the front stops. Whoever starts jobs bounds their number."""
         if self._stopping is not None:
             raise Refused(Situation.NOT_READY, "the server is stopping; try again")
-        if len(self._jobs) >= MOST_JOBS:
-            raise Refused(Situation.OVERLOADED, f"{MOST_JOBS} asynchronous requests wait in this front; try again")
 
     def start(self, job: Coroutine[None, None, None]) -> None:
         """Run a job, for which there is room by `check`. It catches its own errors and, once, its cancellation."""

@@ -18,6 +18,7 @@ from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.background import BackgroundJobs
 from server.front.backlog import Bounds, NoAdmission
+from server.front.finished_jobs import FinishedJobs
 from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
@@ -237,8 +238,10 @@ class InferencePlane(Protocol):
 
     held: HeldBytes
     background: BackgroundJobs
+    finished_jobs: FinishedJobs
     registrations: Registrations
     forecasters: "dict[ModelName, None]"
+    token_name: str  #: of the token that the client has shown; empty where it showed none
 
     @property
     def expected(self) -> int:
@@ -272,7 +275,7 @@ class PlaneInFront:
 
     def __init__(self, plane: InferencePlane) -> None:
         self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
-        self.background = plane.background
+        self.background, self.finished_jobs, self.token_name = plane.background, plane.finished_jobs, plane.token_name
         self._plane = plane
 
     @property
@@ -325,7 +328,7 @@ class DataPlane:
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
-        self.background = BackgroundJobs()
+        self.background, self.finished_jobs, self.token_name = BackgroundJobs(), FinishedJobs(None), ""
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}

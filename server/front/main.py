@@ -9,6 +9,7 @@ import ctypes
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Protocol, assert_never
 
 import structlog
@@ -17,6 +18,7 @@ import uvloop
 from server.access.tls import open_tls
 from server.front.app import App
 from server.front.dataplane import DataPlane
+from server.front.finished_jobs import FinishedJobs
 from server.front.releases import Releases
 from server.front.worker_client import WorkerLink, connect_to_worker
 from server.http_listener import make_listener
@@ -39,6 +41,7 @@ from server.metrics import FrontMetrics
 log = structlog.get_logger()
 
 SWEEP_S = 0.1
+JOBS_FOLDER = "finished_jobs"  #: of finished jobs, within the server's own
 RECONNECT_S = 0.1
 LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -149,6 +152,17 @@ def return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
+def _keep_jobs(app: App, folder: str) -> "asyncio.Task[None] | None":
+    """What looks for jobs of fronts that have died; None where this front accepts none."""
+    if not folder:
+        return None
+    try:
+        return app.keep_jobs(Path(folder))
+    except OSError as error:  # the folder of temporary files is full or gone: all else can be served
+        log.error("async_jobs_not_kept", error=str(error))  # noqa: TRY400 -- the disk's fault
+        return None
+
+
 async def main(control_fd: int, listen_fd: int) -> None:
     """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
     member = ChildChannel(AskedOfFront)
@@ -163,6 +177,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
         app = App(settings, metrics)
         app.plane.expected, app.plane.supervisor = assignment.workers, member.channel
         app.plane.suspects.channel = member.channel
+        app.plane.finished_jobs = FinishedJobs(Path(assignment.folder, JOBS_FOLDER))
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
@@ -170,6 +185,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
     server = make_listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
     front = Front(app, server, metrics)
     sweeper = asyncio.create_task(front.sweep())
+    keeper = _keep_jobs(app, assignment.journal)
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
     member.serve(front.handle)
     await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
@@ -179,6 +195,8 @@ async def main(control_fd: int, listen_fd: int) -> None:
     app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
     await app.plane.background.wait_ended()
     sweeper.cancel()
+    if keeper is not None:
+        keeper.cancel()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
+    folder: str = ""  #: private to this server, and gone when it is
     grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
+    journal: str = ""  #: the folder of accepted asynchronous invocations; empty where none are accepted
 
 
 class WorkerAssignment(Struct, frozen=True):

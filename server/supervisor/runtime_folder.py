@@ -45,6 +45,12 @@ class RuntimeFolder:
             self._lock = hold_lock(self.path)
         return str(self.path / name)
 
+    def make(self, name: str) -> str:
+        """The path of a folder in it, which is there. Raises OSError."""
+        folder = Path(self.socket(name))
+        make_private_folder(folder)
+        return str(folder)
+
     def close(self) -> None:
         """Remove it with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -224,7 +224,9 @@ class Supervisor:
         match operation:
             case JoinAsFront():
                 cores = front_cores(self.host.cores, self.plans)
-                return FrontAssignment(self.settings, child.index, cores, len(self.workers), dict(child.grpc))
+                folder, count = str(self._folder.path), len(self.workers)
+                journal = self._folder.make("jobs") if child.has_output else ""
+                return FrontAssignment(self.settings, child.index, cores, count, folder, dict(child.grpc), journal)
             case JoinAsWorker():
                 return self._worker_assignment(child)
             case Ready():

@@ -1,16 +1,19 @@
 """boto3's asynchronous invocations, unmodified, of a real server that writes to a real S3."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import httpx
 import pytest
 from botocore.exceptions import ClientError
 
 from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import Server, run_server
-from tests.patience import wait_until
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -26,12 +29,17 @@ def output(s3: S3Server) -> str:
 
 
 @pytest.fixture(scope="module")
-def house(s3: S3Server, output: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of one model with a bucket for answers."""
-    bucket = s3.bucket()
+def bucket(s3: S3Server) -> str:
+    """The store of the server."""
+    return s3.bucket()
+
+
+@pytest.fixture(scope="module")
+def house(s3: S3Server, bucket: str, output: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of one model and two fronts with a bucket for answers."""
     s3.put(bucket, MODEL, pack_hourly(1))
     folder = tmp_path_factory.mktemp("async")
-    settings: dict[str, Any] = {"async_output": f"s3://{output}/desk", "model_cache_bytes": "64MiB"}
+    settings: dict[str, Any] = {"async_output": f"s3://{output}/desk", "model_cache_bytes": "64MiB", "fronts": 2}
     with run_server(s3, folder, f"s3://{bucket}", **settings) as server:
         yield server
 
@@ -109,6 +117,83 @@ def test_what_cannot_be_accepted_is_a_plain_error(house: Server, output: str) ->
             client.invoke_endpoint_async(EndpointName=MODEL, ContentType="application/json", **arguments)
         assert part in str(refused.value), arguments
         assert refused.value.response["Error"]["Code"] == "ValidationError"
+
+
+def kill_fronts(house: Server) -> None:
+    """SIGKILL all fronts; new ones are up, and have found the worker, when this returns."""
+    killed = {row["pid"] for row in house.processes("front")}
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    wait_until(
+        lambda: all(row["up"] and row["pid"] not in killed for row in house.processes("front")),
+        "new fronts are up",
+    )
+    wait_until(lambda: all(is_ready(house) for _ in range(20)), "both have found the worker")
+
+
+def is_ready(house: Server) -> bool:
+    """Whether the front that a new connection reaches can ask a worker."""
+    with httpx.Client(timeout=PATIENCE_S, trust_env=False) as http:
+        return http.get(f"{house.url}/ready").is_success
+
+
+def count_jobs(house: Server, result: str) -> float:
+    """The jobs that have come to this, in fronts that are up."""
+    return house.total("fleetcast_async_invocations_total", result=result)
+
+
+def test_every_job_of_a_killed_front_is_answered_or_failed(
+    house: Server, s3: S3Server, bucket: str, output: str
+) -> None:
+    """All fronts die while the model's archive is on its way; each job has one object, written once."""
+    s3.put(bucket, "slow.mar", pack_hourly(2))
+    s3.put(output, "desk/in/slow.json", BODY)
+    client = house.client(attempts=None)
+    done, failed = count_jobs(house, "done"), count_jobs(house, "failed")
+    inputs: list[dict[str, Any]] = [
+        {"Body": BODY},
+        {"InputLocation": f"s3://{output}/desk/in/slow.json"},
+        {"Body": b'{"instances":[{}]}'},
+    ]
+    with s3.hold(f"{bucket}/slow.mar", times=100):
+        sent = [
+            client.invoke_endpoint_async(EndpointName="slow.mar", ContentType="application/json", **each)
+            for each in inputs * 5
+        ]
+        under_way = "fleetcast_async_invocations_under_way"
+        wait_until(lambda: house.total(under_way) == len(sent), "all are under way")
+        kill_fronts(house)
+    kinds = ["FailureLocation" if i % 3 == 2 else "OutputLocation" for i in range(len(sent))]
+    found = [read_when_written(s3, each[kind]) for each, kind in zip(sent, kinds, strict=True)]
+    plain = client.invoke_endpoint(EndpointName="slow.mar", ContentType="application/json", Body=BODY)["Body"].read()
+    for each, kind, data in zip(sent, kinds, found, strict=True):
+        assert data == plain if kind == "OutputLocation" else (b"start" in data and b"error_code" in data)
+        keys = [each[kind].removeprefix(f"s3://{output}/") for kind in ("OutputLocation", "FailureLocation")]
+        assert sorted(len(s3.seen("PUT", key)) for key in keys) == [0, 1]
+    wait_until(lambda: count_jobs(house, "done") - done == 10, "ten are counted as done")
+    wait_until(lambda: count_jobs(house, "failed") - failed == 5, "five are counted as failed")
+    wait_until(lambda: house.total(under_way) == 0, "none is under way")
+
+
+def test_a_front_that_dies_while_it_writes_leaves_its_answer_to_the_next(
+    house: Server, s3: S3Server, output: str
+) -> None:
+    """The samples are drawn anew by every call: the model is asked once, and what is written twice is the same."""
+    wanted = {"output_types": ["samples"], "num_samples": 10}
+    body = json.dumps({**json.loads(BODY), "configuration": wanted}).encode()
+    rows = house.total("fleetcast_inference_batch_rows_sum")
+    with s3.hold("desk/held.json") as released:
+        sent = house.client(attempts=None).invoke_endpoint_async(
+            EndpointName=MODEL, ContentType="application/json", Body=body, Filename="held.json"
+        )
+        wait_until(lambda: not any(fault.times for fault in s3.faults), "the answer is being written")
+        kill_fronts(house)
+        before = read_when_written(s3, sent["OutputLocation"])
+        released.set()
+        wait_until(lambda: len(s3.seen("PUT", "desk/held.json")) == 2, "the first one is written too")
+    assert read_when_written(s3, sent["OutputLocation"]) == before
+    assert json.loads(before)["predictions"][0]["samples"]
+    assert house.total("fleetcast_inference_batch_rows_sum") - rows == 1
 
 
 def test_what_is_not_answered_when_the_server_stops_has_failed(

@@ -146,6 +146,7 @@ def test_a_model_that_is_gone_in_the_middle_is_an_error_of_boto3(house: Server, 
     assert house.fleet("unload", name).is_success
     with pytest.raises(EventStreamError) as broken:
         parts.extend(read_part(event) for event in events)
+    answer["Body"].close()
     assert broken.value.response["Error"]["Code"] == "ModelStreamError"
     assert "au/leaving.mar" in str(broken.value)
     assert 1 <= len(parts) < LARGE_LINES

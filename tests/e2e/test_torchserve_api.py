@@ -4,12 +4,14 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from botocore.exceptions import EventStreamError
 
 from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.e2e.server import Server, run_server
@@ -190,6 +192,26 @@ def test_an_answer_in_parts_arrives_while_it_is_made(server: Server) -> None:
     large = server.http.send(ask_parts(server, "large"))
     assert large.text.endswith("x" * 1000000 + "end")
     assert server.http.send(ask_parts(server, "now")).text == f"{home};xend"
+
+
+def test_a_response_stream_has_a_frame_for_each_part(server: Server) -> None:
+    """boto3 reads the first while the handler waits, and raises what fails behind it."""
+    pytest.importorskip("ts")
+    client = server.client()
+    wanted = {"EndpointName": "f", "InferenceComponentName": "code/parts.mar", "ContentType": "application/json"}
+    answer = client.invoke_endpoint_with_response_stream(Body=b'"wait"', **wanted)
+    events = iter(answer["Body"])
+    home = next(events)["PayloadPart"]["Bytes"].decode().removesuffix(";")
+    assert answer["ContentType"] == "text/event-stream"
+    assert answer["ResponseMetadata"]["HTTPHeaders"]["x-made-by"] == "parts"
+    (Path(home) / "go").write_text("")
+    assert b"".join(event["PayloadPart"]["Bytes"] for event in events) == b"xend"
+    with closing(client.invoke_endpoint_with_response_stream(Body=b'"fail"', **wanted)["Body"]) as failing:
+        events = iter(failing)
+        assert next(events)["PayloadPart"]
+        with pytest.raises(EventStreamError, match="ModelStreamError"):
+            next(events)
+    client.close()
 
 
 def test_half_of_an_answer_in_parts_is_no_answer(server: Server) -> None:

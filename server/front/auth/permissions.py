@@ -35,7 +35,7 @@ class PermittedPlane(PlaneInFront):
 
     def __init__(self, plane: InferencePlane, token: Token) -> None:
         super().__init__(plane)
-        self._token = token
+        self._token, self.token_name = token, token.name
 
     def __repr__(self) -> str:
         """For example `<PermittedPlane <Token desk-au: invoke of au/> over <DataPlane ...>>`."""
@@ -117,6 +117,14 @@ class Permissions:
         except Unauthorized as error:
             either = ", or sign the request with an access key" if self._signatures is not None else ""
             raise Refused(Situation.UNAUTHORIZED, f"{error}{either}") from None
+        require(token, None)
+        return token
+
+    def find_named(self, name: str) -> Token:
+        """The token of this name, by which a request has come before. Raises Refused(FORBIDDEN) if it has gone."""
+        token = None if self._tokens is None else self._tokens.current.find_named(name)
+        if token is None:
+            raise Refused(Situation.FORBIDDEN, f"the token {name} is not one of this server's any more")
         require(token, None)
         return token
 

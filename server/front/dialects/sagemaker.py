@@ -150,7 +150,7 @@ class SageMaker:
             raise
         headers = _make_headers(request)
         if response.head is not None:
-            headers = await _add_code_headers(headers, response)
+            headers = await add_code_headers(headers, response)
         return HttpReply(200, response.content_type, response.body, headers, response.stats, response)
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
@@ -221,7 +221,7 @@ class SageMaker:
         return name
 
 
-async def _add_code_headers(headers: Headers, response: InferResponse) -> Headers:
+async def add_code_headers(headers: Headers, response: InferResponse) -> Headers:
     """The headers with those of an archive's code, which replace ours. Raises Refused for a status of no success."""
     assert response.head is not None, "who asks has told the code of the request"
     status = response.head.status

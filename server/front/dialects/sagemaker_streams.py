@@ -22,7 +22,8 @@ from server.contract import JSON, raw_header
 from server.errors import Refused, Situation
 from server.front.asynchronous.bucket import Bucket
 from server.front.asynchronous.calls import MOST_BODY_BYTES, read_call
-from server.front.asynchronous.jobs import AsyncJobs, Job
+from server.front.asynchronous.jobs import AsyncJobs
+from server.front.asynchronous.journal import JobRecord, Journal
 from server.front.chunks import Chunks, Ending
 from server.front.dataplane import (
     HALF_ANSWER,
@@ -32,13 +33,15 @@ from server.front.dataplane import (
     InferStats,
     add_near_names,
 )
-from server.front.dialects.sagemaker import SageMaker
-from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
+from server.front.dialects.sagemaker import SageMaker, add_code_headers
+from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.forecasting.calls import ForecastCall
 from server.front.forecasting.event_stream import MEDIA, EventWriter, write_exception
 from server.front.forecasting.line_calls import LINES, LineCalls, cut_instances, split_lines
+from server.front.handler_calls import CallDetails
 from server.front.slices import Pacer
 from server.front.worker_client import WorkerLost
+from server.metrics import FrontMetrics
 from server.routes.inference import SAGEMAKER_STREAMS
 from server.settings import Settings
 
@@ -84,8 +87,20 @@ class SageMakerStreams:
             min(int(settings.max_body_bytes), MOST_BODY_BYTES),
             "of an asynchronous invocation, as SageMaker has it; put larger inputs into the bucket",
         )
+        self._settings = settings
         self._bucket = Bucket(settings) if settings.async_output else None
-        self._jobs = AsyncJobs(settings, self._bucket) if self._bucket is not None else None
+        self._jobs: AsyncJobs | None = None
+
+    def keep_jobs(self, journal: Journal, metrics: FrontMetrics) -> AsyncJobs:
+        """Accept asynchronous invocations, which are kept in this journal."""
+        bucket = self._bucket = self._bucket or Bucket(self._settings)
+        self._jobs = AsyncJobs(self._settings, bucket, journal, metrics.async_jobs, self._explain)
+        return self._jobs
+
+    def _explain(self, why: Refused, request_id: bytes) -> bytes:
+        """The failure object: what a caller who had waited would have got."""
+        nobody = HttpRequest("POST", "", {}, asyncio.Event().wait, id=request_id)
+        return self.refused(why, nobody).body
 
     def match(self, method: str, path: str, query: bytes = b"") -> DialectOperation | None:
         """POST to an endpoint's stream, or its queue."""
@@ -102,20 +117,22 @@ class SageMakerStreams:
         """The model's answer in frames, or where it will be written."""
         assert isinstance(operation, EndpointOperation), "`match` makes no other"
         if operation.name == "async-invocations":
-            return self._accept(operation, request, plane)
+            return await self._accept(operation, request, plane)
         return await self._stream(self._sagemaker.find_model(request, operation.endpoint), request, plane)
 
     async def _stream(self, model: ModelName, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """The model's answer in frames, each sent as soon as it is there. Raises Refused, ClientGone."""
         accept = request.headers.get(_ACCEPT, b"").decode("latin-1")[:1024] or request.accept
         origin = (request.arrived, request.id, request.client)
+        told = CallDetails(request.headers, streams=True) if self._settings.allow_code else None
         asked = InferRequest(
-            model, request.body, request.content_type, accept, request.deadline, request.client_gone, *origin
+            model, request.body, request.content_type, accept, request.deadline, request.client_gone, *origin, told
         )
         lines = await _find_lines(asked, request, plane, self._limit)
         stream = _Stream(plane, msgspec.structs.replace(asked, client_gone=None), lines)
+        stream.headers = self._sagemaker.make_headers(request)
         chunks = await Chunks.open(stream.frames(), self._end, request.deadline, request.client_gone)
-        headers = [(_CONTENT_TYPE, stream.content_type.encode()), *self._sagemaker.make_headers(request)]
+        headers = [(_CONTENT_TYPE, stream.content_type.encode()), *stream.headers]
         return HttpReply(OK, MEDIA, b"", headers, stream.stats, chunks=chunks)
 
     def _end(self, why: Refused) -> Ending:
@@ -125,18 +142,19 @@ class SageMakerStreams:
         kind = "InternalStreamFailure" if code is None else "ModelStreamError"
         return Ending(status, write_exception(kind, why.detail.say(), code))
 
-    def _accept(self, operation: EndpointOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
+    async def _accept(self, operation: EndpointOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
         """Start an asynchronous invocation, and say where its answer will be. Raises Refused."""
-        if self._bucket is None or self._jobs is None:
+        if self._bucket is None:
             message = "asynchronous invocations are not served: this server has no bucket to write answers to"
             raise Refused(Situation.BAD_REQUEST, f"{message} (async_output); call /endpoints/NAME/invocations")
         model = self._sagemaker.find_model(request, operation.endpoint)
         if not plane.permits(model):
             raise Refused(Situation.FORBIDDEN, f"the token does not allow to ask {model}")
         call = read_call(request, self._bucket)
-        nobody = HttpRequest("POST", request.path, {}, asyncio.Event().wait, id=request.id)
-        job = Job(call, model, request.body, plane, time.monotonic(), request.id, request.client)
-        self._jobs.accept(job, lambda why: self.refused(why, nobody).body)
+        if self._jobs is None:
+            raise Refused(Situation.NOT_READY, "this front cannot keep asynchronous requests: its log says why")
+        origin = (time.monotonic(), request.id, request.client, plane.token_name)
+        await self._jobs.accept(JobRecord(call, model, bytes(request.body), *origin), plane)
         headers = [
             (_OUTPUT_LOCATION, f"{self._bucket.url}/{call.output}".encode()),
             (_FAILURE_LOCATION, f"{self._bucket.url}/{call.failure}".encode()),
@@ -150,11 +168,15 @@ class SageMakerStreams:
 
 
 class _Stream:
-    """One answer on its way. `content_type` and `stats` are the first response's, once the first frame is there."""
+    """One answer on its way. `content_type` and `stats` are the first response's, once the first frame is there.
+
+    `headers`: those of the reply, with what an archive's code has set.
+    """
 
     def __init__(self, plane: InferencePlane, asked: InferRequest, lines: Sequence[bytes] | None) -> None:
         self._plane, self._asked, self._lines = plane, asked, lines
         self.content_type, self.stats = "", cast("InferStats | None", None)
+        self.headers: Headers = []
 
     def __repr__(self) -> str:
         """For example `<_Stream of au/NSW1.mar, application/jsonlines>`."""
@@ -168,7 +190,7 @@ class _Stream:
                 async for frames in self._write(await self._infer()):
                     yield frames
                 return
-            asked = msgspec.structs.replace(self._asked, content_type=LINES, accept=LINES)
+            asked = msgspec.structs.replace(self._asked, content_type=LINES, accept=LINES, call=None)
             async with aclosing(LineCalls(self._plane, asked, self._lines).answers()) as answers:
                 async for response in answers:
                     async for frames in self._write(response):
@@ -183,21 +205,33 @@ class _Stream:
 
     async def _write(self, response: InferResponse) -> AsyncGenerator[bytes]:
         """The frames of one response. A part of it that is not read is given up."""
+        if response.head is not None:
+            try:
+                self.headers = await add_code_headers(self.headers, response)
+            except Refused:
+                response.cancel()
+                raise
         if not self.content_type:
             self.content_type, self.stats = response.content_type, response.stats
         writer = EventWriter(lines=response.content_type.startswith(LINES))
-        try:
-            if frames := writer.write(response.body):
-                yield frames
-            async for part in response.parts():
-                if frames := writer.write(part):
+        async with aclosing(response.stream() if response.is_streamed else _list_pieces(response)) as pieces:
+            async for piece in pieces:
+                if frames := writer.write(piece):
                     yield frames
-        except WorkerLost:
-            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
-        finally:
-            response.cancel()
         if frames := writer.finish():
             yield frames
+
+
+async def _list_pieces(response: InferResponse) -> AsyncGenerator[bytes]:
+    """The pieces of an answer that a worker has whole. What is not read is given up. Raises Refused."""
+    try:
+        yield response.body
+        async for part in response.parts():
+            yield part
+    except WorkerLost:
+        raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
+    finally:
+        response.cancel()
 
 
 async def _find_lines(
