@@ -24,7 +24,7 @@ from server.supervisor.grpc_port import require_grpcio
 LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
 #: Pages that need no token to be read: they hold no data, and a browser sends no token when it opens one.
-OPEN_PAGES = ("/", "/console/console.css", "/console/console.js", "/console/shapes.js")
+OPEN_PAGES = ("/", "/console/console.css", "/console/console.js", "/console/shapes.js", "/console/icon.svg")
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
 READING = ("GET", "HEAD", "OPTIONS")  #: methods that change nothing

@@ -128,11 +128,14 @@ class Management:
             raise ControlError(str(refused), refused.situation) from refused
 
     async def _try(self, model: ModelName, body: bytes) -> bytes:
-        """Answer a request of an operator as one of a client."""
+        """Answer a request of an operator as one of a client. A refusal says its place in the message."""
         try:
             return await self._requests.ask(model, body, JSON)
         except Refused as refused:
-            raise ControlError(str(refused), refused.situation) from refused
+            instance, field = refused.detail.instance, refused.detail.field
+            place = [*([] if instance is None else [f"instances[{instance}]"]), *([field] if field else [])]
+            where = f"{'.'.join(place)}: " if place else ""
+            raise ControlError(f"{where}{refused}", refused.situation) from refused
 
     async def _pin(self, model: str) -> str:
         """Load first: a name that cannot be loaded pins nothing."""

@@ -81,7 +81,7 @@ function summarise(before, now) {
   const share = (tier) => (now.cache_capacity_bytes[tier] ? 100 * (now.cache_bytes[tier] || 0) / now.cache_capacity_bytes[tier] : null);
   return {
     "requests a second": [change(before, now, "requests", (code) => code < 400) / seconds, change(before, now, "requests", (code) => code >= 400) / seconds],
-    "time, ms": [milliseconds(quantile(times, 0.5)), milliseconds(quantile(times, 0.99))],
+    "request time, ms": [milliseconds(quantile(times, 0.5)), milliseconds(quantile(times, 0.99))],
     "cache hits, %": [asked ? 100 * change(before, now, "cache_requests", (result) => result === "hit") / asked : null],
     "load time, ms": load ? [milliseconds(quantile(load, 0.5)), milliseconds(quantile(load, 0.99))] : [null, null],
     "rows a batch": [mean(subtract(before.batch_rows, now.batch_rows))],
@@ -92,7 +92,7 @@ function summarise(before, now) {
 }
 
 const LEGENDS = {
-  "requests a second": ["answered", "failed"], "time, ms": ["p50", "p99"], "load time, ms": ["p50", "p99"],
+  "requests a second": ["answered", "failed"], "request time, ms": ["p50", "p99"], "load time, ms": ["p50", "p99"],
   "memory in use, %": ["device", "disk"],
 };
 
@@ -305,14 +305,20 @@ async function showModel(name) {
   if (open !== name) return;
   showTable("versions", kept.versions.map((each) => ({ version: each.version, bytes: each.bytes,
     "served at": new Date(each.served_at * 1e3).toISOString().slice(0, 19) + "Z", held: each.held ? "by a rollback" : "" })));
+  [...at("versions").querySelectorAll("tbody tr")].forEach((line, i) => {
+    const button = make("button", "Serve it", make("td", undefined, line));
+    button.type = "button";
+    button.addEventListener("click", () => act("rollback", name, "?version=" + encodeURIComponent(kept.versions[i].version)));
+  });
 }
 
 function showTable(id, rows) {
   if (!rows.length) { at(id).replaceChildren(make("p", "None.")); return; }
   const table = make("table"), head = make("tr", undefined, make("thead", undefined, table));
-  for (const name of Object.keys(rows[0])) make("th", name, head).scope = "col";
+  for (const [name, value] of Object.entries(rows[0])) make("th", name, head, typeof value === "number" ? "number" : "").scope = "col";
+  const lines = make("tbody", undefined, table);
   for (const row of rows) {
-    const line = make("tr", undefined, table);
+    const line = make("tr", undefined, lines);
     for (const value of Object.values(row)) make("td", value ?? "", line, typeof value === "number" ? "number" : "");
   }
   at(id).replaceChildren(table);

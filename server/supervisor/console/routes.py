@@ -25,7 +25,12 @@ from server.supervisor.request_bodies import read_body
 from server.supervisor.workers import Workers
 
 MAX_TRIAL_BYTES = 1024 * 1024  #: of a request that an operator tries
-FILES = {"console.css": "text/css", "console.js": "text/javascript", "shapes.js": "text/javascript"}
+FILES = {
+    "console.css": "text/css",
+    "console.js": "text/javascript",
+    "shapes.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
 _FOLDER = Path(__file__).parent
 
 
