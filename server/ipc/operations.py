@@ -320,6 +320,19 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class ReadSample(Operation[bytes]):
+    """The request of the archive's golden sample as JSON, empty without one. It is fetched for that, but not loaded."""
+
+    model: str
+
+
+class TryModel(Operation[bytes]):
+    """The model's answer to this JSON body, as a client would get it."""
+
+    model: str
+    body: bytes
+
+
 class DescribeByCode(Operation[bytes]):
     """What the code of an archive says of itself, asked with these headers."""
 
@@ -478,6 +491,8 @@ AskedOfWorker: TypeAlias = (
     | DescribeByCode
     | SetBands
     | TakeForecasts
+    | ReadSample
+    | TryModel
 )
 
 
