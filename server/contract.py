@@ -37,6 +37,7 @@ OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
 MODEL_NAME_PARAMETER: Final = b"model_name"  #: of the query of that path, as archived model servers have it
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
+ACTUALS_PATH: Final = "/v1/actuals"  #: takes observed prices of many models
 PREDICTIONS_PATH: Final = "/predictions"  #: with the model in the path, as TorchServe and Multi Model Server have it
 OPEN_INFERENCE_MODELS_PATH: Final = "/v2/models"  #: with the model in the path
 CONTAINER_MODELS_PATH: Final = "/models"  #: of a SageMaker container; with a model in the path and `/invoke`
@@ -48,6 +49,8 @@ MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the thre
 PROCESSES_PATH: Final = "/fleet/processes"
 OPENAPI_PATH: Final = "/openapi.json"  #: on the management listener, as the page below
 DOCS_PATH: Final = "/docs"
+ACCURACY_PATH: Final = "/fleet/accuracy"  #: what observed prices say of forecasts, as JSON
+ACCURACY_PAGE_PATH: Final = "/accuracy"  #: the same as a page
 EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 
@@ -251,6 +254,45 @@ WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts 
 WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)
 ACCESS_LOG_ROWS: Final = MetricSpec(
     "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
+)
+ACTUALS: Final = MetricSpec(
+    "counter", "actuals", "Observed prices by result: paired, repeated or unmatched", ("result",)
+)
+FORECASTS_KEPT: Final = MetricSpec(
+    "counter",
+    "forecasts_kept",
+    "Forecasts that wait for prices, by result: kept, overlapping (of one that is kept) or dropped (no room)",
+    ("result",),
+)
+PAIRED_PRICES: Final = MetricSpec(
+    "counter",
+    "paired_prices",
+    "Observed prices that were forecast, for as many models as actuals_metrics allows; the rest is `other`",
+    ("model",),
+)
+BAND_HITS: Final = MetricSpec(
+    "counter", "band_hits", "Of these prices, those inside the band that promises this share", ("model", "band")
+)
+BAND_COVERAGE: Final = MetricSpec(
+    "gauge", "band_coverage", "Share of prices inside the band on the last 28 days with prices", ("model", "band")
+)
+PINBALL_TO_NAIVE: Final = MetricSpec(
+    "gauge",
+    "pinball_to_naive",
+    "Pinball loss on the same days divided by that of the naive forecast; of `other` the mean of the models",
+    ("model",),
+)
+DRIFT: Final = MetricSpec(
+    "gauge",
+    "forecast_drift",
+    "1 for 14 days with prices after an alarm of the drift test; of `other` the sum",
+    ("model",),
+)
+DRIFT_ALARMS: Final = MetricSpec(
+    "counter",
+    "forecast_drift_alarms",
+    "Alarms of the drift test, of which at most one in ten years a model is false where days are alike",
+    ("model",),
 )
 
 LOG_LINES_DROPPED: Final = MetricSpec(

@@ -4,7 +4,7 @@ A codec belongs to one loaded archive and holds no state of a request. Every wro
 wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -15,7 +15,7 @@ import numpy as np
 
 from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, open_inference_requests, tensors
-from handlers.codecs.calibration import BandCalibration
+from handlers.codecs.calibration import AnsweredLevels, BandCalibration
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
@@ -65,12 +65,14 @@ class DecodedCall:
     Rows that were decoded to a place lie there and have its shape.
 
     `encode` raises RunFailed if the outputs are not finite, but for JSON Lines it encodes an error for each such line.
-    `numbers` is about the number of values in a forecast's answer, and 0 for tensors.
+    `numbers` is about the number of values in a forecast's answer, and 0 for tensors. `answered`: the levels that
+    `encode` has answered, where the codec keeps them.
     """
 
     rows: Float32
     encode: Callable[[Float32], Encoded]
     numbers: int = 0
+    answered: Sequence[AnsweredLevels] = ()
 
     @property
     def seconds(self) -> float:
@@ -149,6 +151,11 @@ class FamilyCodec:
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
+    @property
+    def adaptable(self) -> DeepAr | None:
+        """What adapts its bands to observed prices; None where it answers tensors, or has no band of one product."""
+        return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
+
     def describe(self, *, whole: bool = False) -> dict[str, object]:
         """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
 
@@ -217,7 +224,7 @@ class FamilyCodec:
             text = encode(_check_finite("predictions", outputs)).decode()
             return open_inference.write_answer(call, model, {DEEPAR_OUTPUT: np.array([[text]], object)})
 
-        return DecodedCall(rows, encode_text, encode.numbers)
+        return DecodedCall(rows, encode_text, encode.numbers, encode.answered)
 
     def _describe_tensors(self) -> bytes:
         if self._deepar is None:
@@ -234,7 +241,12 @@ class FamilyCodec:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
         rows = put_rows(rows, place)
-        return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
+        return DecodedCall(
+            rows,
+            lambda outputs: (encode(_check_finite("predictions", outputs)), JSON),
+            encode.numbers,
+            encode.answered,
+        )
 
     def _lines(self, body: bytes, sent: str, wanted: str, place: Place | None) -> DecodedCall:
         """Decode JSON Lines. Only the answer of a line whose outputs are not finite is an error."""
@@ -242,7 +254,8 @@ class FamilyCodec:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
         rows = put_rows(rows, place)
-        return DecodedCall(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
+        write = lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES)  # noqa: E731
+        return DecodedCall(rows, write, encode.numbers, encode.answered)
 
     def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:
@@ -370,7 +383,8 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
 def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
     """Describe all that a forecast request must know, for clients: covariates by name and order, levels, products.
 
-    `needs_start`: whether a forecast depends on when it begins.
+    `needs_start`: whether a forecast depends on when it begins. `paths`: sample paths that the network draws itself; 0:
+    none, so that samples of its steps are independent.
     """
     return {
         **describe_forecast(forecast),
@@ -381,6 +395,7 @@ def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
         "unit": forecast.unit,
         "needs_start": bool(forecast.origin) or any(channel.source == "calendar" for channel in forecast.inputs),
         "step_s": parse_step_seconds(forecast.frequency),
+        "paths": forecast.paths or 0,
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
-from handlers.codecs.calibration import BandCalibration
+from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds, make_calibration
 from handlers.codecs.clock import add_offset, find_jumps
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
 from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
@@ -21,6 +21,7 @@ from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
 LEVEL_TOLERANCE = 1e-9  #: how far a level may lie outside the trained range: clients compute 1 - 0.9 and send that
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
@@ -56,10 +57,14 @@ class InstanceRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Encodes the outputs of the network as the body of an answer, which has about `numbers` values."""
+    """Encodes the outputs of the network as the body of an answer, which has about `numbers` values.
+
+    `answered`: what it has encoded, where the archive keeps that (`DeepAr.keeps_levels`); empty before.
+    """
 
     write: Callable[[Float32], bytes]
     numbers: int
+    answered: list[AnsweredLevels]
 
     def __call__(self, outputs: Float32) -> bytes:
         """Encode finite outputs [n, *network's]. Raises RunFailed if the prices of an output overflow."""
@@ -80,7 +85,8 @@ class DeepAr:
         Raises ArchiveInvalid if the input recipe cannot be run.
         """
         self._forecast, self._budget, self._calibration = forecast, budget, calibration
-        self._most = float(np.finfo(np.float32).max) / (calibration.growth if calibration else 1)
+        self._own_calibration = calibration  #: that of the archive
+        self.keeps_levels = False  #: whether encoders say what they have answered
         self._reader = RequestReader(forecast.products)
         self._inputs = Inputs(forecast)
         self._trained = np.array(forecast.trained_levels)
@@ -103,6 +109,28 @@ class DeepAr:
         """The record of the archive."""
         return self._forecast
 
+    @property
+    def is_adaptable(self) -> bool:
+        """Whether `adapt` can shift its levels."""
+        return make_calibration(self._forecast) is not None
+
+    @property
+    def calibration_identity(self) -> str:
+        """A name of the archive's own calibration; empty if it has none."""
+        return "" if self._own_calibration is None else self._own_calibration.identity
+
+    def adapt(self, offsets: Float32 | None) -> None:
+        """Shift levels by these offsets [rows, levels] too, in place of those given before; None: by the archive's own.
+
+        Safe while other threads encode: an answer has the offsets of before or after. Only if `is_adaptable`.
+        """
+        own = self._own_calibration
+        if offsets is not None:
+            start = make_calibration(self._forecast) if own is None else own
+            assert start is not None, "only adaptable archives are adapted"
+            own = start.add(offsets)
+        self._calibration = own
+
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode a body into rows [n, channels, context] and the encoder of finite outputs [n, *network's].
 
@@ -119,15 +147,16 @@ class DeepAr:
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
             asked.append(InstanceRequest(request.configuration, levels, first, instance.item_id))
-        write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
-        return rows, Encode(write, self._numbers(asked))
+        answered = list[AnsweredLevels]()
+        write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs, answered)})  # noqa: E731
+        return rows, Encode(write, self._numbers(asked), answered)
 
     def decode_lines(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode JSON Lines, with an answer per line. The answer of a line that cannot be answered is an error.
 
         Raises RequestError for a body without lines, and for more than MAX_ROWS or the budget allow.
         """
-        lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
+        lines, answered = body.removesuffix(b"\n").split(b"\n", MAX_ROWS), list[AnsweredLevels]()
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
         rows, asked, errors = self._allocate(len(lines)), list[InstanceRequest](), dict[int, RequestError]()
@@ -142,11 +171,11 @@ class DeepAr:
                 asked.append(InstanceRequest(line.configuration, levels, first, line.item_id))
 
         def encode(outputs: Float32) -> bytes:
-            answers = iter(self._each(asked, outputs))
+            answers = iter(self._each(asked, outputs, answered))
             found = [_make_error_prediction(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
             return b"".join(write_json(each) + b"\n" for each in found)
 
-        return rows[: len(asked)], Encode(encode, self._numbers(asked))
+        return rows[: len(asked)], Encode(encode, self._numbers(asked), answered)
 
     def _allocate(self, count: int) -> Float32:
         """Allocate rows [count, channels, context]. Raises RequestError for more than the budget allows."""
@@ -159,11 +188,13 @@ class DeepAr:
         series = self._forecast.prediction_length * len(self._forecast.products)
         return series * sum(_numbers_a_step(one) for one in asked)
 
-    def _each(self, asked: Sequence[InstanceRequest], outputs: Float32) -> Iterator[Prediction]:
+    def _each(
+        self, asked: Sequence[InstanceRequest], outputs: Float32, answered: list[AnsweredLevels]
+    ) -> Iterator[Prediction]:
         """Predict instances with their own configurations; only the failing ones are errors."""
         for i, one in enumerate(asked):
             try:
-                yield from self._predictions([one], outputs[i : i + 1])
+                yield from self._predictions([one], outputs[i : i + 1], answered)
             except RunFailed as failed:
                 yield {"error": {"code": "model_failed", "message": str(failed)}}
 
@@ -191,10 +222,16 @@ class DeepAr:
         asked = [_parse_level(text, self._trained) for text in configuration.quantiles]
         return _interpolate_levels(configuration.quantiles, np.array(asked), self._trained)
 
-    def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
-        """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration."""
+    def _predictions(
+        self, asked: Sequence[InstanceRequest], outputs: Float32, answered: list[AnsweredLevels]
+    ) -> list[Prediction]:
+        """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration.
+
+        Their levels are added to `answered`, if they are kept.
+        """
         drawn = self._prices(outputs, asked)
         prices = np.sort(drawn, axis=-1)
+        answered += self._keep_levels(prices, asked)
         configuration, levels = asked[0].configuration, asked[0].levels
         kinds = configuration.output_types
         means = (prices @ self._mean).astype(np.float32)
@@ -228,6 +265,18 @@ class DeepAr:
             predictions.append(answer)
         return predictions
 
+    def _keep_levels(self, prices: Float64, asked: Sequence[InstanceRequest]) -> Iterator[AnsweredLevels]:
+        """Give the levels of prices [n, prediction, levels] by slots of the wall clock, all of them."""
+        if not self.keeps_levels:
+            return
+        levels = prices.astype(np.float32).tobytes()
+        size = len(levels) // len(prices)
+        for i, one in enumerate(asked):
+            start, steps = count_seconds(one.first.stamp), one.first.steps
+            if steps is not None and len(steps):  # slots before the first step, which the clock has skipped
+                start -= int(steps[0]) * self._inputs.step_s
+            yield AnsweredLevels(start, levels[i * size : (i + 1) * size])
+
     def _marginal(self, prices: Float64, first: FirstStep) -> dict[str, object]:
         """Encode the prices [D?, prediction, levels] of one instance as `handlers.codecs.joint` reads them."""
         values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
@@ -253,11 +302,13 @@ class DeepAr:
             prices = from_network(numbers, forecast.scaler)
         if forecast.residual_to:
             prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
-        if not (np.abs(prices) <= self._most).all():
+        calibration = self._calibration  # which `adapt` may replace meanwhile
+        if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
-        if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
-            prices = np.sort(self._clip(prices), axis=-1)
-            prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
+        if calibration is not None:  # it has learnt from sorted prices within floor and cap
+            prices = self._clip(prices)
+            prices.sort(axis=-1)  # they are this call's own: `from_network` and `clip` make new arrays
+            prices = calibration.shift(prices, [one.first.stamp for one in asked])
         return self._clip(prices)
 
     def _clip(self, prices: Float64) -> Float64:

@@ -56,6 +56,10 @@ class BacktestFlags:
             help="column that forecasts the same price, such as an operator's, to score beside; may contain {target}",
         ),
     ] = ""
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="also replay the windows with adaptive bands, as `serve --actuals` has them"),
+    ] = False
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False
 
@@ -73,8 +77,9 @@ def backtest(flags: BacktestFlags) -> None:
     WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
-    Diebold and Mariano. Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit
-    code is 1 when some markets could not be scored.
+    Diebold and Mariano. With --online a second table has the coverage of each band as it is and as it would be if a
+    server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
+    on: `fleetcast train --train-until`. The exit code is 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)
@@ -100,6 +105,8 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
     from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
 
+    if flags.online and flags.url:
+        raise ValueError("--online replays in this process: leave out --url")
     settings = settings_from({"store": flags.models} if flags.models else {})
     first, last = parse_moment("--from", flags.since), parse_moment("--until", flags.until)
     most = flags.windows if flags.windows is not None else 0 if first else WINDOWS
@@ -108,12 +115,15 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
     rules = price_flags.make_file_rules(flags.interval_ending, flags.stamps_zone, flags.time_format, flags.item)
     rolling = Rolling(flags.every, most, first, last)
     with show_progress("scoring") as told:
-        return backtest_fleet(flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against)
+        asked = (flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against)
+        return backtest_fleet(*asked, online=flags.online)
 
 
 def _print_scores(found: "Backtest") -> None:
     """Print the table of scores, what a calibration has changed, and the comparison with a column."""
     rich.print(_make_score_table(found))
+    if any(each.online is not None for each in found.markets):
+        rich.print(_make_online_table(found))
     for each in found.markets:
         if each.uncalibrated is not None:
             after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
@@ -142,4 +152,24 @@ def _make_score_table(found: "Backtest") -> Table:
     if len(found.markets) > 1:
         table.add_section()
         table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
+    return table
+
+
+def _make_online_table(found: "Backtest") -> Table:
+    """A table of the coverage of each band, fixed and adaptive, and of the pinball loss."""
+    scored = [(each.target, each.online) for each in found.markets if each.online is not None]
+    promised = sorted({band.nominal for _, online in scored for band in online.bands})
+    table = Table("adaptive bands", *(f"in {each:.0%}" for each in promised), "pinball", "change", "drift alarms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for target, online in scored:
+        bands = {band.nominal: f"{100 * band.fixed:.1f} > {100 * band.adaptive:.1f}" for band in online.bands}
+        change = online.pinball_adaptive / online.pinball_fixed - 1 if online.pinball_fixed else 0.0
+        table.add_row(
+            verbatim(target),
+            *(bands.get(each, "-") for each in promised),
+            f"{online.pinball_fixed:.3f} > {online.pinball_adaptive:.3f}",
+            f"{change:+.1%}",
+            str(online.drift_alarms),
+        )
     return table

@@ -6,7 +6,7 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Protocol, cast
 
@@ -18,6 +18,7 @@ from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
 from server.errors import Detail, Refused, Situation
 from server.front.background import BackgroundJobs
 from server.front.backlog import Bounds, NoAdmission
+from server.front.finished_jobs import FinishedJobs
 from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
@@ -27,12 +28,15 @@ from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Partial, Response, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.operations import (
+    ActualsReply,
     KnownModel,
     ListKnownModels,
     LoadForClient,
     ManagementReply,
     ManageModels,
+    ObservedPrices,
     Operation,
+    RecordActuals,
     Reply,
     UnloadForClient,
 )
@@ -48,6 +52,7 @@ LOOK_S = 0.05  #: between two looks for names that a client may have meant
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_RECORDING = 4  #: calls with prices, each 10,000 objects in this process and in the supervisor
 MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
 CONTROL_REFUSED = (
     "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
@@ -212,9 +217,14 @@ class HeldBytes:
         """For example `<HeldBytes 12000 of 1000000>`."""
         return f"<HeldBytes {self.size} of {self._limit}>"
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be held."""
+        return self.size <= self._limit
+
     def check(self) -> None:
         """Raises Refused while there are too many."""
-        if self.size > self._limit:
+        if not self.has_room:
             raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
 
     @contextlib.contextmanager
@@ -237,6 +247,7 @@ class InferencePlane(Protocol):
 
     held: HeldBytes
     background: BackgroundJobs
+    finished_jobs: FinishedJobs
     registrations: Registrations
     forecasters: "dict[ModelName, None]"
     token_name: str  #: of the token that the client has shown; empty where it showed none
@@ -267,13 +278,16 @@ class InferencePlane(Protocol):
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer to who manages models on this listener. Raises Refused."""
 
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices, all of them or none. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
 
     def __init__(self, plane: InferencePlane) -> None:
         self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
-        self.background, self.token_name = plane.background, plane.token_name
+        self.background, self.finished_jobs, self.token_name = plane.background, plane.finished_jobs, plane.token_name
         self._plane = plane
 
     @property
@@ -306,6 +320,10 @@ class PlaneInFront:
         """The supervisor's answer. Raises Refused."""
         return await self._plane.manage(request, deadline)
 
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        return await self._plane.record_actuals(items, deadline)
+
 
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
@@ -322,11 +340,12 @@ class DataPlane:
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
         self._managing = 0
+        self._recording = 0
         self._look_after = 0.0  # when near names are looked for again
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
         self.forecasters: dict[ModelName, None] = {}
-        self.background, self.token_name = BackgroundJobs(), ""
+        self.background, self.finished_jobs, self.token_name = BackgroundJobs(), FinishedJobs(None), ""
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
@@ -388,6 +407,17 @@ class DataPlane:
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
         return await self._ask_supervisor(request, deadline)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        if self._recording >= MOST_RECORDING:
+            message = f"{MOST_RECORDING} calls with prices are under way here; try again"
+            raise Refused(Situation.OVERLOADED, message, retry_ms=1000)
+        self._recording += 1
+        try:
+            return await self._ask_supervisor(RecordActuals(list(items)), deadline)
+        finally:
+            self._recording -= 1
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""

@@ -18,6 +18,7 @@ import uvloop
 from server.access.tls import open_tls
 from server.front.app import App
 from server.front.dataplane import DataPlane
+from server.front.finished_jobs import FinishedJobs
 from server.front.releases import Releases
 from server.front.worker_client import WorkerLink, connect_to_worker
 from server.http_listener import make_listener
@@ -40,6 +41,7 @@ from server.metrics import FrontMetrics
 log = structlog.get_logger()
 
 SWEEP_S = 0.1
+JOBS_FOLDER = "finished_jobs"  #: of finished jobs, within the server's own
 RECONNECT_S = 0.1
 LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
 _M_MMAP_THRESHOLD = -3  # mallopt(3)
@@ -122,7 +124,7 @@ class Front:
         while (path := self._wanted.get(worker)) is not None and worker not in self._linked:
             try:
                 pulse = PulseReader(path + SUFFIX)
-                link = await connect_to_worker(path, worker, self._lost)
+                link = await connect_to_worker(path, worker, self._lost, self._app.plane.held)
             except OSError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
@@ -175,6 +177,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
         app = App(settings, metrics)
         app.plane.expected, app.plane.supervisor = assignment.workers, member.channel
         app.plane.suspects.channel = member.channel
+        app.plane.finished_jobs = FinishedJobs(Path(assignment.folder, JOBS_FOLDER))
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
@@ -189,6 +192,9 @@ async def main(control_fd: int, listen_fd: int) -> None:
     if not serving.done():
         server.stop(ORPHAN_S)
         await serving
+    for link in app.plane.links.values():
+        if link.lent is not None:
+            link.lent.return_all()
     app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
     await app.plane.background.wait_ended()
     sweeper.cancel()

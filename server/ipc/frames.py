@@ -111,6 +111,10 @@ class Credit(_Frame, tag=5):
     room: Count
 
 
+class Held(_Frame, tag=6):
+    """From a front: no further request for the model of the lend `id` follows. See `server.ipc.lends`."""
+
+
 class Partial(_Frame, tag=7):
     """A part of an answer that is sent while it is made, before its response; see `server.ipc.part_streams`.
 
@@ -122,7 +126,7 @@ class Partial(_Frame, tag=7):
     head: bytes = b""
 
 
-Frame = Request | Data | Response | Cancel | Credit | Partial
+Frame = Request | Data | Response | Cancel | Credit | Held | Partial
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode

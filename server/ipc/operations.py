@@ -7,6 +7,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
+from server.bands.adaptive_offsets import BandShape
+from server.bands.book import Price
+from server.bands.market import AnsweredForecast
 from server.host import WorkerPlan
 from server.settings import Settings
 
@@ -27,6 +30,7 @@ class FrontAssignment(Struct, frozen=True):
     index: int
     cores: tuple[int, ...]
     workers: int  #: how many the server has, up or not
+    folder: str = ""  #: private to this server, and gone when it is
     grpc: dict[str, str] = {}  #: where a gRPC front listens for which services; others are given a socket
     journal: str = ""  #: the folder of accepted asynchronous invocations; empty where none are accepted
 
@@ -157,6 +161,35 @@ class ManageModels(Operation[ManagementReply]):
     body: bytes
 
 
+class ObservedPrices(Struct, frozen=True):
+    """Prices of one model, under the name by which clients ask it."""
+
+    model: str
+    prices: list[Price]
+
+
+class PairedCounts(Struct, frozen=True):
+    """How many prices of one model were paired with a forecast, had been before, and were not forecast."""
+
+    paired: int
+    repeated: int
+    unmatched: int
+
+
+class ActualsReply(Struct, frozen=True):
+    """Counts by item. `unheard`: workers that have not said that they follow; they have 0 requests or end."""
+
+    counts: list[PairedCounts]
+    adapted: bool
+    unheard: list[int]
+
+
+class RecordActuals(Operation[ActualsReply]):
+    """Observed prices. Answered when they are on the disk, and all workers follow what they change."""
+
+    items: list[ObservedPrices]
+
+
 AskedByFront: TypeAlias = (
     JoinAsFront
     | Ready
@@ -167,6 +200,7 @@ AskedByFront: TypeAlias = (
     | ListKnownModels
     | LoadForClient
     | UnloadForClient
+    | RecordActuals
 )
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
@@ -387,6 +421,31 @@ class TakeAccessLog(Operation[AccessLogRows]):
     """The rows since the last time. They are then the supervisor's."""
 
 
+class BandOffsets(Struct, frozen=True):
+    """Offsets float32 [rows, levels] for archives of this shape."""
+
+    shape: BandShape
+    offsets: bytes
+
+
+class SetBands(Operation[None]):
+    """How the bands of these archives are shifted from now on; an empty list: not. `whole`: and no others are."""
+
+    models: dict[str, list[BandOffsets]]
+    whole: bool
+
+
+class KeptLevels(Struct, frozen=True):
+    """Forecasts that were answered, and how many more had no room."""
+
+    forecasts: list[AnsweredForecast]
+    dropped: int
+
+
+class TakeForecasts(Operation[KeptLevels]):
+    """The forecasts that were answered since the last time. They are then the supervisor's."""
+
+
 AskedOfWorker: TypeAlias = (
     Ping
     | ScrapeMetrics
@@ -404,6 +463,8 @@ AskedOfWorker: TypeAlias = (
     | SetReplicas
     | AwaitReplicas
     | DescribeByCode
+    | SetBands
+    | TakeForecasts
 )
 
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from handlers.base import Float32
-from handlers.codecs.calibration import HOUR, count_rows
+from handlers.codecs.calibration import count_rows
 from handlers.codecs.features import DAY, Float64, parse_step_seconds
 from handlers.evaluation.conformal import TooFewScores, calibrate_rolling, choose_band, estimate_offsets
 from handlers.evaluation.scores import Scores, Steps
@@ -43,6 +43,7 @@ from server.offline.rolling_windows import (
     add_known_series,
     count_unseen,
     forecast_windows,
+    list_hours_of_windows,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
@@ -180,15 +181,6 @@ def _pack(archive: Archive, spec: Spec, members: Mapping[str, bytes], golden: Go
     if archive.mar is not None:
         name, version = archive.mar.model.model_name or name, archive.mar.model.model_version or version
     return pack_archive(spec, members, model_name=name, model_version=version, golden=golden)
-
-
-def list_hours_of_windows(found: WindowForecasts) -> Steps:
-    """List the hour of the day [W, H] of each forecast step, on the wall clock of the series."""
-    start = found.series.start
-    begin = start.hour * HOUR + start.minute * 60 + start.second
-    step_s = round(found.series.step.total_seconds())
-    hours: Steps = (begin + found.steps * step_s) % DAY // HOUR
-    return hours
 
 
 def _compare_rolling(found: WindowForecasts, hours: Steps, rows: int, days: int) -> tuple[Scores | None, Scores | None]:

@@ -18,6 +18,7 @@ from handlers.evaluation.scores import (
 )
 from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
 from handlers.training.time_series import Series
+from server.offline.online_bands import OnlineScores
 from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
@@ -57,7 +58,8 @@ class MarketScore:
     """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
 
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
-    same windows before the archive's calibration; None if it has none.
+    same windows before the archive's calibration; None if it has none. `online`: what adaptive bands would change; None
+    if that was not asked.
     """
 
     target: str
@@ -74,6 +76,7 @@ class MarketScore:
     notes: tuple[str, ...] = ()
     uncalibrated: float | None = None
     against: PointComparison | None = None  #: the archive's median beside a column of the file, if one was asked for
+    online: OnlineScores | None = None
 
 
 def score_forecasts(

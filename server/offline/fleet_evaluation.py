@@ -5,7 +5,7 @@ A market that fails is reported, and the others continue. A store that cannot be
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
+from server.offline.online_bands import score_online
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
@@ -104,11 +105,13 @@ def backtest_fleet(
     report_progress: Progress,
     rules: FileRules = PLAIN,
     against: str = "",
+    *,
+    online: bool = False,
 ) -> Backtest:
     """Forecast and score the windows of all markets, several at a time.
 
-    `against` is a column, in whose name {target} may stand, that is scored beside them. Raises LoadError,
-    SeriesInvalid, OSError, and ValueError without such a column.
+    `against` is a column, in whose name {target} may stand, that is scored beside them. `online`: replay them with
+    adaptive bands as well. Raises LoadError, SeriesInvalid, OSError, and ValueError without such a column.
     """
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
@@ -124,7 +127,8 @@ def backtest_fleet(
         before = measure_uncalibrated(model, series, origins)
         other = columns[target][against.replace("{target}", target)] if against else None
         notes = list_notes(found, model)
-        return score_forecasts(found, forecast.unit, notes, before, other), make_fan_chart(found)
+        score = score_forecasts(found, forecast.unit, notes, before, other)
+        return replace(score, online=score_online(model, found) if online else None), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

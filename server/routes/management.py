@@ -17,6 +17,7 @@ _VERBS = {
     "release": "Let a model that is in quarantine run again",
     "rollback": "Serve the version that served before",
     "follow": "Follow the store again",
+    "forget": "Forget the model's forecasts, scores and adaptive bands",
 }
 
 FLEET = Protocol(
@@ -35,6 +36,11 @@ FLEET = Protocol(
         Route("GET", "/fleet/overview", "overview", "What the fleet is doing, in counts since the server's start"),
         Route("POST", contract.EVENTS_PATH, "events", "What a store says of changed archives", (JSON,),
               statuses=(202,), schema="any_object"),
+        Route("GET", contract.ACCURACY_PATH, "accuracy", "Coverage, loss and drift of the models of which prices came",
+              query=(*_PAGE, ("days", "1: with the scores of each day"))),
+        Route("GET", contract.ACCURACY_PAGE_PATH, "accuracy-page", "The same as a page", gives=("text/html",)),
+        Route("GET", f"{contract.ACCURACY_PAGE_PATH}/{{file}}", "accuracy-page", "What the page needs",
+              gives=("text/css",)),
         Route("GET", contract.PING_PATH, "ping", "Whether the process runs"),
         Route("GET", contract.READY_PATH, "ready", "Whether requests are served, by worker", statuses=(200, 503)),
         Route("GET", contract.OPENAPI_PATH, "openapi", "This document"),

@@ -75,6 +75,24 @@ SCHEMAS: Mapping[str, Schema] = {
         "required": ["requests"],
         "properties": {"requests": {"type": "array", "items": _ITEM}, "configuration": _CONFIGURATION},
     },
+    "actuals_body": {
+        "type": "object",
+        "required": ["actuals"],
+        "properties": {
+            "actuals": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["target_model", "stamps", "prices"],
+                    "properties": {
+                        "target_model": _TEXT,
+                        "stamps": {"type": "array", "items": _TEXT, "examples": [["2026-01-01 00:00:00"]]},
+                        "prices": {"type": "array", "items": {"type": ["number", "null"]}},
+                    },
+                },
+            }
+        },
+    },
     "v2_infer": {
         "type": "object",
         "required": ["inputs"],
@@ -115,6 +133,11 @@ SCHEMAS: Mapping[str, Schema] = {
             "h": {"type": "integer", "minimum": 1},
             "freq": _TEXT,
             "level": {"type": "array", "items": {"type": "number"}},
+            "n_windows": {"type": "integer", "minimum": 1},
+            "detection_size": {"type": "integer", "minimum": 1},
+            "multivariate": {"type": "boolean"},
+            "n_paths": {"type": "integer", "minimum": 1, "maximum": 10_000},
+            "seed": {"type": ["integer", "null"]},
         },
     },
     "mlflow_body": {

@@ -15,6 +15,7 @@ from server.ipc.operations import (
     AskedOfWorker,
     AwaitReplicas,
     DescribeByCode,
+    KeptLevels,
     ListModels,
     ListVersions,
     LoadModel,
@@ -24,13 +25,16 @@ from server.ipc.operations import (
     ReadArchive,
     ReloadModel,
     ScrapeMetrics,
+    SetBands,
     SetBatching,
     SetQuarantine,
     SetReplicas,
     TakeAccessLog,
+    TakeForecasts,
     UnloadModel,
     UnpinModel,
 )
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.archive_facts import ArchiveReader
 from server.worker.code_descriptions import CodeDescriptions
 from server.worker.sandbox.code_host import CodeHost
@@ -40,7 +44,7 @@ from server.worker.step_loop import StepLoop
 class Management:
     """Answers operations from the step loop and the rows for the access log, which is None where none is kept.
 
-    `code` is None where no code may run; it is waited for `patience_s` seconds.
+    `code` is None where no code may run; it is waited for `patience_s` seconds. `bands` is None where no bands adapt.
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class Management:
         archives: ArchiveReader,
         code: CodeHost | None,
         patience_s: float,
+        bands: AdaptiveBands | None = None,
     ) -> None:
         self._steps, self._arrivals, self._archives, self._code = steps, arrivals, archives, code
-        self._descriptions = CodeDescriptions(steps, patience_s)
+        self._descriptions, self._bands = CodeDescriptions(steps, patience_s), bands
 
     def __repr__(self) -> str:
         """For example `<Management of <StepLoop <Cache ...>, <Scheduler ...>>>`."""
@@ -81,6 +86,7 @@ class Management:
             case UnloadModel(model):
                 return await self._steps.unload(parse_versioned_name(model))
             case ListModels(prefix, after, limit, whole):
+                await self._steps.lent.gather_reports()
                 return msgspec.convert(self._steps.describe(prefix, after, limit, whole=whole), list[ModelState])
             case ListVersions(after, limit):
                 return self._steps.list_versions(after, limit)
@@ -99,9 +105,17 @@ class Management:
             case AwaitReplicas(model):
                 return await self._steps.replicas.wait_settled(parse_model_name(model))
             case ScrapeMetrics():
+                await self._steps.lent.gather_reports()
                 return self._steps.render_metrics()
             case TakeAccessLog():
+                await self._steps.lent.gather_reports()
                 return AccessLogRows(*(("", 0, 0) if self._arrivals is None else self._arrivals.take()))
+            case SetBands(models, whole):
+                if self._bands is not None:
+                    self._bands.follow(models, whole=whole)
+                return None
+            case TakeForecasts():
+                return KeptLevels([], 0) if self._bands is None else self._bands.take()
             case Ping():
                 return repr(self._steps)
             case _:

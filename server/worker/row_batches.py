@@ -165,7 +165,7 @@ class RowBatches:
             inputs.keep(call.rows)
             running.append(job)
             encoders.append(call.encode)
-            job.call = None
+            job.call, job.answered = None, call.answered
         return running, encoders
 
     def pace(self, model: RowModel) -> Pace:
@@ -250,6 +250,7 @@ def answer_rows(
         with counts.timing("decode_s"):
             call = model.codec.decode(job.request.body, job.request.content_type, job.request.accept)
         yield
+    job.answered = call.answered
     found, at = [np.empty((0, *model.family.output_shape), np.float32)], 0
     while at < len(call.rows):
         if job.done or time.monotonic() > job.deadline:

@@ -25,7 +25,7 @@ DONE = "installed"  #: written last: an environment without it was left half-mad
 
 def make_environment(*packages: str) -> Path:
     """The Python of an environment with these packages. Skips the test where the package index cannot be reached."""
-    variables = _keep_variables()
+    variables = keep_variables()
     name = blake2b(f"{sys.version} {' '.join(packages)}".encode(), digest_size=6).hexdigest()
     folder = FOLDER / f"{packages[0].split('=')[0]}-{name}"
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ def run_script(python: Path, script: str, *arguments: str, **variables: str) -> 
         text=True,
         timeout=PATIENCE_S,
         check=False,
-        env={**_keep_variables(), **variables, "NO_PROXY": "*"},
+        env={**keep_variables(), **variables, "NO_PROXY": "*"},
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _keep_variables() -> dict[str, str]:
+def keep_variables() -> dict[str, str]:
     """Ours without those of the test's own environment, whose packages would be taken for the client's."""
     return {name: value for name, value in os.environ.items() if not name.startswith((*OWN_VARIABLES, "PYTHON"))}

@@ -36,3 +36,23 @@ def pack_hourly(seed: int, *, features: tuple[str, ...] = (), calendar: bool = F
     tensors = random_tensors(build_family("tcn", config), seed)
     parts = ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=recipe)
     return pack_model(Kind.FORECASTER, parts, model_name=f"hourly-{seed}")
+
+
+def pack_paths(seed: int) -> bytes:
+    """An archive whose network draws 16 paths."""
+    config = {"features": 2, "context_length": HISTORY, "prediction_length": HORIZON, "hidden": 8, "paths": 16}
+    recipe = ForecastSpec(
+        frequency="1h",
+        context_length=HISTORY,
+        prediction_length=HORIZON,
+        quantile_levels=(0.1, 0.5, 0.9),
+        inputs=(
+            InputChannel(source="target"),
+            InputChannel(source="seed"),
+        ),
+        scaler=Scaler(kind="linear", center=60.0, scale=20.0),
+        paths=16,
+    )
+    tensors = random_tensors(build_family("deepar", config), seed)
+    parts = ArchiveParts(tensors=tensors, architecture="deepar", config=config, forecast=recipe)
+    return pack_model(Kind.FORECASTER, parts, model_name=f"paths-{seed}")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from handlers.evaluation.correlation import estimate_gaussian
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
 from tests.e2e.clients import INSTALL_S, make_environment, run_script
-from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
+from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly, pack_paths
 from tests.e2e.server import ROOT, Server, run_server
 from tests.patience import PATIENCE_S
 from tests.s3 import S3Server
@@ -20,7 +21,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 PLAIN, DEMAND, TIMELESS, PAIR = "au/NSW1.mar", "au/demand.mar", "au/timeless.mar", "au/pair.mar"
-OTHER, JOINT = "au/QLD1.mar", "joint.mar"
+OTHER, JOINT, PATHS, MIXED = "au/QLD1.mar", "joint.mar", "au/paths.mar", "mixed.mar"
 RECORDED = [json.loads(line) for line in (ROOT / "tests" / "golden" / "nixtla.jsonl").read_text().splitlines()]
 VERSIONS = ("0.7.3", "0.8.0", "0.9.0")
 #: What is refused on purpose, by the call that was recorded: the status, and a word of the reason.
@@ -28,7 +29,7 @@ REFUSED = {
     "forecast(df, h=24) default model": (404, "model='au/NSW1.mar'"),
     "forecast(.., feature_contributions=True)": (501, "feature contributions"),
     "forecast(.., hist_exog_list=['demand'])": (400, "X_df"),
-    "simulate(df, h=24, n_paths=3)": (501, "jobs"),
+    "simulate(df, h=24, n_paths=3)": (501, "fleetcast correlate"),
 }
 
 SCRIPT = """
@@ -76,6 +77,32 @@ try:
     client.forecast(df, h=24, model="au/demand.mar", freq="h")
 except Exception as error:
     said["lacking"] = str(error)
+if version >= "0.9":
+    asked = {"h": 24, "n_paths": 5, "seed": -7, "freq": "h", "poll_interval": 0.05}
+    for name in ("joint.mar", "au/paths.mar"):
+        drawn, again = (client.simulate(df, model=name, **asked) for _ in range(2))
+        said[name] = {"columns": list(drawn.columns), "rows": len(drawn), "coupled": bool(drawn["coupled"].all()),
+                      "again": bool((drawn["TimeGPT"] == again["TimeGPT"]).all()),
+                      "different": drawn.groupby("sample_id")["TimeGPT"].sum().nunique(),
+                      "ordered": drawn["unique_id"].iloc[:48].tolist() == ["NSW1"] * 24 + ["QLD1"] * 24}
+    try:
+        client.simulate(df, model="au/NSW1.mar", **asked)
+    except Exception as error:
+        said["no paths"] = [type(error).__name__, str(error)]
+    job = client.jobs.forecast(df, h=24, level=[80, 97.5], **given)
+    said["job"] = bool(job.wait(0.05)["TimeGPT"].equals(made["TimeGPT"]))
+    job = client.jobs.cross_validation(df, h=24, n_windows=2, level=[80], **given)
+    said["backtest job"] = bool(job.wait(0.05)["TimeGPT"].equals(tested["TimeGPT"]))
+    asked = {"h": 24, "detection_size": 12, "level": 80, **given}
+    online = client.detect_anomalies_online(df, **asked)
+    said["online job"] = [len(online), bool(client.jobs.detect_anomalies(df, **asked).wait(0.05).equals(online))]
+    try:
+        client.detect_anomalies_online(df, threshold_method="multivariate", **asked)
+    except Exception as error:
+        said["multivariate"] = str(error)
+    job = client.jobs.forecast(df, h=24, **given)
+    job.cancel()
+    said["cancelled"] = job.status.value
 said["models"] = client.list_models() if hasattr(client, "list_models") else None
 print(json.dumps(said))
 """
@@ -100,8 +127,14 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         client.put_object(Bucket=bucket, Key=PAIR, Body=pack_hourly(3, products=2))
         client.put_object(Bucket=bucket, Key=OTHER, Body=pack_hourly(5))
         client.put_object(Bucket=bucket, Key=JOINT, Body=pack_correlation(OTHER, PLAIN))
+        client.put_object(Bucket=bucket, Key=PATHS, Body=pack_paths(6))
+        members = (f"{PAIR}#product1", PLAIN, f"{PAIR}#product0")
+        client.put_object(Bucket=bucket, Key=MIXED, Body=pack_correlation(*members))
+        client.put_object(Bucket=bucket, Key="half.mar", Body=pack_correlation(PLAIN, f"{PAIR}#product0"))
         client.put_object(Bucket=bucket, Key="odd.mar", Body=pack_correlation(PLAIN, DEMAND))
-    with run_server(s3, tmp_path_factory.mktemp("nixtla"), f"s3://{bucket}", model_cache_bytes="64MiB") as server:
+    with run_server(
+        s3, tmp_path_factory.mktemp("nixtla"), f"s3://{bucket}", model_cache_bytes="64MiB", fronts=2
+    ) as server:
         yield server
 
 
@@ -139,6 +172,17 @@ def test_an_unmodified_client_gets_what_its_user_asks(house: Server, version: st
     assert "model='au/NSW1.mar'" in said["unknown"][1]
     assert "demand" in said["lacking"]
     assert said["models"] is None or PLAIN in said["models"]
+    if version < "0.9":
+        return
+    for name, coupled in ((JOINT, True), (PATHS, False)):
+        assert said[name]["columns"] == ["unique_id", "ds", "sample_id", "TimeGPT", "coupled"]
+        assert (said[name]["rows"], said[name]["coupled"], said[name]["again"]) == (2 * 5 * HORIZON, coupled, True)
+        assert (said[name]["different"], said[name]["ordered"]) == (5, True)
+    assert said["no paths"][0] == "ApiError"
+    assert "fleetcast correlate" in said["no paths"][1]
+    assert (said["job"], said["backtest job"], said["cancelled"]) == (True, True, "cancelled")
+    assert said["online job"] == [2 * 12, True]
+    assert "leave out threshold_method" in said["multivariate"]
 
 
 def test_what_clients_sent_is_answered_as_they_need_it(house: Server) -> None:
@@ -238,6 +282,8 @@ def test_series_that_do_not_fit_a_correlation_are_refused(house: Server) -> None
         ({"series": {"y": [1.0] * 48, "sizes": [48], "X": [[1.0] * 48], "X_future": [[1.0] * 24]}}, 400, "series.X"),
         ({"series": {"y": ["a"], "sizes": [1]}}, 400, "series.y[0]: expected a number or null, not text"),
         ({"level": [100]}, 400, "level"),
+        ({"levels": [80]}, 400, "levels: there is no such key; did you mean level?"),
+        ({"series": {"y": [1.0] * 48, "sizes": [48], "start_datetimes": []}}, 400, "series.start_datetimes: there is"),
         ({"finetune_steps": 3}, 501, "not trained"),
         ({"finetuned_model_id": "x"}, 501, "not trained"),
         ({"model_parameters": {"seeds": 1}}, 400, "seeds"),
@@ -261,11 +307,84 @@ def test_the_time_of_an_old_clients_series_can_be_said(house: Server) -> None:
     assert (status, len(found["mean"])) == (200, 24), found
 
 
+def draw(house: Server, model: str, count: int, **more: Any) -> tuple[int, Any]:
+    """The answer of a simulation of so many equal series, fetched by its job's number, or its refusal."""
+    series = {"y": [50.0 + i % 24 for i in range(HISTORY)] * count, "sizes": [HISTORY] * count}
+    series["start_datetime"] = ["2026-01-01T00:00:00"] * count
+    status, found = ask(house, model, "/v2/simulate/async", **{"h": HORIZON, "n_paths": 8, "series": series, **more})
+    if status != 202:
+        return status, found
+    answer = house.http.get(f"{house.url}/v2/simulate/jobs/{found['job_id']}")
+    return answer.status_code, answer.json()["result"]
+
+
+def test_paths_are_those_of_forecasts_samples(house: Server) -> None:
+    """Scenario s of `/v1/forecasts` is path s here, whatever is asked of whom; the horizon cuts it."""
+    y = [50.0 + i % 24 for i in range(HISTORY)]
+    requests = [{"target_model": name, "start": "2026-01-01 00:00:00", "target": y} for name in (OTHER, PLAIN)]
+    configuration = {"joint": True, "correlation": JOINT, "num_samples": 8, "seed": 3, "output_types": ["samples"]}
+    told = house.http.post(f"{house.url}/v1/forecasts", json={"requests": requests, "configuration": configuration})
+    samples = np.array([each["samples"] for each in told.json()["predictions"]])  # [series, path, step]
+    status, found = draw(house, JOINT, 2, seed=3, h=10)
+    assert (status, found["sizes"], found["coupled"]) == (200, [10, 10], True), found
+    np.testing.assert_allclose(np.array(found["samples"]).reshape(8, 2, 10), samples.swapaxes(0, 1)[..., :10])
+
+
+def test_series_drawn_apart_have_noise_of_their_own(house: Server) -> None:
+    """Equal series of one seed get different paths, and the same again in the next call."""
+    status, found = draw(house, PATHS, 2, seed=3)
+    assert (status, found["coupled"]) == (200, False), found
+    paths = np.array(found["samples"]).reshape(8, 2, HORIZON)
+    assert not np.allclose(paths[:, 0], paths[:, 1])
+    assert draw(house, PATHS, 2, seed=3)[1] == found
+    status, found = draw(house, PATHS, 1, n_paths=17)
+    assert (status, "n_paths: the network of au/paths.mar draws 16 paths" in found["detail"]) == (400, True), found
+    status, found = draw(house, DEMAND, 1, n_paths=1)
+    assert (status, "exogenous columns" in found["detail"]) == (400, True), found
+    status, found = draw(house, PLAIN, 1)
+    assert (status, "--architecture deepar" in found["detail"]) == (501, True), found
+
+
+def test_a_correlations_members_may_be_products(house: Server) -> None:
+    """Series come in the order of the members, and a model of two products gets both of its own."""
+    y = [[50.0 + (i + at) % 24 for i in range(HISTORY)] for at in range(3)]
+    pair = ask(house, PAIR, h=24, series={"y": [*y[2], *y[0]], "sizes": [HISTORY] * 2}, multivariate=True)[1]["mean"]
+    plain = ask(house, PLAIN, h=24, series={"y": y[1], "sizes": [HISTORY]})[1]["mean"]
+    status, found = ask(house, MIXED, h=24, series={"y": [*y[0], *y[1], *y[2]], "sizes": [HISTORY] * 3})
+    assert status == 200, found
+    assert found["mean"] == pytest.approx([*pair[HORIZON:], *plain, *pair[:HORIZON]], rel=1e-5)
+    status, found = draw(house, MIXED, 3, seed=1)
+    assert (status, len(found["samples"]), found["coupled"]) == (200, 8 * 3 * HORIZON, True), found
+    longer = {"y": [*range(72)] * 3, "sizes": [72] * 3}
+    status, found = ask(house, MIXED, "/v2/cross_validation", h=24, series=longer, n_windows=1)
+    assert (status, found["sizes"], found["idxs"][::24]) == (200, [24] * 3, [48, 120, 192]), found
+    status, found = ask(house, "half.mar", h=24, series={"y": y[0] * 2, "sizes": [HISTORY] * 2})
+    assert (status, f"but {PAIR} forecasts {PAIR}#product0, {PAIR}#product1 together" in found["detail"]) == (400, True)
+
+
+def test_a_job_is_its_clients_for_a_while(house: Server) -> None:
+    """Any front has its answer, until it is cancelled; other numbers are 404, and a wrong call is refused at once."""
+    body: dict[str, Any] = {"h": 24, "series": {"y": [1.0] * 48, "sizes": [48]}}
+    status, found = ask(house, PLAIN, "/v2/forecast/async", **body)
+    assert status == 202, found
+    url, cancel = (f"{house.url}/v2/{path}" for path in (f"forecast/jobs/{found['job_id']}", "async/jobs/{}/cancel"))
+    cancel = cancel.format(found["job_id"])
+    told = {httpx.get(url, trust_env=False).text for _ in range(8)}  # each by a connection of its own
+    assert len(told) == 1
+    assert json.loads(told.pop())["result"]["mean"] == ask(house, PLAIN, **body)[1]["mean"]
+    assert house.http.post(cancel).json()["status"] == "cancelled"
+    assert [house.http.post(cancel).status_code, house.http.get(url).status_code] == [404, 404]
+    assert house.http.get(f"{house.url}/v2/forecast/jobs/none").status_code == 404
+    assert ask(house, PLAIN, "/v2/forecast/async", h=25, series=body["series"])[0] == 400
+
+
 def test_a_base_url_may_have_a_path_and_other_paths_are_refused(house: Server) -> None:
-    """`/nixtla` before a path is kept by the client and taken here; jobs and training are 501 with the reason."""
+    """`/nixtla` before a path is kept by the client and taken here; training and weights are 501 with the reason."""
     assert house.http.get(f"{house.url}/nixtla/validate_api_key").json()["detail"]
     assert house.http.get(f"{house.url}/nixtla/v2/models").status_code == 200
-    for path in ("/v2/finetune", "/v2/forecast/async", "/v2/explain", "/v2/simulate/async"):
-        answer = house.http.post(f"{house.url}{path}", content=b"{}")
-        assert (answer.status_code, "not done here" in answer.json()["detail"]) == (501, True), path
+    refused = {"finetune": "fleetcast train", "finetune/async": "fleetcast train", "explain/async": "not computed"}
+    refused |= {"simulate": "/v2/simulate/async", "online_anomaly_detection/async": "jobs of simulate, forecast"}
+    for path, words in refused.items():
+        answer = house.http.post(f"{house.url}/v2/{path}", content=b"{}")
+        assert (answer.status_code, words in answer.json()["detail"]) == (501, True), path
     assert house.http.get(f"{house.url}/v2/forecast").status_code == 405

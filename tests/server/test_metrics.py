@@ -8,6 +8,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server import contract
 from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
+from server.settings import Settings
+from server.supervisor.actuals.market_metrics import MarketFamilies
+from server.supervisor.actuals.rollout import ActualsRollout
+from server.supervisor.actuals.service import ActualsService
+from server.supervisor.workers import Workers
 from tests.server.contributing import copied_tree, read_steps, run_in
 
 
@@ -160,11 +165,15 @@ def test_series_of_single_models_die_with_their_worker() -> None:
 def test_the_metrics_are_those_of_the_contract() -> None:
     """Nothing is counted that clients are not told of, nothing is promised that no process counts; labels are equal."""
     counted: dict[str, set[str]] = {}
-    for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), HostMetrics()):
+    host = HostMetrics()
+    host.registry.register(
+        MarketFamilies(ActualsService(Settings.model_validate({"store": "x"}), ActualsRollout(Workers([], 1.0))))
+    )
+    for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), host):
         for collector in list(process.registry._collector_to_names):
             for family in collector.collect():
                 ours: tuple[str, ...] = getattr(collector, "label_names", ())
-                labels: tuple[str, ...] = getattr(collector, "_labelnames", ours)
+                labels: tuple[str, ...] = getattr(collector, "_labelnames", getattr(family, "_labelnames", ours))
                 counted.setdefault(family.name, set()).update(labels)
     promised = {contract.METRIC_PREFIX + spec.name: spec for spec in contract.METRICS}
     assert counted.keys() == promised.keys()

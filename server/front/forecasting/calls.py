@@ -13,7 +13,15 @@ from server.errors import Refused, Situation
 from server.front.dataplane import InferencePlane, InferRequest, add_near_names
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
-from server.front.forecasting.recipes import Recipe, read_inputs, read_products, read_recipe, unite_recipes
+from server.front.forecasting.recipes import (
+    Recipe,
+    find_series,
+    read_inputs,
+    read_products,
+    read_recipe,
+    split_member,
+    unite_recipes,
+)
 from server.front.slices import ITEM, Pacer
 
 AT_ONCE = 64  #: models that are asked at once what they are
@@ -42,6 +50,23 @@ class Asked:
 _decode = msgspec.json.Decoder(Forecast).decode
 
 
+@dataclass(frozen=True, slots=True)
+class Taker:
+    """A model of a correlation archive, and the numbers of the call's series that it takes, a product each."""
+
+    model: ModelName
+    series: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a client's model stands for. `takers`: of a correlation archive; None: the model takes all series."""
+
+    model: ModelName
+    recipe: Recipe
+    takers: Sequence[Taker] | None
+
+
 class ForecastCall:
     """The forecasts of one HTTP request. `limit` bounds what they hold together."""
 
@@ -65,26 +90,28 @@ class ForecastCall:
             return False
         return True
 
-    async def describe_each(self, model: ModelName, series: int | None = None) -> tuple[list[ModelName], Recipe]:
-        """The models that take a call's series, and what these must be.
+    async def describe_each(self, model: ModelName, series: int | None = None) -> Described:
+        """Who takes a call's series, and what these must be.
 
-        That is the model itself for all of them or, for a correlation archive, those that it names, a series each in
-        its order. Raises Refused, also where `series` is another number, and ClientGone.
+        That is the model itself or, for a correlation archive, the models that it names: each takes the series of its
+        products, which are in the order of the archive's members. Raises Refused, also where `series` is another
+        number, and ClientGone.
         """
         description = await self._ask_description(model)
-        products = read_products(description)
-        if products is None:
-            return [model], self._read(description, model)
-        if series not in (None, len(products)):
-            message = f"{model} takes {len(products)} series, of {', '.join(products[:10])} in this order, not {series}"
+        members = read_products(description)
+        if members is None:
+            return Described(model, self._read(description, model), None)
+        if series not in (None, len(members)):
+            message = f"{model} takes {len(members)} series, of {', '.join(members[:10])} in this order, not {series}"
             raise Refused(Situation.BAD_REQUEST, message, field="series.sizes")
-        models = [parse_model(product, "model") for product in products]
         recipes = dict[str, Recipe]()
-        for name, found in (await self.describe_all(models)).items():
+        asked = [parse_model(split_member(member)[0], "model") for member in members]
+        for name, found in (await self.describe_all(asked)).items():
             if isinstance(found, Refused):
                 raise found
             recipes[name] = found
-        return models, unite_recipes(recipes)
+        takers = [Taker(name, find_series(name, recipes[name], members)) for name in dict.fromkeys(asked)]
+        return Described(model, unite_recipes(recipes), takers)
 
     def _read(self, description: bytes, model: ModelName) -> Recipe:
         recipe = read_recipe(description, model)

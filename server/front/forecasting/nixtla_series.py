@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from typing import Annotated, Any
 
 import msgspec
@@ -12,7 +12,7 @@ from msgspec import Meta
 from model_store.names import ModelName
 from server.errors import Refused, Situation
 from server.front.forecasting.bodies import require_few
-from server.front.forecasting.calls import Asked, Forecast, Numbers
+from server.front.forecasting.calls import Asked, Described, Forecast, Numbers
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_horizon, level_quantiles, shift_start
 from server.front.raw_json import MAX_ITEMS
 
@@ -20,6 +20,10 @@ MARGIN = 4  #: steps kept before a model's history: where a clock repeats an hou
 OLD_CLIENT = (
     "the model needs the time of the series, which clients before nixtla 0.9 do not send: upgrade, or pass "
     "model_parameters={'start': '2026-01-01 00:00:00'}, a list of one for each series where they differ"
+)
+SIMULATE = (
+    "the model forecasts by the clock, and nixtla's simulate sends no times: send "
+    "series.start_datetime, as forecast does, or ask a model without calendar"
 )
 _FRACTION = re.compile(r"\.\d+")  # of a second
 Level = int | float
@@ -64,6 +68,9 @@ class NixtlaRequest(msgspec.Struct):
     step_size: Annotated[int, Meta(ge=1)] | None = None
     hist_exog: list[int | str] | None = None
     detection_size: Annotated[int, Meta(ge=1)] = 1
+    threshold_method: str = "univariate"
+    n_paths: Annotated[int, Meta(ge=1, le=10_000)] = 100
+    seed: int | None = None
 
     @property
     def levels(self) -> list[Level]:
@@ -77,18 +84,32 @@ class NixtlaRequest(msgspec.Struct):
 class Part:
     """The series of one instance: one, or one for each product of the model. `offsets` are theirs in `y`."""
 
-    index: int
+    model: ModelName
+    series: Sequence[int]  #: their numbers in the call
     offsets: Sequence[int]
     size: int
     cuts: Sequence[int]  #: how many steps each of its windows knows
+
+    @property
+    def index(self) -> int:
+        """The number of the series whose covariates and time are the instance's, and that a message names."""
+        return self.series[0]
 
 
 class Plan:
     """The instances of a call, and how their answers lie end to end. Raises Refused that names series and field."""
 
-    def __init__(self, request: NixtlaRequest, recipe: Recipe, horizon: int, *, backtest: bool) -> None:
-        """`horizon`: the steps of each window. `backtest`: whether windows lie within the series, as do covariates."""
+    def __init__(
+        self, request: NixtlaRequest, described: Described, horizon: int, *, backtest: bool, no_time: str = OLD_CLIENT
+    ) -> None:
+        """`horizon`: the steps of each window. `backtest`: whether windows lie within the series, as do covariates.
+
+        `no_time`: what is said where a series has no time and its model needs one.
+        """
+        self._no_time = no_time
+        recipe = described.recipe
         self._request, self._recipe, self.horizon, self._backtest = request, recipe, horizon, backtest
+        self._model, self._takers = described.model, described.takers
         self._parameters = request.model_parameters or Parameters()
         self.parts: list[Part] = []
         self._order: Sequence[int] = ()
@@ -106,46 +127,52 @@ class Plan:
                 cuts = list_cuts(part.size)
             except ValueError as error:
                 raise Refused(Situation.BAD_REQUEST, str(error), part.index, "series.sizes") from None
-            self.parts.append(Part(part.index, part.offsets, part.size, cuts))
+            self.parts.append(Part(part.model, part.series, part.offsets, part.size, cuts))
         count = sum(len(part.cuts) for part in self.parts)
         if count > MAX_ITEMS:
             message = f"the call has {count} windows, {MAX_ITEMS} are the most"
             raise Refused(Situation.TOO_LARGE, message, field="n_windows")
-        rows, keep = len(self._recipe.products) + len(self._order), self._recipe.history_length + MARGIN
-        require_few(sum(rows * min(cut, keep) for part in self.parts for cut in part.cuts), "what the models are sent")
-        each = self.horizon * len(self._recipe.products) * (1 + 2 * len(self._request.levels))
-        require_few(sum(each * len(part.cuts) for part in self.parts), "the answer")
+        keep = self._recipe.history_length + MARGIN
+        rows = [(len(part.series) + len(self._order), part.cuts) for part in self.parts]
+        require_few(sum(count * min(cut, keep) for count, cuts in rows for cut in cuts), "what the models are sent")
+        each = self.horizon * (1 + 2 * len(self._request.levels))
+        require_few(sum(each * len(part.series) * len(part.cuts) for part in self.parts), "the answer")
 
-    def list_instances(self, models: Sequence[ModelName]) -> Iterator[Asked]:
-        """Yield the instances, part by part and window by window: all for one model, or for each series its own."""
+    def list_instances(self) -> Iterator[Asked]:
+        """Yield the instances, part by part and window by window."""
         for part in self.parts:
             for cut in part.cuts:
-                yield Asked(models[0 if len(models) == 1 else part.index], self._build_instance(part, cut))
+                yield Asked(part.model, self._build_instance(part, cut))
 
     def lay_out(self, forecasts: Sequence[Forecast], choose: Callable[[Forecast], Numbers | None]) -> list[float]:
         """Numbers of the forecasts end to end: series by series, of each its windows in order."""
-        laid, at = list[float](), 0
-        for part in self.parts:
-            found = [_require(choose(each)) for each in forecasts[at : at + len(part.cuts)]]
-            at += len(part.cuts)
-            for product in range(len(part.offsets)):
-                for each in found:
-                    laid += (each[product] if len(self._recipe.products) > 1 else each)[: self.horizon]
+        laid = list[float]()
+        for part, product, first in self._list_series():
+            for each in forecasts[first : first + len(part.cuts)]:
+                numbers = _require(choose(each))
+                laid += (numbers[product] if len(part.series) > 1 else numbers)[: self.horizon]
         return laid
 
     def list_places(self) -> list[int]:
         """The index in the common `y` of each number that `lay_out` gives."""
         return [
-            offset + cut + step
-            for part in self.parts
-            for offset in part.offsets
+            part.offsets[product] + cut + step
+            for part, product, _ in self._list_series()
             for cut in part.cuts
             for step in range(self.horizon)
         ]
 
     def list_sizes(self) -> list[int]:
         """How many of those numbers each series has."""
-        return [len(part.cuts) * self.horizon for part in self.parts for _ in part.offsets]
+        return [len(part.cuts) * self.horizon for part, _, _ in self._list_series()]
+
+    def _list_series(self) -> list[tuple[Part, int, int]]:
+        """For each series of the call, in order, its part, its place there, and where the part's forecasts begin."""
+        found, first = list[tuple[int, Part, int, int]](), 0
+        for part in self.parts:
+            found += [(number, part, product, first) for product, number in enumerate(part.series)]
+            first += len(part.cuts)
+        return [each[1:] for each in sorted(found, key=lambda each: each[0])]
 
     def build_configuration(self) -> dict[str, Any]:
         """What is asked of each instance: the mean, and the ends of the intervals."""
@@ -215,22 +242,29 @@ class Plan:
         return [names.index(name) for name in self._recipe.dynamic_feat]
 
     def _group_series(self) -> Iterator[Part]:
-        """Yield the series of each instance: one, or as many as the model has products."""
-        sizes, products = self._request.series.sizes, len(self._recipe.products)
-        offsets = [0, *sizes]
-        for i in range(1, len(offsets)):
-            offsets[i] += offsets[i - 1]
+        """Yield the series of each instance: one, or as many as the model has products. Raises Refused."""
+        sizes = self._request.series.sizes
+        offsets = [0, *accumulate(sizes)]
+        for model, series in self._assign_series():
+            if len({sizes[number] for number in series}) > 1:
+                message = f"{model} forecasts {len(series)} series of one length together"
+                raise Refused(Situation.BAD_REQUEST, message, field="series.sizes")
+            yield Part(model, series, [offsets[number] for number in series], sizes[series[0]], ())
+
+    def _assign_series(self) -> Iterator[tuple[ModelName, Sequence[int]]]:
+        """Yield models with the numbers of the series that one instance of theirs has. Raises Refused."""
+        count, products = len(self._request.series.sizes), len(self._recipe.products)
+        if self._takers is not None:
+            yield from ((taker.model, taker.series) for taker in self._takers)
+            return
         if products > 1 and not self._request.multivariate:
             message = f"the model forecasts {products} series together: pass multivariate=True"
             raise Refused(Situation.BAD_REQUEST, message, field="multivariate")
-        if len(sizes) % products or any(
-            a != b for at in range(0, len(sizes), products) for a, b in pairwise(sizes[at : at + products])
-        ):
+        if count % products:
             names = ", ".join(self._recipe.products[:10])
             message = f"the model forecasts {products} series of one length together ({names})"
             raise Refused(Situation.BAD_REQUEST, message, field="series.sizes")
-        for at in range(0, len(sizes), products):
-            yield Part(at, offsets[at : at + products], sizes[at], ())
+        yield from ((self._model, range(at, at + products)) for at in range(0, count, products))
 
     def _build_instance(self, part: Part, cut: int) -> dict[str, Any]:
         """The instance of one window, without the steps that the model does not look at."""
@@ -240,7 +274,7 @@ class Plan:
         if shifted is None:
             shifted, drop = start, 0
         rows = [series.y[offset + drop : offset + cut] for offset in part.offsets]
-        instance: dict[str, Any] = {"start": shifted, "target": rows if len(self._recipe.products) > 1 else rows[0]}
+        instance: dict[str, Any] = {"start": shifted, "target": rows if len(rows) > 1 else rows[0]}
         if self._order:
             first = part.offsets[0]
             known, future = series.X or [], series.X_future
@@ -264,7 +298,7 @@ class Plan:
         if sent is not None:
             return _FRACTION.sub("", sent[i])
         if self._recipe.needs_start:
-            raise Refused(Situation.BAD_REQUEST, OLD_CLIENT, i, "series.start_datetime")
+            raise Refused(Situation.BAD_REQUEST, self._no_time, i, "series.start_datetime")
         return NO_CLOCK
 
 

@@ -1,7 +1,7 @@
 """What a model says that its forecast requests must be, and the rules that follow from it (CONTRACTS 8 to 10). Pure."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 
@@ -45,6 +45,7 @@ class Recipe(msgspec.Struct, frozen=True):
     products: list[str]
     cat: list[str] = []
     needs_start: bool = True
+    paths: int = 0
 
 
 class _Correlation(msgspec.Struct):
@@ -91,17 +92,33 @@ def read_products(description: bytes) -> list[str] | None:
     return None if correlation is None else correlation.products
 
 
+def split_member(member: str) -> tuple[str, str]:
+    """The model and the product of a correlation's member: `MODEL#PRODUCT`, or a model of one product."""
+    model, mark, product = member.rpartition("#")
+    return (model, product) if mark else (member, "")
+
+
+def find_series(model: str, recipe: Recipe, members: Sequence[str]) -> list[int]:
+    """The places of a model's products among the members, in the model's order. Raises Refused where one is missing."""
+    wanted = [f"{model}#{product}" for product in recipe.products] if len(recipe.products) > 1 else [model]
+    mine = [member for member in members if split_member(member)[0] == model]
+    if sorted(mine) != sorted(wanted):
+        message = (
+            f"the correlation ties {', '.join(mine[:10])}, but {model} forecasts {', '.join(wanted[:10])} together"
+        )
+        raise Refused(Situation.BAD_REQUEST, f"{message}: fit it again with these names", field="model")
+    return [members.index(name) for name in wanted]
+
+
 def unite_recipes(recipes: Mapping[str, Recipe]) -> Recipe:
     """What series must be that go to one of these models each: the most history, the fewest steps. Raises Refused.
 
-    Their steps and covariates must be the same, and each has one product.
+    Their steps and covariates must be the same.
     """
     first_name, first = next(iter(recipes.items()))
     for name, recipe in recipes.items():
         why = ""
-        if len(recipe.products) > 1:
-            why = f"{name} has {len(recipe.products)} products"
-        elif normalize_frequency(recipe.frequency) != normalize_frequency(first.frequency):
+        if normalize_frequency(recipe.frequency) != normalize_frequency(first.frequency):
             why = f"{name} forecasts in steps of {recipe.frequency}, {first_name} in steps of {first.frequency}"
         elif recipe.dynamic_feat != first.dynamic_feat:
             why = f"{name} has other covariates than {first_name}"

@@ -205,3 +205,18 @@ def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
     wrong = run(*asked[:-1], "pre")
     assert wrong.exit_code == 2
     assert "p.csv has no column 'pre'" in wrong.stderr
+
+
+def test_adaptive_bands_are_replayed(csv: Path, store: Path) -> None:
+    """A second table with coverage as it is and as it would be; the same in the JSON; a server cannot replay."""
+    asked = ["backtest", str(csv), "--time", "hour", "--models", str(store), "--online"]
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
+    assert "adaptive bands" in result.output
+    assert " > " in result.output
+    found = json.loads(run(*asked, "--json").stdout)["markets"][0]["online"]
+    assert [band["nominal"] for band in found["bands"]] == [0.8]
+    assert found["pinball_adaptive"] > 0
+    refused = run(*asked, "--url", "http://127.0.0.1:1")
+    assert refused.exit_code != 0
+    assert "--online" in refused.output

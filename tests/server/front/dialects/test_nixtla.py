@@ -145,3 +145,19 @@ def test_so_many_forecasters_are_remembered() -> None:
     assert json.loads(listed.body) == {"models": [{"name": "m.mar"}]}
     assert late.status == 200
     assert "n.mar" not in app.plane.forecasters
+
+
+def test_simulations_have_no_times() -> None:
+    """The client sends none, so that a model by the clock is refused with what to do, and not told to upgrade."""
+    body = make_body(n_paths=2)
+    assert "simulate sends no times" in json.loads(post_for(body, needs_start=True, paths=4).body)["detail"]
+    assert "draws 4 paths" in json.loads(post_for(make_body(n_paths=5), paths=4).body)["detail"]
+    assert post_for(make_body(n_paths=5)).status == 501
+
+
+def post_for(body: Any, **recipe: Any) -> Answered:
+    """The answer to a simulation of a model with this recipe."""
+    described = {"inputs": [], "outputs": [], "parameters": {"forecast": {**RECIPE, **recipe}}}
+    app = App(Settings.model_validate({"store": "s"}), FrontMetrics())
+    attach(app.plane, Worker(lambda _: json.dumps(described).encode()))
+    return asyncio.run(ask(app, "POST", "/v2/simulate/async", json.dumps(body).encode()))
