@@ -95,6 +95,22 @@ def test_the_written_gradient_is_autograds() -> None:
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
 
 
+def test_a_step_is_adamws() -> None:
+    """The same numbers as those of torch's optimiser, for several steps at changing rates."""
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.ones(50) for _ in range(2))
+    parameter = torch.nn.Parameter(theirs)
+    optimiser = torch.optim.AdamW([parameter], weight_decay=dense_fit.DECAY)
+    moments = torch.zeros(50), torch.zeros(50)
+    for step in range(1, 6):
+        gradient = torch.randn(50, generator=draw)
+        parameter.grad = gradient
+        optimiser.param_groups[0]["lr"] = 0.01 * step
+        optimiser.step()
+        dense_fit._take_step(ours, gradient, moments, step, 0.01 * step)
+    torch.testing.assert_close(ours, parameter.data)
+
+
 def test_scaling_and_base_are_folded_into_the_network() -> None:
     """What is answered to reads that are not scaled is the base alone before the first step, for a head of zeros."""
     family = build_small()
