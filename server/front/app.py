@@ -103,6 +103,7 @@ class App:
         except (Exception, asyncio.CancelledError) as error:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
+            reply.marked = request.stats
             statuses = await self._send(reply, request, send)
         await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
 
@@ -254,7 +255,7 @@ class App:
             head.append((b"content-type", reply.content_type.encode()))
         if reply.stats is not None:
             _add_stats(head, reply.stats)
-        _add_marks(head, reply.stats or request.stats)
+        _add_marks(head, reply.stats or reply.marked)
         if reply.chunks is not None:
             return await self._send_chunks(reply, reply.chunks, head[1:], send)
         more, held = len(reply.body) < size, len(reply.body)
