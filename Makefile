@@ -85,7 +85,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy docker/audit.py
+	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -124,8 +124,9 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
-docs: $(READY) ## the README's tables of settings, metrics and architectures
+docs: $(READY) ## the README's tables of settings, metrics and architectures, and Grafana's dashboard
 	$(BIN)/fleetcast settings-table README.md
+	$(BIN)/python docker/dashboard.py > docker/grafana/dashboards/fleetcast.json
 
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
 	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto

@@ -59,6 +59,13 @@ ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 CACHE_RESULTS: Final = ("hit", "miss", "coalesced")  #: ready on arrival; started a load; joined one
 TIERS: Final = ("device", "host", "disk", "store")  #: where a model lies, from the fastest to the slowest
 
+PREFETCH_RESULTS: Final = ("used", "late", "wasted", "refused", "failed")
+EVICTION_REASONS: Final = ("budget", "memory")  #: room for a load; the device, or a process of code, was out of memory
+LANES: Final = ("disk", "store")  #: in which loads wait and run
+LOAD_STATES: Final = ("running", "waiting")
+STEP_PARTS: Final = ("decode", "forward", "encode")
+WAITING_FOR: Final = ("load", "step")
+
 #: The answer to a call for many models ends with the number of items that failed, within so many bytes: a client that
 #: only counts failures reads no more than that.
 FORECASTS_END: Final = b'],"failed":%d}'
@@ -306,5 +313,44 @@ DRIFT_ALARMS: Final = MetricSpec(
 
 LOG_LINES_DROPPED: Final = MetricSpec(
     "counter", "log_lines_dropped", "Log lines dropped because standard error was not read"
+)
+WAITING_REQUESTS: Final = MetricSpec(
+    "gauge",
+    "waiting_requests",
+    "Requests that wait in a worker, by what for: load (of their model) or step (their model is resident)",
+    ("waiting_for",),
+)
+FAILED_MODELS: Final = MetricSpec("gauge", "failed_models", "Models whose last load failed")
+STALE_MODELS: Final = MetricSpec(
+    "gauge", "stale_models", "Resident models from a kept copy that the store could not confirm; its answer is awaited"
+)
+STORE_FAILING: Final = MetricSpec(
+    "gauge",
+    "store_failing_seconds",
+    "Time since the store answers neither loads (with the label worker) nor the watch (without); 0 while it answers",
+)
+QUARANTINED: Final = MetricSpec(
+    "gauge", "quarantined_models", "Models that no worker runs until an operator releases them"
+)
+PINNED: Final = MetricSpec("gauge", "pinned_models", "Models that an operator pinned: no eviction takes them")
+BUILD_INFO: Final = MetricSpec("gauge", "build_info", "1, with the version that runs", ("version", "python"))
+CERTIFICATE_EXPIRY: Final = MetricSpec(
+    "gauge",
+    "certificate_expiry_timestamp_seconds",
+    "Unix time at which the first certificate of a file ends, by the setting that names the file",
+    ("setting",),
+)
+PROCESS_MEMORY: Final = MetricSpec(
+    "gauge", "process_resident_memory_bytes", "Resident memory by process, shared pages in each", ("process",)
+)
+PROCESS_START: Final = MetricSpec(
+    "gauge", "process_start_time_seconds", "Unix time at which the process started", ("process",)
+)
+PROCESS_CPU: Final = MetricSpec("counter", "process_cpu_seconds", "Processor time of the process", ("process",))
+PROCESS_OPEN_FILES: Final = MetricSpec(
+    "gauge", "process_open_fds", "Open file descriptors of the process", ("process",)
+)
+PROCESS_MOST_FILES: Final = MetricSpec(
+    "gauge", "process_max_fds", "File descriptors that the process may have open", ("process",)
 )
 METRICS: Final = tuple(each for each in tuple(globals().values()) if isinstance(each, MetricSpec))

@@ -4,6 +4,7 @@ Each process counts in a registry of its own. On a scrape the supervisor asks it
 the counts of processes that ended, and sums equal series. INVARIANT: a counter does not decrease when a worker dies.
 """
 
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
@@ -21,16 +22,23 @@ from prometheus_client.metrics_core import CounterMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from model_store.errors import LoadError
 from server import contract
 from server.contract import METRIC_PREFIX, MetricSpec
 from server.logs import STANDARD_ERROR
-from server.single_thread_metrics import CounterFamily, HistogramFamily, LoopCounter, LoopHistogram
+from server.single_thread_metrics import BucketExample, CounterFamily, HistogramFamily, LoopCounter, LoopHistogram
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 # A base image may set PROMETHEUS_MULTIPROC_DIR: counts would go through files in that folder, which may not exist. Ours
 # never do, for the supervisor merges what its processes count.
 values.ValueClass = values.MutexValue
 
+#: Requests to resident models take fractions of a millisecond: below 5 ms a bound is at most 1.7 times the one before,
+#: so that a percentile read from the buckets is at most so wrong.
+_HITS = (
+    0.00005, 0.0001, 0.00015, 0.00025, 0.0004, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.0035, 0.005, 0.0075, 0.01,
+    0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60,
+)  # fmt: skip
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -59,6 +67,16 @@ def _make_histogram(
     return Histogram(METRIC_PREFIX + spec.name, spec.help, (*common, *spec.labels), registry=registry, buckets=buckets)
 
 
+def list_load_failures() -> list[str]:
+    """The reasons for which a load can fail in this process, sorted."""
+    kinds, found = [LoadError], set[str]()
+    while kinds:
+        kind = kinds.pop()
+        found.add(kind.reason)
+        kinds += kind.__subclasses__()
+    return sorted(found)
+
+
 class DroppedLogLines(Collector):
     """Log lines of this process that were dropped: standard error's reader stopped, or has gone."""
 
@@ -82,10 +100,8 @@ class WorkerMetrics:
         requests = self._loop_counter(contract.CACHE_REQUESTS)
         self.hits, self.misses, self.coalesced = (requests.labels(*each, result) for result in contract.CACHE_RESULTS)
         spent = self._loop_counter(contract.STEP_SECONDS)
-        self.decode_s, self.forward_s, self.encode_s = (
-            spent.labels(*each, part) for part in ("decode", "forward", "encode")
-        )
-        self.queue = self._loop_histogram(contract.QUEUE, _FAST).labels(*each)
+        self.decode_s, self.forward_s, self.encode_s = (spent.labels(*each, part) for part in contract.STEP_PARTS)
+        self.queue = self._loop_histogram(contract.QUEUE, _HITS).labels(*each)
         self.batch_rows = self._loop_histogram(contract.BATCH_ROWS, _SIZES).labels(*each)
         self.batch_models = self._loop_histogram(contract.BATCH_MODELS, _SIZES).labels(*each)
         self.loading_wait = self._histogram(contract.LOADING_WAIT).labels(**bind)
@@ -100,8 +116,8 @@ class WorkerMetrics:
         self.age = self._histogram(contract.AGE_AT_EVICTION, _AGES).labels(**bind)
         loads = self._gauge(contract.LOADS_UNDER_WAY)
         self.disk_lane, self.store_lane = (
-            tuple(loads.labels(**bind, lane=lane, state=state) for state in ("running", "waiting"))
-            for lane in ("disk", "store")
+            tuple(loads.labels(**bind, lane=lane, state=state) for state in contract.LOAD_STATES)
+            for lane in contract.LANES
         )
         self.failures = self._counter(contract.LOAD_FAILURES)
         self.swaps = self._counter(contract.SWAPS)
@@ -109,6 +125,26 @@ class WorkerMetrics:
         self.rhythms = self._gauge(contract.PREFETCH_MODELS).labels(**bind)
         self._model_requests = self._counter(contract.MODEL_REQUESTS)
         self._doubtful = self._counter(contract.DOUBTFUL_HISTORIES)
+        waiting = self._gauge(contract.WAITING_REQUESTS)
+        self.waiting = tuple(waiting.labels(**bind, waiting_for=what) for what in contract.WAITING_FOR)
+        self.failed = self._gauge(contract.FAILED_MODELS).labels(**bind)
+        self.stale = self._gauge(contract.STALE_MODELS).labels(**bind)
+        self.store_failing = self._gauge(contract.STORE_FAILING).labels(**bind)
+        self._show_zeros()
+
+    def _show_zeros(self) -> None:
+        """Have every series from the start: of one that appears with its first event, Prometheus sees no increase."""
+        for tier in contract.TIERS[1:]:
+            self.loading.labels(**self._labels, tier=tier)
+        for reason in contract.EVICTION_REASONS:
+            self.labelled(self.evictions, tier="device", reason=reason)
+        self.labelled(self.evictions, tier="host", reason="budget")
+        for reason in list_load_failures():
+            self.labelled(self.failures, reason=reason)
+        for result in _RESULTS:
+            self.labelled(self.swaps, result=result)
+        for result in contract.PREFETCH_RESULTS:
+            self.labelled(self.prefetch, result=result)
 
     def _counter(self, spec: MetricSpec) -> Counter:
         return _make_counter(spec, self.registry, contract.WORKER_LABELS)
@@ -194,7 +230,7 @@ class FrontMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = CounterFamily(contract.INFERENCE_REQUESTS)
-        self._seconds = HistogramFamily(contract.INFERENCE_SECONDS, _FAST)
+        self._seconds = HistogramFamily(contract.INFERENCE_SECONDS, _HITS)
         self.registry.register(self._requests)
         self.registry.register(self._seconds)
         self._under_way = _make_gauge(contract.UNDER_WAY, self.registry)
@@ -203,6 +239,14 @@ class FrontMetrics:
         self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
+
+    def show_protocol(self, protocol: str, codes: Iterable[int]) -> None:
+        """Have the counters of a protocol's answers from the start, before the first of them.
+
+        Its histogram comes with its first request: that has 28 series a protocol, which every scrape would parse.
+        """
+        for code in codes:
+            self._requests.labels(protocol, str(code))
 
     def bind_answers(self, protocol: str, code: int) -> AnswerSeries:
         """The series of answers of a protocol with a status code; to be kept, since finding them costs microseconds."""
@@ -219,6 +263,10 @@ class FrontMetrics:
             self._releases.remove(name, version, result)
         self._release_seconds.remove(name, version)
 
+    def list_examples(self) -> Iterator[tuple[dict[str, str], BucketExample]]:
+        """Examples of requests, with the labels of their buckets in `inference_request_seconds`."""
+        return self._seconds.list_examples()
+
     def show_under_way(self, counts: Mapping[int, int]) -> None:
         """The requests under way at each worker now."""
         self._under_way.clear()
@@ -233,7 +281,8 @@ class FrontMetrics:
 class HostMetrics:
     """What the supervisor counts: which workers are up, the access log, the disk tier of all workers, the watch."""
 
-    def __init__(self) -> None:
+    def __init__(self, version: str = "") -> None:
+        """`version`: of Fleetcast, for `build_info`."""
         self.registry = CollectorRegistry()
         self.up = _make_gauge(contract.WORKER_UP, self.registry)
         self.restarts = _make_counter(contract.WORKER_RESTARTS, self.registry)
@@ -244,6 +293,11 @@ class HostMetrics:
         self.checks = {result: checks.labels(result) for result in ("unchanged", "changed", "removed", "failed")}
         rows = _make_counter(contract.ACCESS_LOG_ROWS, self.registry)
         self.logged, self.not_logged = rows.labels("written"), rows.labels("dropped")
+        self.quarantined = _make_gauge(contract.QUARANTINED, self.registry)
+        self.pinned = _make_gauge(contract.PINNED, self.registry)
+        self.store_failing = _make_gauge(contract.STORE_FAILING, self.registry)
+        build = _make_gauge(contract.BUILD_INFO, self.registry)
+        build.labels(version, platform.python_version()).set(1)
 
     def text(self) -> str:
         """The exposition as text."""

@@ -6,15 +6,20 @@ state at each call, one to two microseconds, and a request is counted in nine of
 INVARIANT: only the thread of the process's event loop calls `inc`, `observe`, `labels` and `collect`.
 """
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from server.contract import METRIC_PREFIX, MetricSpec
+
+SLOW_S = 0.1  #: from here on each request is its bucket's example
+EXAMPLE_MASK = 1023  #: of a bucket's requests one in as many is an example too, beginning with the first
+MOST_ID_BYTES = 100  #: of a request's id; OpenMetrics allows an exemplar 128 characters
 
 
 class LoopCounter:
@@ -32,11 +37,23 @@ class LoopCounter:
         self.value += amount
 
 
+class BucketExample(NamedTuple):
+    """One request of a bucket: its id, how long it took, and the Unix time at which it was counted."""
+
+    request_id: bytes
+    value: float
+    at: float
+
+
 class LoopHistogram:
-    """One series of a histogram. `bounds`: the buckets' upper bounds, ascending, without infinity."""
+    """One series of a histogram. `bounds`: the buckets' upper bounds, ascending, without infinity.
+
+    `examples`: the latest by the bucket's place, of what `observe_request` keeps.
+    """
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds, self._counts, self._sum = tuple(bounds), [0] * (len(bounds) + 1), 0.0
+        self.examples: dict[int, BucketExample] = {}
 
     def __repr__(self) -> str:
         """For example `<LoopHistogram of 12 values>`."""
@@ -46,6 +63,20 @@ class LoopHistogram:
         """Count the value in the first bucket whose bound is not below it."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def observe_request(self, value: float, request_id: bytes) -> None:
+        """Count the seconds of a request. The slow ones, and a few of the others, become their bucket's example."""
+        at = bisect_left(self._bounds, value)
+        self._counts[at] = count = self._counts[at] + 1
+        self._sum += value
+        if (value >= SLOW_S or count & EXAMPLE_MASK == 1) and request_id:
+            self.examples[at] = BucketExample(request_id[:MOST_ID_BYTES], value, time.time())
+
+    def name_bucket(self, at: int) -> str:
+        """The label `le` of the bucket at this place."""
+        bound = self._bounds[at] if at < len(self._bounds) else float("inf")
+        name: str = floatToGoString(bound)  # type: ignore[no-untyped-call]
+        return name
 
     def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Add the series with these labels' values to what a scrape gets."""
@@ -100,6 +131,13 @@ class HistogramFamily(_Family[LoopHistogram]):
 
     def __init__(self, spec: MetricSpec, bounds: Sequence[float], common: Sequence[str] = ()) -> None:
         super().__init__(spec, common, lambda: LoopHistogram(bounds))
+
+    def list_examples(self) -> Iterator[tuple[dict[str, str], BucketExample]]:
+        """The examples of all series, with the labels of their buckets."""
+        for labels, series in self._series.items():
+            named = dict(zip(self.label_names, labels, strict=True))
+            for at, example in series.examples.items():
+                yield {**named, "le": series.name_bucket(at)}, example
 
     def collect(self) -> Iterator[Metric]:
         """See prometheus_client."""

@@ -25,6 +25,7 @@ from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
 from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
+from server.front.dialects.health import Health
 from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
@@ -63,6 +64,9 @@ class App:
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
         self._dialects = tuple(make(settings) for make in dialects or choose_dialects(settings))
+        for dialect in self._dialects:
+            if not isinstance(dialect, Health):  # probes are not counted
+                metrics.show_protocol(dialect.name, (*dialect.routes.list_statuses(), CLIENT_GONE))
         self._permissions = open_permissions(settings)
         self._ids = itertools.count(1)
         self._id_prefix = os.urandom(6).hex().encode()
@@ -99,15 +103,16 @@ class App:
         except (Exception, asyncio.CancelledError) as error:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
+            reply.marked = request.stats
             statuses = await self._send(reply, request, send)
-        await self._count(dialect.name, statuses, time.monotonic() - started)
+        await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
 
-    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float) -> None:
+    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
         for i, status in enumerate(statuses):
             answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
             answered.answers.inc()
-            answered.seconds.observe(seconds)
+            answered.seconds.observe_request(seconds, request_id)
             if i % STATUSES_AT_ONCE == STATUSES_AT_ONCE - 1:
                 await asyncio.sleep(0)
 
@@ -250,7 +255,7 @@ class App:
             head.append((b"content-type", reply.content_type.encode()))
         if reply.stats is not None:
             _add_stats(head, reply.stats)
-        _add_marks(head, reply.stats or request.stats)
+        _add_marks(head, reply.stats or reply.marked)
         if reply.chunks is not None:
             return await self._send_chunks(reply, reply.chunks, head[1:], send)
         more, held = len(reply.body) < size, len(reply.body)

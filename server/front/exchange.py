@@ -69,6 +69,7 @@ class HttpReply(msgspec.Struct):
     counted: Sequence[int] | None = None  #: status codes that the metrics count; None: `status` once
     reason: str | None = None
     chunks: Chunks | None = None
+    marked: InferStats | None = None  #: only for its marks: what the app takes of the request where `stats` are None
 
 
 class Dialect(Protocol):

@@ -28,7 +28,9 @@ from server.ipc.operations import (
     AwaitConnections,
     ConnectWorkers,
     Drain,
+    Exemplar,
     JoinAsFront,
+    ListExemplars,
     Ping,
     ScrapeMetrics,
     SetRegistrations,
@@ -94,6 +96,11 @@ class Front:
                 links = self._app.plane.links
                 self._metrics.show_under_way({worker: len(link.backlog) for worker, link in links.items()})
                 return self._metrics.text()
+            case ListExemplars():
+                return [
+                    Exemplar(labels, example.request_id.decode("ascii", "replace"), example.value, example.at)
+                    for labels, example in self._metrics.list_examples()
+                ]
             case Ping():
                 return repr(self)
             case Drain():

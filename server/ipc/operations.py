@@ -218,6 +218,19 @@ class ScrapeMetrics(Operation[str]):
 # --- the supervisor asks a front ------------------------------------------------------------------------------------
 
 
+class Exemplar(Struct, frozen=True):
+    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted."""
+
+    labels: dict[str, str]
+    request_id: str
+    seconds: float
+    at: float
+
+
+class ListExemplars(Operation[list[Exemplar]]):
+    """Examples of the requests in the buckets of `inference_request_seconds`."""
+
+
 class ConnectWorkers(Operation[None]):
     """Be connected to these workers and to no others: socket path by worker index. Answered at once."""
 
@@ -272,7 +285,7 @@ class AwaitConnections(Operation[None]):
 
 
 AskedOfFront: TypeAlias = (
-    Ping | Drain | ScrapeMetrics | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
+    Ping | Drain | ScrapeMetrics | ListExemplars | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
 )
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------
@@ -305,6 +318,19 @@ class ReadArchive(Operation[ArchiveFacts]):
     """What the archive says of itself. It is fetched for that where the host does not have it, but not loaded."""
 
     model: str
+
+
+class ReadSample(Operation[bytes]):
+    """The request of the archive's golden sample as JSON, empty without one. It is fetched for that, but not loaded."""
+
+    model: str
+
+
+class TryModel(Operation[bytes]):
+    """The model's answer to this JSON body, as a client would get it."""
+
+    model: str
+    body: bytes
 
 
 class DescribeByCode(Operation[bytes]):
@@ -465,6 +491,8 @@ AskedOfWorker: TypeAlias = (
     | DescribeByCode
     | SetBands
     | TakeForecasts
+    | ReadSample
+    | TryModel
 )
 
 

@@ -46,3 +46,7 @@ class Protocol:
         """For example `/v2/models/MODEL/infer`: the first path that takes a body, else the first of all."""
         path = next((route.path for route in self.routes if route.takes), self.routes[0].path)
         return _PARAMETER.sub(lambda found: found[1].upper(), path)
+
+    def list_statuses(self) -> list[int]:
+        """Every status that an answer may have, ascending."""
+        return sorted({*self.errors, *(status for route in self.routes for status in route.statuses)})

@@ -40,7 +40,9 @@ from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.actuals.api import list_accuracy_routes
+from server.supervisor.console.routes import list_console_routes
 from server.supervisor.docs_routes import list_docs_routes
+from server.supervisor.exemplars import render_open_metrics, wants_open_metrics
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
 from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
@@ -118,6 +120,7 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
         *list_docs_routes(supervisor.settings, addresses),
         *list_accuracy_routes(supervisor.actuals),
         *_list_status_routes(supervisor),
+        *list_console_routes(supervisor.workers, operations),
     ]
     routes += _list_model_server_routes(supervisor)
     handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}
@@ -169,7 +172,10 @@ def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
 
 
 def metrics_app(supervisor: Supervisor) -> Starlette:
-    """`/metrics`, merged over all processes. `?name[]=` leaves only families of these names, as TorchServe has it."""
+    """`/metrics`, merged over all processes. `?name[]=` leaves only families of these names, as TorchServe has it.
+
+    Prometheus asks for OpenMetrics, which has exemplars.
+    """
     clock = CpuClock()
 
     async def metrics(request: Request) -> Response:
@@ -183,6 +189,9 @@ def metrics_app(supervisor: Supervisor) -> Starlette:
             named = NamedFamilies(registry, names)
             registry = CollectorRegistry()
             registry.register(named)
+        if wants_open_metrics(request.headers.get("accept", "")):
+            body, media_type = render_open_metrics(registry, await supervisor.list_exemplars())
+            return Response(body, media_type=media_type)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def describe(_: Request) -> Response:

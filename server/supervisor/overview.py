@@ -60,8 +60,8 @@ def summarise_metrics(families: Iterable[Metric]) -> dict[str, object]:
         return by_name.get(METRIC_PREFIX + spec.name)
 
     return {
-        "requests": _sum_by(find(contract.INFERENCE_REQUESTS), "code"),
-        "requests_by_protocol": _sum_by(find(contract.INFERENCE_REQUESTS), "protocol"),
+        "requests": _sum_events_by(find(contract.INFERENCE_REQUESTS), "code"),
+        "requests_by_protocol": _sum_events_by(find(contract.INFERENCE_REQUESTS), "protocol"),
         "request_seconds": _sum_buckets(find(contract.INFERENCE_SECONDS)),
         "queue_seconds": _sum_buckets(find(contract.QUEUE)),
         "under_way": _sum_by(find(contract.UNDER_WAY), "worker"),
@@ -69,12 +69,12 @@ def summarise_metrics(families: Iterable[Metric]) -> dict[str, object]:
         "loaded_models": _sum_by(find(contract.LOADED_MODELS), "worker"),
         "cache_bytes": _sum_by(find(contract.CACHE_BYTES), "tier"),
         "cache_capacity_bytes": _sum_by(find(contract.CACHE_CAPACITY), "tier"),
-        "evictions": _sum_by(find(contract.EVICTIONS), "tier"),
+        "evictions": _sum_events_by(find(contract.EVICTIONS), "tier"),
         "load_seconds": _sum_buckets_by(find(contract.LOADING), "tier"),
-        "load_failures": _sum_by(find(contract.LOAD_FAILURES), "reason"),
+        "load_failures": _sum_events_by(find(contract.LOAD_FAILURES), "reason"),
         "loads_under_way": _sum_by(find(contract.LOADS_UNDER_WAY), "state"),
-        "swaps": _sum_by(find(contract.SWAPS), "result"),
-        "prefetch": _sum_by(find(contract.PREFETCH), "result"),
+        "swaps": _sum_events_by(find(contract.SWAPS), "result"),
+        "prefetch": _sum_events_by(find(contract.PREFETCH), "result"),
         "batch_rows": _sum_buckets(find(contract.BATCH_ROWS)),
         "batch_models": _sum_buckets(find(contract.BATCH_MODELS)),
         "step_seconds": _sum_by(find(contract.STEP_SECONDS), "part"),
@@ -91,13 +91,18 @@ def _sum_by(family: Metric | None, label: str) -> Series:
     return dict(sums)
 
 
+def _sum_events_by(family: Metric | None, label: str) -> Series:
+    """The same without what has never happened: a viewer lists the codes and reasons that there were."""
+    return {key: value for key, value in _sum_by(family, label).items() if value}
+
+
 def _sum_buckets(family: Metric | None) -> Buckets:
     """One histogram over all labels of a family."""
     return _sum_buckets_by(family, "").get("", {"bounds": [], "counts": [], "sum": 0.0})
 
 
 def _sum_buckets_by(family: Metric | None, label: str) -> dict[str, Buckets]:
-    """A histogram for each value of a label; with an empty label one over all."""
+    """A histogram for each value of a label that has counted any; with an empty label one over all."""
     counts: defaultdict[str, defaultdict[float, float]] = defaultdict(lambda: defaultdict(float))
     sums: defaultdict[str, float] = defaultdict(float)
     for sample in family.samples if family is not None else ():
@@ -106,7 +111,7 @@ def _sum_buckets_by(family: Metric | None, label: str) -> dict[str, Buckets]:
             counts[key][float(sample.labels["le"])] += sample.value
         elif sample.name.endswith("_sum"):
             sums[key] += sample.value
-    return {key: _make_buckets(found, sums[key]) for key, found in counts.items()}
+    return {key: _make_buckets(found, sums[key]) for key, found in counts.items() if not label or any(found.values())}
 
 
 def _make_buckets(counts: Mapping[float, float], total: float) -> Buckets:

@@ -8,6 +8,7 @@ can never reach a dead worker's successor by an old name.
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,12 @@ from server.ipc.operations import (
     CallManagement,
     ConnectWorkers,
     EndTrial,
+    Exemplar,
     Fatal,
     FrontAssignment,
     JoinAsFront,
     JoinAsWorker,
+    ListExemplars,
     ListKnownModels,
     LoadForClient,
     ManageModels,
@@ -53,6 +56,7 @@ from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
 from server.metrics import HostMetrics, MergedMetrics
 from server.sagemaker_container.environment import MULTI_MODEL
+from server.sdk import __version__
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.access_control import App
@@ -69,6 +73,7 @@ from server.supervisor.host_files import (
     open_access_log,
     prepare_disk_cache,
 )
+from server.supervisor.host_measures import HostMeasures
 from server.supervisor.management_calls import call_management
 from server.supervisor.model_server_api.mms import MultiModelApi
 from server.supervisor.model_server_api.startup_models import register_startup_models
@@ -114,7 +119,11 @@ class Supervisor:
         if grpc:
             self.fronts.append(Child("front", settings.fronts, grpc=grpc))
         self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
-        self._metrics, self._merged = HostMetrics(), MergedMetrics()
+        self._metrics, self._merged = HostMetrics(__version__), MergedMetrics()
+        files = {name: getattr(settings, name) for name in ("tls_certificate", "tls_client_ca")}
+        self._measures = HostMeasures({name: path for name, path in files.items() if path is not None})
+        self._metrics.registry.register(self._measures)
+        self._show_workers()
         self._folder = RuntimeFolder()
         self._quarantine, self._pins = ServerQuarantine(), PinnedModels(settings.pin)
         self._trials = Trials(self._quarantine, self.workers.find_ready, len(self.workers))
@@ -432,9 +441,27 @@ class Supervisor:
     async def metrics(self) -> MergedMetrics:
         """The metrics of all processes, now. A process too busy to answer contributes what it answered last."""
         children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set() and not child.is_silent]
-        await asyncio.gather(*(self._scrape(child) for child in children))
+        everyone = (*self.workers, *self.fronts)
+        pids = {f"{child.kind}-{child.index}": child.process.pid for child in everyone if child.process is not None}
+        reading = asyncio.to_thread(self._measures.read, {"supervisor": os.getpid(), **pids})
+        await asyncio.gather(reading, *(self._scrape(child) for child in children))
+        self._metrics.quarantined.set(len(self._quarantine.reasons))
+        self._metrics.pinned.set(len(self._pins))
+        self._metrics.store_failing.set(self._watch.failing_s())
         self._merged.update("host", self._metrics.text())
         return self._merged
+
+    async def list_exemplars(self) -> list[Exemplar]:
+        """Examples of requests, of all fronts that answer in time."""
+        asked = (front.ask(ListExemplars(), SCRAPE_S) for front in self.fronts if front.ready.is_set())
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return [exemplar for answer in answers if not isinstance(answer, BaseException) for exemplar in answer]
+
+    def _show_workers(self) -> None:
+        """Have the series of every worker from the start."""
+        for plan in self.plans:
+            self._metrics.up.labels(*_make_labels(plan))
+            self._metrics.restarts.labels(*_make_labels(plan))
 
     async def _scrape(self, child: Child) -> None:
         name = child.name

@@ -184,6 +184,9 @@ class ModelLoads:
         counts = (len(lanes.disk.running), lanes.waiting_to_build, len(lanes.store.running), lanes.waiting_to_ask)
         for gauge, count in zip((*self._metrics.disk_lane, *self._metrics.store_lane), counts, strict=True):
             gauge.set(count)
+        self._metrics.failed.set(sum(1 for _ in self._cache.failures()))
+        self._metrics.stale.set(sum(model in self._cache for model in self._due))
+        self._metrics.store_failing.set(self._health.failing_s())
 
     def close(self) -> None:
         """Start no more loads."""
@@ -330,7 +333,7 @@ class ModelLoads:
         self._tell(built.model, built.version)
         if built.stale:
             log.warning("serving_stale", model=built.model, version=built.version, store_out=self._health.is_out)
-        log.info("loaded", model=built.model, version=built.version, tier=built.tier)
+        log.debug("loaded", model=built.model, version=built.version, tier=built.tier)
         if self._foresight is not None:
             self._foresight.note_loaded(built.model)
             self.look_ahead()

@@ -142,7 +142,7 @@ class ResidentModels:
         """Evict a model from the device, and keep its row in host memory if there is space."""
         self._metrics.labelled(self._metrics.evictions, tier="device", reason=reason).inc()
         self._metrics.age.observe(now - slot.loaded_at)
-        log.debug("evicted", model=slot.model, version=slot.version)
+        log.info("evicted", model=slot.model, version=slot.version, why=reason, age_s=round(now - slot.loaded_at, 1))
         self._shelve(slot)
         self.retire(slot)
 

@@ -136,6 +136,12 @@ class Scheduler:
             if whole:
                 self._whole.add(group)
 
+    def count_queued(self) -> tuple[int, int]:
+        """How many jobs wait for their model's load, and how many for a step."""
+        queues = (*self._ready.values(), *self._parked.values())
+        for_steps = sum(len(jobs) for clients in queues for models in clients.values() for jobs in models.values())
+        return sum(map(len, self._waiting.values())), for_steps
+
     def count_parked(self, group: str, most: int) -> int:
         """How many jobs of a parked group are queued; counted up to `most`."""
         found = 0

@@ -365,6 +365,8 @@ class StepLoop:
         """The metrics in exposition format, with updated gauges."""
         self._residents.update_gauges()
         self._loads.update_gauges()
+        for gauge, count in zip(self._metrics.waiting, self._scheduler.count_queued(), strict=True):
+            gauge.set(count)
         if self._foresight is not None:
             self._metrics.rhythms.set(len(self._foresight.rhythms))
         return self._metrics.text()

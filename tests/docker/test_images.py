@@ -100,6 +100,7 @@ def test_the_compose_services_work_together(tmp_path: Path) -> None:
     config = tmp_path / "prometheus.yml"
     scraped = (DOCKER / "prometheus.yml").read_text().replace("server:8082", f"127.0.0.1:{ports['metrics']}")
     config.write_text(scraped.replace("5s", "1s").replace("/etc/prometheus/access", str(tmp_path)))
+    shutil.copytree(DOCKER / "prometheus", tmp_path / "prometheus")
     watch = ["prometheus", *services["prometheus"]["command"], f"--storage.tsdb.path={tmp_path / 'data'}"]
     watch = [arg.replace("/etc/prometheus/prometheus.yml", str(config)) for arg in watch]
     watch.append(f"--web.listen-address=127.0.0.1:{ports['prometheus']}")

@@ -1,18 +1,22 @@
 """The metrics, and what remains of them when processes start and end."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model_store.errors import CodeNoMemory, LoadError, ModelNotFound
 from server import contract
 from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
 from server.settings import Settings
 from server.supervisor.actuals.market_metrics import MarketFamilies
 from server.supervisor.actuals.rollout import ActualsRollout
 from server.supervisor.actuals.service import ActualsService
+from server.supervisor.host_measures import HostMeasures
 from server.supervisor.workers import Workers
+from server.worker.prefetch.prefetcher import PrefetchOutcome
 from tests.server.contributing import copied_tree, read_steps, run_in
 
 
@@ -107,7 +111,7 @@ def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
 
 
 def test_a_series_its_successor_has_not_counted_yet_stays() -> None:
-    """Evictions and failures have no series before the first one: the dead worker's must not disappear until then."""
+    """The dead worker's count must not disappear until the new one has counted too."""
     old, new, merged = WorkerMetrics(0, "cpu"), WorkerMetrics(0, "cpu"), MergedMetrics()
     evict(old)
     merged.update("old", old.text())
@@ -117,6 +121,44 @@ def test_a_series_its_successor_has_not_counted_yet_stays() -> None:
     evict(new)
     merged.update("new", new.text())
     assert scrape(merged)[GONE] == 2
+
+
+def test_a_worker_and_a_front_show_zeros_from_the_start() -> None:
+    """Every result, reason and tier that a worker can count, and the answers of a protocol that none has asked yet."""
+    merged, front = MergedMetrics(), FrontMetrics()
+    front.show_protocol("sagemaker", [200, 503])
+    merged.update("worker-0", WorkerMetrics(0, "cpu").text())
+    merged.update("front-0", front.text())
+    merged.update("host", HostMetrics("1.2.3").text())
+    seen = scrape(merged)
+    for spec, label, values in (
+        (contract.EVICTIONS, "reason", contract.EVICTION_REASONS),
+        (contract.LOAD_FAILURES, "reason", [ModelNotFound.reason, CodeNoMemory.reason, LoadError.reason]),
+        (contract.PREFETCH, "result", [*PrefetchOutcome]),
+        (contract.SWAPS, "result", ["ok", "failed"]),
+        (contract.WAITING_REQUESTS, "waiting_for", contract.WAITING_FOR),
+        (contract.INFERENCE_REQUESTS, "code", ["200", "503"]),
+    ):
+        shown = {series for series, value in seen.items() if series.startswith(f"{spec.series}{{") and value == 0}
+        assert all(any(f"{label}={value}" in series for series in shown) for value in values), spec
+    for tier in ("host", "disk", "store"):
+        assert seen[f"fleetcast_model_loading_seconds_count{{device=cpu,tier={tier},worker=0}}"] == 0
+    assert [series for series in seen if "build_info" in series and "version=1.2.3" in series]
+
+
+def test_buckets_tell_fractions_of_a_millisecond_apart() -> None:
+    """Between 0.1 and 5 ms a bound is at most 1.7 times the one before: so wrong can a percentile be at most."""
+    front = FrontMetrics()
+    front.bind_answers("sagemaker", 200)
+    found = [
+        float(sample.labels["le"])
+        for family in text_string_to_metric_families(front.text())
+        for sample in family.samples
+        if sample.name == f"{contract.INFERENCE_SECONDS.series}_bucket"
+    ]
+    fine = [bound for bound in found if 0.0001 <= bound <= 0.005]
+    assert len(fine) > 8
+    assert all(after / before < 1.7 for before, after in pairwise(fine))
 
 
 def test_burying_a_process_that_was_never_scraped_changes_nothing() -> None:
@@ -166,14 +208,15 @@ def test_the_metrics_are_those_of_the_contract() -> None:
     """Nothing is counted that clients are not told of, nothing is promised that no process counts; labels are equal."""
     counted: dict[str, set[str]] = {}
     host = HostMetrics()
+    host.registry.register(HostMeasures({}))
     host.registry.register(
         MarketFamilies(ActualsService(Settings.model_validate({"store": "x"}), ActualsRollout(Workers([], 1.0))))
     )
     for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), host):
         for collector in list(process.registry._collector_to_names):
             for family in collector.collect():
-                ours: tuple[str, ...] = getattr(collector, "label_names", ())
-                labels: tuple[str, ...] = getattr(collector, "_labelnames", getattr(family, "_labelnames", ours))
+                ours: tuple[str, ...] = getattr(collector, "label_names", getattr(family, "_labelnames", ()))
+                labels: tuple[str, ...] = getattr(collector, "_labelnames", ours)
                 counted.setdefault(family.name, set()).update(labels)
     promised = {contract.METRIC_PREFIX + spec.name: spec for spec in contract.METRICS}
     assert counted.keys() == promised.keys()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from server.contract import METRIC_PREFIX, MetricSpec
-from server.single_thread_metrics import CounterFamily, HistogramFamily
+from server.single_thread_metrics import EXAMPLE_MASK, MOST_ID_BYTES, SLOW_S, CounterFamily, HistogramFamily
 
 SPEC = MetricSpec("counter", "things", "What is counted.", ("kind",))
 TIMES = MetricSpec("histogram", "times", "What it took.", ("kind",))
@@ -41,3 +41,29 @@ def test_labels_are_checked() -> None:
     """A series without the value of a label would be scraped under another's name."""
     with pytest.raises(ValueError, match=r"has the labels \('worker', 'kind'\)"):
         CounterFamily(SPEC, ("worker",)).labels("a")
+
+
+def test_the_first_the_slow_and_a_few_others_are_examples() -> None:
+    """Of each bucket the first request; of slow ones the last; of quick ones one in 1,024; long ids are cut."""
+    times = HistogramFamily(TIMES, (0.001, SLOW_S, 1))
+    series = times.labels("a")
+    for i in range(EXAMPLE_MASK + 1):
+        series.observe_request(0.0005, b"quick-%d" % i)
+    series.observe_request(0.0007, b"later")
+    for i in range(3):
+        series.observe_request(0.5, b"slow-%d" % i + b"x" * 200)
+    series.observe_request(0.01, b"")
+    found = {labels["le"]: example for labels, example in times.list_examples()}
+    assert {le: example.request_id[:6] for le, example in found.items()} == {"0.001": b"later", "1.0": b"slow-2"}
+    assert (found["0.001"].value, len(found["1.0"].request_id)) == (0.0007, MOST_ID_BYTES)
+
+
+@given(values=st.lists(VALUES))
+def test_requests_are_counted_as_other_values_are(values: Sequence[float]) -> None:
+    """With an id or without."""
+    requests, others = HistogramFamily(TIMES, BOUNDS), HistogramFamily(TIMES, BOUNDS)
+    for i, value in enumerate(values):
+        requests.labels("a").observe_request(value, b"id" * (i % 2))
+        others.labels("a").observe(value)
+    (found,), (wanted,) = requests.collect(), others.collect()
+    assert found.samples == wanted.samples

@@ -111,6 +111,9 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         self._streams, self._most_streams = 0, max(1, places // 2)
         self._running: set[asyncio.Task[Any]] = set()
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
+        methods = tuple(methods)
+        for protocol in {method.protocol for method in methods if not method.is_open}:
+            metrics.show_protocol(protocol, {OK, *COUNTED.values()})
         self._ids, self._id_prefix = itertools.count(1), os.urandom(6).hex().encode()
         self._handlers = {
             method.path: grpc.stream_stream_rpc_method_handler(partial(self._handle, method)) for method in methods
@@ -278,14 +281,14 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     def _count(self, method: Method, status: int, call: Call) -> None:
         """Count a call; those of a stream are counted by what it answers each message."""
         if not method.is_open and (method.stream is None or status != CLIENT_GONE):
-            self._note(method.protocol, status, time.monotonic() - call.started)
+            self._note(method.protocol, status, time.monotonic() - call.started, call.id)
 
-    def _note(self, protocol: str, status: int, seconds: float) -> None:
+    def _note(self, protocol: str, status: int, seconds: float, request_id: bytes = b"") -> None:
         series = self._answered.get((protocol, status))
         if series is None:
             series = self._answered[protocol, status] = self._metrics.bind_answers(protocol, status)
         series.answers.inc()
-        series.seconds.observe(seconds)
+        series.seconds.observe_request(seconds, request_id)
 
 
 def _parse(method: Method, raw: bytes) -> Any:

@@ -81,6 +81,7 @@ class StoreWatch:
         self._fleet, self._metrics, self._lanes, self._polls = fleet, metrics, lanes, polls
         self._interval_s = max(LEAST_PAUSE_S, revalidate_s / 2)
         self._rounds = self._failures = 0
+        self._failing_since = 0.0  # monotonic; counts while there are failures
         self._settled: dict[Holding, Settled] = {}
         self._told: set[ModelName] = set()
         self._again: dict[ModelName, Retry] = {}
@@ -128,6 +129,10 @@ class StoreWatch:
         """Seconds from the start of one round to the next: longer each time that the store was gone."""
         return min(max(MOST_PAUSE_S, self._interval_s), self._interval_s * float(2 ** min(self._failures, 20)))
 
+    def failing_s(self) -> float:
+        """Seconds since the first of the rounds for which the store was gone; 0 if it answered the last one."""
+        return time.monotonic() - self._failing_since if self._failures else 0.0
+
     # --- by comparison ----------------------------------------------------------------------------------------------
 
     async def follow_store(self, lookups: StoreLookups) -> None:
@@ -157,6 +162,7 @@ class StoreWatch:
     def _note_outage(self, gone: str) -> None:
         if gone and not self._failures:
             log.warning("store_not_followed", error=gone)
+            self._failing_since = time.monotonic()
         self._failures = self._failures + 1 if gone else 0
 
     def _find_changed(self, residents: Residents, found: Found) -> list[Holding]:

@@ -12,6 +12,7 @@ def make_merged() -> MergedMetrics:
     merged = MergedMetrics()
     for i in range(2):
         front = FrontMetrics()
+        front.show_protocol("v2", [200, 404])
         series = front.bind_answers("sagemaker", 200)
         series.answers.inc()
         series.seconds.observe(0.0004)
@@ -31,6 +32,7 @@ def test_families_are_summed_over_processes() -> None:
     found = summarise_metrics(make_merged().collect())
     assert found["requests"] == {"200": 3, "503": 1}
     assert found["requests_by_protocol"] == {"sagemaker": 2, "forecasts": 2}
+    assert found["load_failures"] == {}  # what has never happened is not listed, though it has series
     assert found["cache_requests"] == {"hit": 2, "miss": 0, "coalesced": 0}
     assert found["loaded_models"] == {"0": 3, "1": 3}
     assert isinstance(found["cache_bytes"], Mapping)

@@ -46,7 +46,7 @@ class GrpcHouse:
             sample.labels["code"]: sample.value
             for family in families
             for sample in family.samples
-            if sample.name == "fleetcast_inference_requests_total"
+            if sample.name == "fleetcast_inference_requests_total" and sample.value
         }
 
 

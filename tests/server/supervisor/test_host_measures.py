@@ -1,0 +1,66 @@
+"""What the supervisor reads of processes and certificates, from real processes and real files."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import trustme
+
+from server import contract
+from server.supervisor.host_measures import HostMeasures, measure_processes
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="/proc is Linux's")
+
+
+def read_values(measures: HostMeasures) -> dict[tuple[str, str], float]:
+    """Values by series and label."""
+    return {
+        (sample.name, next(iter(sample.labels.values()))): sample.value
+        for family in measures.collect()
+        for sample in family.samples
+    }
+
+
+@linux
+def test_processes_are_measured_as_the_kernel_counts_them() -> None:
+    """This process: its memory, start and descriptors are plausible, and its processor time is its own clock's."""
+    spent = time.process_time()
+    found = measure_processes({"supervisor": os.getpid()})["supervisor"]
+    assert spent - 0.1 <= found.cpu_s <= time.process_time() + 0.1  # the kernel counts in hundredths
+    assert 2**20 < found.memory < 2**40
+    assert found.started < time.time()
+    with Path("/dev/null").open():
+        assert measure_processes({"me": os.getpid()})["me"].open_files == found.open_files + 1
+    assert found.open_files < found.most_files
+
+
+@linux
+def test_a_process_that_has_ended_is_left_out() -> None:
+    """It ends between the list of children and the look at it."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    measures = HostMeasures({})
+    measures.read({"supervisor": os.getpid(), "worker-0": child.pid})
+    assert {name for _, name in read_values(measures)} == {"supervisor"}
+
+
+def test_without_proc_nothing_is_shown(tmp_path: Path) -> None:
+    """On other systems."""
+    assert measure_processes({"supervisor": os.getpid()}, tmp_path) == {}
+
+
+def test_a_certificate_that_cannot_be_read_keeps_its_end(tmp_path: Path) -> None:
+    """While it is replaced the alert must not see it vanish; the new one counts once it is there."""
+    path, ca, series = tmp_path / "server.pem", trustme.CA(), (contract.CERTIFICATE_EXPIRY.series, "tls_certificate")
+    path.write_bytes(ca.cert_pem.bytes())
+    measures = HostMeasures({"tls_certificate": path})
+    assert series not in read_values(measures)
+    measures.read({})
+    before = read_values(measures)[series]
+    assert before > time.time()
+    path.write_text("half a file")
+    measures.read({})
+    assert read_values(measures)[series] == before
