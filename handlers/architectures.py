@@ -15,6 +15,7 @@ SUMMARIES: Mapping[str, str] = MappingProxyType(
         "gru": "a recurrence, then all steps at once",
         "seq2seq": "a recurrence for the past, another for the steps ahead",
         "lear": "the linear model of power prices, fitted in seconds, the default for days",
+        "ddnn": "two dense layers over what lear reads, fitted in seconds; a good part of a mixture",
         "mqcnn": "a dilated causal CNN, then a context for each step",
         "mqrnn": "a recurrence, then a context for each step",
         "deepar": "a recurrence that reads its own draws: sample paths",

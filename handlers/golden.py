@@ -2,7 +2,8 @@
 
 from textwrap import shorten
 
-ADDED = {"time_zone"}  #: keys of today's answers that older golden samples do not have
+#: Keys of today's answers that older golden samples do not have.
+ADDED = {"time_zone", "warnings", "quality", "fallback"}
 SHOWN = 80  #: most characters of a value in a message
 
 

@@ -4,6 +4,7 @@ A message is a u32 length, little-endian, and as many bytes. A worker asks a chi
 has lent it to. A child is foreign code, so that whatever it sends is checked: `MAX_ANSWER_BYTES` bounds a message.
 """
 
+import select
 import socket
 from collections.abc import Iterator, Mapping
 from struct import Struct as Layout
@@ -15,6 +16,7 @@ from msgspec import Meta, Struct
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  #: of a message that a child sends
 MAX_TEXT = 2000  #: characters of an error that a child tells
 RECEIVE_BYTES = 64 * 1024  #: at a time: a larger buffer would be mapped and unmapped for each message
+ENDED = "its process ended by itself or by a limit (memory, processor time, a signal, os._exit)"
 
 _LENGTH = Layout("<I")
 
@@ -48,7 +50,7 @@ class LoadFailed(Struct, frozen=True, tag=True):
     no_memory: bool = False
 
 
-class CodeRequest(Struct, frozen=True):
+class CodeRequest(Struct, frozen=True, array_like=True):
     """One request as the handler gets it; see `server.ipc.handler_calls.HandlerCall`.
 
     `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then. `streams`: parts of
@@ -71,7 +73,7 @@ class RunBatch(Struct, frozen=True, tag=True):
     requests: list[CodeRequest]
 
 
-class CodeAnswer(Struct, frozen=True):
+class CodeAnswer(Struct, frozen=True, array_like=True):
     """What became of one request. Where it `failed`, `message` says why, and there is no body.
 
     Else `status`, `reason`, `headers` and `content_type` are what the handler has set; `content_type` is empty where it
@@ -93,8 +95,8 @@ def make_answer(
 ) -> CodeAnswer:
     """An answer of what a handler has set, as the worker takes it. In a child. Raises ValueError."""
     code = OK if status is None else int(status)
-    pairs = {str(name): str(value) for name, value in headers.items()}
-    texts = (str(content_type), str(reason), *pairs, *pairs.values())
+    pairs = {str(name): str(value) for name, value in headers.items()} if headers else {}
+    texts = (str(content_type), str(reason), *pairs, *pairs.values()) if pairs else (str(content_type), str(reason))
     if not MIN_STATUS <= code <= MAX_STATUS or len(pairs) > MAX_HEADERS or max(map(len, texts)) > MAX_HEADER:
         raise ValueError(f"status {code} with {len(pairs)} headers is no answer")
     return CodeAnswer(code, body, str(content_type), pairs, "", body_type, str(reason))
@@ -154,6 +156,9 @@ class ChildMessages:
         """For example `<ChildMessages 12 bytes wait>`."""
         return f"<ChildMessages {len(self._buffer)} bytes wait>"
 
+    def __len__(self) -> int:
+        return len(self._buffer)
+
     def feed(self, data: bytes) -> Iterator[FromChild]:
         """The messages that `data` completes. Raises ProtocolError for what no child of ours would send."""
         self._buffer += data
@@ -177,6 +182,8 @@ class Batches:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel, self._received = channel, b""
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
 
     def __repr__(self) -> str:
         """For example `<Batches 0 bytes wait>`."""
@@ -195,9 +202,16 @@ class Batches:
         return _decode_to_child(memoryview(received)[_LENGTH.size : end])
 
     def _receive(self, missing: int) -> bytes:
-        """What comes next; of a large message all that is missing. Empty when the channel has been closed."""
+        """What comes next; of a large message all that is missing. Empty when the channel has been closed.
+
+        It polls before it waits: who waits in `recv` is woken too when the other end has read the answer before.
+        """
         if missing <= RECEIVE_BYTES:
-            return self._channel.recv(RECEIVE_BYTES)
+            try:
+                return self._channel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._poll.poll()
+                return self._channel.recv(RECEIVE_BYTES)
         found = bytearray()
         while len(found) < missing and (part := self._channel.recv(RECEIVE_BYTES)):
             found += part

@@ -24,6 +24,8 @@ HEADER_REQUEST_ID: Final = "X-Request-Id"
 HEADER_TIMEOUT_MS: Final = "X-Request-Timeout-Ms"
 HEADER_CACHE: Final = "X-Fleetcast-Cache"  #: one of CACHE_RESULTS; of a call for many models `hit=44, miss=1`
 HEADER_MODEL_VERSION: Final = "X-Fleetcast-Model-Version"  #: the store's ETag or version
+HEADER_QUALITY: Final = "X-Fleetcast-Quality"  #: codes of doubtful histories with their predictions, `missing=2`
+HEADER_WARNING: Final = "X-Fleetcast-Warning"  #: what else an answer is warned of, likewise: `narrow-levels=1`
 #: In ms: `queue`, from arrival at the front and without the load; `load`, whose `desc` is the tier; `inference`.
 HEADER_SERVER_TIMING: Final = "Server-Timing"
 
@@ -37,6 +39,7 @@ OPEN_INFERENCE_DESCRIBE: Final = "application/vnd.fleetcast.describe"
 INVOCATIONS_PATH: Final = "/invocations"  #: one model, named by HEADER_TARGET_MODEL
 MODEL_NAME_PARAMETER: Final = b"model_name"  #: of the query of that path, as archived model servers have it
 FORECASTS_PATH: Final = "/v1/forecasts"  #: many models in one call
+ACTUALS_PATH: Final = "/v1/actuals"  #: takes observed prices of many models
 PREDICTIONS_PATH: Final = "/predictions"  #: with the model in the path, as TorchServe and Multi Model Server have it
 OPEN_INFERENCE_MODELS_PATH: Final = "/v2/models"  #: with the model in the path
 CONTAINER_MODELS_PATH: Final = "/models"  #: of a SageMaker container; with a model in the path and `/invoke`
@@ -48,6 +51,8 @@ MODELS_PATH: Final = "/fleet/models"  #: on the management listener, as the thre
 PROCESSES_PATH: Final = "/fleet/processes"
 OPENAPI_PATH: Final = "/openapi.json"  #: on the management listener, as the page below
 DOCS_PATH: Final = "/docs"
+ACCURACY_PATH: Final = "/fleet/accuracy"  #: what observed prices say of forecasts, as JSON
+ACCURACY_PAGE_PATH: Final = "/accuracy"  #: the same as a page
 EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 
@@ -211,6 +216,13 @@ BATCH_MODELS: Final = MetricSpec("histogram", "inference_batch_models", "Models 
 STEP_SECONDS: Final = MetricSpec(
     "counter", "step_seconds", "Time spent in steps, by part: decode, forward or encode", ("part",)
 )
+DOUBTFUL_HISTORIES: Final = MetricSpec(
+    "counter",
+    "doubtful_histories",
+    "Predictions whose history is doubtful, by code: filled, missing, empty, short, flat, stale, shifted or range; "
+    "fallback counts those that the archive's fallback answered",
+    ("code",),
+)
 MODEL_REQUESTS: Final = MetricSpec(
     "counter", "model_requests", "Requests by model, for as many models as metrics_per_model allows", ("model",)
 )
@@ -258,6 +270,45 @@ WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts 
 WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)
 ACCESS_LOG_ROWS: Final = MetricSpec(
     "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
+)
+ACTUALS: Final = MetricSpec(
+    "counter", "actuals", "Observed prices by result: paired, repeated or unmatched", ("result",)
+)
+FORECASTS_KEPT: Final = MetricSpec(
+    "counter",
+    "forecasts_kept",
+    "Forecasts that wait for prices, by result: kept, overlapping (of one that is kept) or dropped (no room)",
+    ("result",),
+)
+PAIRED_PRICES: Final = MetricSpec(
+    "counter",
+    "paired_prices",
+    "Observed prices that were forecast, for as many models as actuals_metrics allows; the rest is `other`",
+    ("model",),
+)
+BAND_HITS: Final = MetricSpec(
+    "counter", "band_hits", "Of these prices, those inside the band that promises this share", ("model", "band")
+)
+BAND_COVERAGE: Final = MetricSpec(
+    "gauge", "band_coverage", "Share of prices inside the band on the last 28 days with prices", ("model", "band")
+)
+PINBALL_TO_NAIVE: Final = MetricSpec(
+    "gauge",
+    "pinball_to_naive",
+    "Pinball loss on the same days divided by that of the naive forecast; of `other` the mean of the models",
+    ("model",),
+)
+DRIFT: Final = MetricSpec(
+    "gauge",
+    "forecast_drift",
+    "1 for 14 days with prices after an alarm of the drift test; of `other` the sum",
+    ("model",),
+)
+DRIFT_ALARMS: Final = MetricSpec(
+    "counter",
+    "forecast_drift_alarms",
+    "Alarms of the drift test, of which at most one in ten years a model is false where days are alike",
+    ("model",),
 )
 
 LOG_LINES_DROPPED: Final = MetricSpec(

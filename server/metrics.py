@@ -124,6 +124,7 @@ class WorkerMetrics:
         self.prefetch = self._counter(contract.PREFETCH)
         self.rhythms = self._gauge(contract.PREFETCH_MODELS).labels(**bind)
         self._model_requests = self._counter(contract.MODEL_REQUESTS)
+        self._doubtful = self._counter(contract.DOUBTFUL_HISTORIES)
         waiting = self._gauge(contract.WAITING_REQUESTS)
         self.waiting = tuple(waiting.labels(**bind, waiting_for=what) for what in contract.WAITING_FOR)
         self.failed = self._gauge(contract.FAILED_MODELS).labels(**bind)
@@ -181,6 +182,12 @@ class WorkerMetrics:
                 return
             self._shown.add(model)
         self._model_requests.labels(**self._labels, model=model).inc(count)
+
+    def count_doubts(self, quality: str) -> None:
+        """Count what `X-Fleetcast-Quality` says of an answer; its codes are those of `handlers.codecs.gaps`, nine."""
+        for part in quality.split(", "):
+            code, _, count = part.partition("=")
+            self._doubtful.labels(**self._labels, code=code).inc(int(count))
 
     def model_gone(self, model: str) -> None:
         """Remove the series of a model that is no longer resident."""

@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ByteSize, Field, SecretStr, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
@@ -19,6 +20,14 @@ from server.sagemaker_container.environment import find_model_folder, read_sagem
 
 TOML_FILE = "fleetcast.toml"
 MIB = contract.MIB
+
+#: What a model of `register_models` may say.
+_REGISTERED_BY = frozenset(
+    {
+        "url", "model_name", "model_version", "handler", "runtime", "initial_workers", "batch_size", "max_batch_delay",
+        "response_timeout", "startup_timeout", "default_version",
+    }
+)  # fmt: skip
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -370,6 +379,11 @@ class Settings(BaseSettings):
         "listeners (the header Host)",
     )
 
+    register_models: list[str] = Field(
+        default_factory=list,
+        description="models that are registered at the start, as load_models of TorchServe does: each the query of a "
+        "`POST /models`, such as `url=prices.mar&model_name=p&initial_workers=2&default_version=true`",
+    )
     pin: list[str] = Field(default_factory=list, description="models that are loaded at start and never evicted")
     metrics_per_model: int = Field(
         0, ge=0, description="maximum number of models per worker that have metric series of their own; 0: none"
@@ -383,6 +397,23 @@ class Settings(BaseSettings):
         _to_byte_size(256 * MIB),
         ge=MIB,
         description="maximum size of the access log; older parts are compressed, the oldest are deleted",
+    )
+    actuals: Path | None = Field(
+        None,
+        description="folder in which the server keeps what it forecast and the prices that clients send to "
+        f"`{contract.ACTUALS_PATH}`, to adapt bands and watch their coverage; none: it takes no prices",
+    )
+    adaptive_bands: Literal["on", "off"] = Field(
+        "on", description="off: prices that are sent are scored, but change no forecast"
+    )
+    actuals_models: int = Field(
+        1000, ge=1, le=10_000, description="maximum number of archives of which forecasts and prices are kept"
+    )
+    actuals_metrics: int = Field(
+        50,
+        ge=0,
+        le=1000,
+        description="maximum number of archives with series of coverage and drift of their own; the rest is `other`",
     )
     announce: Path | None = Field(
         None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
@@ -413,13 +444,34 @@ class Settings(BaseSettings):
             raise ValueError("it must not be within `store`, nor hold it: clients choose what is written there")
         return url.rstrip("/")
 
+    @field_validator("register_models")
+    @classmethod
+    def _are_registrations(cls, queries: list[str]) -> list[str]:
+        """What each says is checked when it is registered; what it may say is checked here."""
+        for query in queries:
+            given = dict(parse_qsl(query, keep_blank_values=True))
+            if "url" not in given:
+                raise ValueError(f"{query[:80]!r} names no archive: write url=KEY, and further parameters behind &")
+            if unknown := sorted(given.keys() - _REGISTERED_BY):
+                known = ", ".join(sorted(_REGISTERED_BY))
+                raise ValueError(f"{query[:80]!r} has no parameter {unknown[0][:80]!r}; there are {known}")
+        return queries
+
     @field_validator("overload_status", mode="before")
     @classmethod
     def _number(cls, value: object) -> object:
         return int(value) if isinstance(value, str) and value.isdigit() else value  # variables come as text
 
     @field_validator(
-        "disk_cache", "access_log", "tokens", "access_keys_file", "tls_certificate", "tls_key", "tls_client_ca"
+        "disk_cache",
+        "access_log",
+        "code_metrics",
+        "actuals",
+        "tokens",
+        "access_keys_file",
+        "tls_certificate",
+        "tls_key",
+        "tls_client_ca",
     )
     @classmethod
     def _home_is_known(cls, path: Path | None) -> Path | None:

@@ -5,6 +5,9 @@ by `handlers.evaluation.conformal`, carried by the archive, applied where networ
 """
 
 from collections.abc import Sequence
+from datetime import datetime
+from hashlib import sha256
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +18,22 @@ from model_store.archives.manifest import ForecastSpec
 
 HOUR = 3600
 HOURS = 24
+BAND = 0.8  #: nominal coverage of the band whose width is the unit of offsets, where the levels have it
 
 Hours = npt.NDArray[np.intp]
+
+
+EPOCH = datetime.fromisoformat("1970-01-01")  # without zone: of a wall clock
+
+
+class AnsweredLevels(NamedTuple):
+    """The levels of one forecast as they were answered: float32 [steps, levels], from `start` on.
+
+    `start`: seconds since 1970 on the archive's wall clock.
+    """
+
+    start: int
+    quantiles: bytes
 
 
 class BandCalibration:
@@ -24,6 +41,7 @@ class BandCalibration:
 
     def __init__(self, forecast: ForecastSpec, offsets: Float32, low: float, high: float) -> None:
         """`offsets` [rows, levels] are in widths of the band between the levels `low` and `high`."""
+        self._forecast, self._unit = forecast, (low, high)
         self._offsets = offsets.astype(np.float64)
         places = (forecast.quantile_levels.index(level) for level in (low, high))
         self._low, self._high = ((..., slice(place, place + 1)) for place in places)
@@ -34,6 +52,15 @@ class BandCalibration:
     def __repr__(self) -> str:
         rows, levels = self._offsets.shape
         return f"<BandCalibration of {levels} levels, {rows} rows>"
+
+    @property
+    def identity(self) -> str:
+        """A name of these offsets, the same for the same numbers."""
+        return sha256(self._offsets.astype(np.float32).tobytes()).hexdigest()[:16]
+
+    def add(self, offsets: Float32) -> "BandCalibration":
+        """Make the calibration by these offsets and others [rows, levels], which are in the same widths."""
+        return BandCalibration(self._forecast, (self._offsets + offsets).astype(np.float32), *self._unit)
 
     def shift(self, prices: Float64, starts: Sequence[str]) -> Float64:
         """Shift sorted quantiles [n, prediction, levels], whose first steps are at the stamps `starts`.
@@ -48,8 +75,10 @@ class BandCalibration:
         """Return the offsets [n or 1, prediction or 1, levels] of forecasts that begin at these stamps."""
         if len(self._offsets) == 1:
             return self._offsets
-        times = [stamp[11:16] for stamp in starts]
         known, found = self._last
+        if len(starts) == 1 and starts[0][11:16] == known:
+            return found
+        times = [stamp[11:16] for stamp in starts]
         if times.count(known) == len(times):  # forecasts of one archive mostly begin at the same time of day
             return found
         by_time = {time: self._offsets[list_hours(_parse_time(time), self._step_s, self._length)] for time in times}
@@ -57,6 +86,42 @@ class BandCalibration:
             self._last = next(iter(by_time.items()))
             return self._last[1]
         return np.stack([by_time[time] for time in times])
+
+
+def find_unit_band(levels: Float64) -> tuple[int, int] | None:
+    """Find the indices of the symmetric pair of levels whose coverage is nearest to BAND, else first and last.
+
+    None for a single level, which has no band.
+    """
+    if len(levels) == 1:
+        return None
+    pairs = [
+        (low, high)
+        for low, level in enumerate(levels)
+        if level < 0.5 and np.isclose(levels[high := int(np.argmin(np.abs(levels - (1 - level))))], 1 - level)  # noqa: PLR2004 -- the median
+    ]
+    if not pairs:
+        return 0, len(levels) - 1
+    return min(pairs, key=lambda pair: abs(levels[pair[1]] - levels[pair[0]] - BAND))
+
+
+def make_calibration(forecast: ForecastSpec) -> BandCalibration | None:
+    """Make a calibration that shifts nothing yet; None for an archive whose levels cannot be shifted.
+
+    Those are archives of several products, of sample paths, and of a single level.
+    """
+    levels = np.array(forecast.quantile_levels)
+    unit = find_unit_band(levels)
+    if unit is None or forecast.paths or len(forecast.products) > 1:
+        return None
+    zeros = np.zeros((count_rows(parse_step_seconds(forecast.frequency)), len(levels)), np.float32)
+    return BandCalibration(forecast, zeros, float(levels[unit[0]]), float(levels[unit[1]]))
+
+
+def count_seconds(stamp: str) -> int:
+    """Count the seconds from 1970 to a stamp, both on one wall clock."""
+    since = datetime.fromisoformat(stamp) - EPOCH
+    return since.days * DAY + since.seconds
 
 
 def list_hours(first_s: int, step_s: int, length: int) -> Hours:

@@ -4,7 +4,7 @@ A codec belongs to one loaded archive and holds no state of a request. Every wro
 wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -15,11 +15,12 @@ import numpy as np
 
 from handlers.base import Float32, Shape
 from handlers.codecs import open_inference, open_inference_requests, tensors
-from handlers.codecs.calibration import BandCalibration
+from handlers.codecs.calibration import AnsweredLevels, BandCalibration
 from handlers.codecs.datatypes import BYTES, FP32, Array, find_not_finite, nest_values, read_values
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
 from handlers.codecs.features import parse_step_seconds
+from handlers.codecs.marks import NO_MARKS, Marks
 from handlers.codecs.tensors import Place, put_rows
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
@@ -65,12 +66,15 @@ class DecodedCall:
     Rows that were decoded to a place lie there and have its shape.
 
     `encode` raises RunFailed if the outputs are not finite, but for JSON Lines it encodes an error for each such line.
-    `numbers` is about the number of values in a forecast's answer, and 0 for tensors.
+    `numbers` is about the number of values in a forecast's answer, and 0 for tensors. `answered`: the levels that
+    `encode` has answered, where the codec keeps them. `marks` say what a forecast is to be doubted for.
     """
 
     rows: Float32
     encode: Callable[[Float32], Encoded]
     numbers: int = 0
+    answered: Sequence[AnsweredLevels] = ()
+    marks: Marks = NO_MARKS
 
     @property
     def seconds(self) -> float:
@@ -149,6 +153,11 @@ class FamilyCodec:
     def __repr__(self) -> str:
         return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
 
+    @property
+    def adaptable(self) -> DeepAr | None:
+        """What adapts its bands to observed prices; None where it answers tensors, or has no band of one product."""
+        return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
+
     def describe(self, *, whole: bool = False) -> dict[str, object]:
         """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
 
@@ -217,7 +226,7 @@ class FamilyCodec:
             text = encode(_check_finite("predictions", outputs)).decode()
             return open_inference.write_answer(call, model, {DEEPAR_OUTPUT: np.array([[text]], object)})
 
-        return DecodedCall(rows, encode_text, encode.numbers)
+        return DecodedCall(rows, encode_text, encode.numbers, encode.answered, encode.marks)
 
     def _describe_tensors(self) -> bytes:
         if self._deepar is None:
@@ -234,7 +243,8 @@ class FamilyCodec:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
         rows = put_rows(rows, place)
-        return DecodedCall(rows, lambda outputs: (encode(_check_finite("predictions", outputs)), JSON), encode.numbers)
+        write = lambda outputs: (encode(_check_finite("predictions", outputs)), JSON)  # noqa: E731
+        return DecodedCall(rows, write, encode.numbers, encode.answered, encode.marks)
 
     def _lines(self, body: bytes, sent: str, wanted: str, place: Place | None) -> DecodedCall:
         """Decode JSON Lines. Only the answer of a line whose outputs are not finite is an error."""
@@ -242,7 +252,8 @@ class FamilyCodec:
             raise UnsupportedMedia(f"{LINES} is answered as {LINES}; not {sent} as {wanted}", field="accept")
         rows, encode = self._forecaster(None).decode_lines(body)
         rows = put_rows(rows, place)
-        return DecodedCall(rows, lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES), encode.numbers)
+        write = lambda outputs: (encode(np.ascontiguousarray(outputs)), LINES)  # noqa: E731
+        return DecodedCall(rows, write, encode.numbers, encode.answered, encode.marks)
 
     def _forecaster(self, field: str | None) -> DeepAr:
         if self._deepar is None:
@@ -362,9 +373,19 @@ def describe_forecast(forecast: ForecastSpec) -> dict[str, object]:
         "history_length": forecast.history_length,
         "prediction_length": forecast.prediction_length,
         "dynamic_feat": [*forecast.dynamic_feat[:SHOWN_NAMES], *([f"and {more} more"] if more > 0 else [])],
-        "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}",
+        "tail": f"{forecast.tail} beyond {levels[0]:g} and {levels[-1]:g}{_describe_tails(forecast)}",
         **({"residual_to": forecast.residual_to} if forecast.residual_to else {}),
     }
+
+
+def _describe_tails(forecast: ForecastSpec) -> str:
+    """Say how far the tails reach, and what they were learnt from; empty for other rules."""
+    tails = forecast.tails
+    if not tails:
+        return ""
+    band = f"the band {tails.band[0]:g} to {tails.band[1]:g}"
+    prices = f"from {tails.beyond[0]} and {tails.beyond[1]} past prices"
+    return f", by {tails.low:g} and {tails.high:g} widths of {band} in the mean, {prices}"
 
 
 def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:

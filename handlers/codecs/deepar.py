@@ -12,15 +12,19 @@ import numpy as np
 import numpy.typing as npt
 
 from handlers.base import Float32
-from handlers.codecs.calibration import BandCalibration
+from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds, make_calibration
 from handlers.codecs.clock import add_offset, find_jumps
 from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
-from handlers.codecs.features import FirstStep, Float64, Inputs, from_network
+from handlers.codecs.features import Filled, FirstStep, Float64, Inputs, from_network, parse_step_seconds
+from handlers.codecs.history import UNJUDGED, HistoryReader
+from handlers.codecs.marks import NARROW_LEVELS, NO_MARKS, Marks, count_marks
+from handlers.codecs.tails import ExponentialTails, has_narrow_levels
 from handlers.codecs.tensors import encode_in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
 
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
 LEVEL_TOLERANCE = 1e-9  #: how far a level may lie outside the trained range: clients compute 1 - 0.9 and send that
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
@@ -52,14 +56,21 @@ class InstanceRequest(NamedTuple):
     levels: Levels
     first: FirstStep
     item_id: str | int | None
+    quality: tuple[str, ...] = ()
+    fallback: Float64 | None = None  #: prices [prediction, levels] instead of the network's
 
 
 @dataclass(frozen=True, slots=True)
 class Encode:
-    """Encodes the outputs of the network as the body of an answer, which has about `numbers` values."""
+    """Encodes the outputs of the network as the body of an answer, which has about `numbers` values.
+
+    `answered`: what it has encoded, where the archive keeps that (`DeepAr.keeps_levels`); empty before.
+    """
 
     write: Callable[[Float32], bytes]
     numbers: int
+    answered: list[AnsweredLevels]
+    marks: Marks = NO_MARKS
 
     def __call__(self, outputs: Float32) -> bytes:
         """Encode finite outputs [n, *network's]. Raises RunFailed if the prices of an output overflow."""
@@ -80,13 +91,18 @@ class DeepAr:
         Raises ArchiveInvalid if the input recipe cannot be run.
         """
         self._forecast, self._budget, self._calibration = forecast, budget, calibration
-        self._most = float(np.finfo(np.float32).max) / (calibration.growth if calibration else 1)
+        self._own_calibration = calibration  #: that of the archive
+        self.keeps_levels = False  #: whether encoders say what they have answered
         self._reader = RequestReader(forecast.products)
-        self._inputs = Inputs(forecast)
+        self._histories = HistoryReader.of(forecast, parse_step_seconds(forecast.frequency))
+        self._inputs = Inputs(forecast, self._histories.read if self._histories else None)
         self._trained = np.array(forecast.trained_levels)
         default = forecast.quantile_levels
         self._default = _interpolate_levels([str(level) for level in default], np.array(default), self._trained)
-        self._mean = compute_mean_weights(self._trained)
+        self._mean, self._tails = compute_mean_weights(self._trained), ExponentialTails.of(forecast)
+        if self._tails is not None:
+            self._mean = self._tails.shift_mean(self._mean, self._trained)
+        self._narrow = has_narrow_levels(self._trained)
         products = len(forecast.products)
         self._several = products > 1
         self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
@@ -103,6 +119,28 @@ class DeepAr:
         """The record of the archive."""
         return self._forecast
 
+    @property
+    def is_adaptable(self) -> bool:
+        """Whether `adapt` can shift its levels."""
+        return make_calibration(self._forecast) is not None
+
+    @property
+    def calibration_identity(self) -> str:
+        """A name of the archive's own calibration; empty if it has none."""
+        return "" if self._own_calibration is None else self._own_calibration.identity
+
+    def adapt(self, offsets: Float32 | None) -> None:
+        """Shift levels by these offsets [rows, levels] too, in place of those given before; None: by the archive's own.
+
+        Safe while other threads encode: an answer has the offsets of before or after. Only if `is_adaptable`.
+        """
+        own = self._own_calibration
+        if offsets is not None:
+            start = make_calibration(self._forecast) if own is None else own
+            assert start is not None, "only adaptable archives are adapted"
+            own = start.add(offsets)
+        self._calibration = own
+
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode a body into rows [n, channels, context] and the encoder of finite outputs [n, *network's].
 
@@ -112,41 +150,44 @@ class DeepAr:
         request = self._reader.body(body)
         levels = self._check_configuration(request.configuration, len(request.instances))
         rows = self._allocate(len(request.instances))
-        asked = []
+        asked, filled = list[InstanceRequest](), list[Filled]()
         for i, instance in enumerate(request.instances):
             try:
-                first = self._inputs.fill(rows[i], instance, request.configuration.seed)
+                filled.append(self._inputs.fill(rows[i], instance, request.configuration.seed))
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-            asked.append(InstanceRequest(request.configuration, levels, first, instance.item_id))
-        write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs)})  # noqa: E731
-        return rows, Encode(write, self._numbers(asked))
+            asked.append(InstanceRequest(request.configuration, levels, filled[i].first, instance.item_id))
+        asked, answered = self._judge(asked, filled), list[AnsweredLevels]()
+        write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs, answered)})  # noqa: E731
+        return rows, Encode(write, self._numbers(asked), answered, self._mark(asked))
 
     def decode_lines(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode JSON Lines, with an answer per line. The answer of a line that cannot be answered is an error.
 
         Raises RequestError for a body without lines, and for more than MAX_ROWS or the budget allow.
         """
-        lines = body.removesuffix(b"\n").split(b"\n", MAX_ROWS)
+        lines, answered = body.removesuffix(b"\n").split(b"\n", MAX_ROWS), list[AnsweredLevels]()
         if len(lines) > MAX_ROWS or not body.strip():
             raise RequestError(f"a request has 1 to {MAX_ROWS} lines, each an instance")
         rows, asked, errors = self._allocate(len(lines)), list[InstanceRequest](), dict[int, RequestError]()
+        filled = list[Filled]()
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
                 levels = self._check_configuration(line.configuration, len(lines))
-                first = self._inputs.fill(rows[len(asked)], line, line.configuration.seed)
+                filled.append(self._inputs.fill(rows[len(asked)], line, line.configuration.seed))
             except RequestError as error:
                 errors[i] = error
             else:
-                asked.append(InstanceRequest(line.configuration, levels, first, line.item_id))
+                asked.append(InstanceRequest(line.configuration, levels, filled[-1].first, line.item_id))
+        asked = self._judge(asked, filled)
 
         def encode(outputs: Float32) -> bytes:
-            answers = iter(self._each(asked, outputs))
+            answers = iter(self._each(asked, outputs, answered))
             found = [_make_error_prediction(errors[i]) if i in errors else next(answers) for i in range(len(lines))]
             return b"".join(write_json(each) + b"\n" for each in found)
 
-        return rows[: len(asked)], Encode(encode, self._numbers(asked))
+        return rows[: len(asked)], Encode(encode, self._numbers(asked), answered, self._mark(asked))
 
     def _allocate(self, count: int) -> Float32:
         """Allocate rows [count, channels, context]. Raises RequestError for more than the budget allows."""
@@ -159,11 +200,40 @@ class DeepAr:
         series = self._forecast.prediction_length * len(self._forecast.products)
         return series * sum(_numbers_a_step(one) for one in asked)
 
-    def _each(self, asked: Sequence[InstanceRequest], outputs: Float32) -> Iterator[Prediction]:
+    def _warn(self, configuration: Configuration) -> tuple[str, ...]:
+        """Return the codes of what the answer to a configuration is warned of."""
+        drawn = not {"samples", "marginal"}.isdisjoint(configuration.output_types)
+        return (NARROW_LEVELS,) if drawn and self._narrow else ()
+
+    def _judge(self, asked: list[InstanceRequest], filled: Sequence[Filled]) -> list[InstanceRequest]:
+        """Add to each request what is doubtful in its history, and its fallback."""
+        further = None
+        if self._histories is not None and filled:
+            needed = self._histories.needed
+            rows = np.stack([each.history.values[-needed:] for each in filled])
+            further = self._histories.judge_rows(rows, [each.first.hour for each in filled])
+        for i, each in enumerate(filled):
+            codes = each.history.codes
+            if further is not None and UNJUDGED.isdisjoint(codes):
+                codes = (*codes, *further[i])
+            if codes:
+                asked[i] = asked[i]._replace(quality=codes, fallback=each.history.fallback)
+        return asked
+
+    def _mark(self, asked: Sequence[InstanceRequest]) -> Marks:
+        """Count the codes of these answers."""
+        quality = count_marks(one.quality for one in asked)
+        if not (self._narrow or quality):
+            return NO_MARKS
+        return Marks(quality, count_marks(self._warn(one.configuration) for one in asked))
+
+    def _each(
+        self, asked: Sequence[InstanceRequest], outputs: Float32, answered: list[AnsweredLevels]
+    ) -> Iterator[Prediction]:
         """Predict instances with their own configurations; only the failing ones are errors."""
         for i, one in enumerate(asked):
             try:
-                yield from self._predictions([one], outputs[i : i + 1])
+                yield from self._predictions([one], outputs[i : i + 1], answered)
             except RunFailed as failed:
                 yield {"error": {"code": "model_failed", "message": str(failed)}}
 
@@ -191,13 +261,18 @@ class DeepAr:
         asked = [_parse_level(text, self._trained) for text in configuration.quantiles]
         return _interpolate_levels(configuration.quantiles, np.array(asked), self._trained)
 
-    def _predictions(self, asked: Sequence[InstanceRequest], outputs: Float32) -> list[Prediction]:
-        """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration."""
+    def _predictions(
+        self, asked: Sequence[InstanceRequest], outputs: Float32, answered: list[AnsweredLevels]
+    ) -> list[Prediction]:
+        """Make predictions of finite outputs [n, *network's] in network numbers, which share one configuration.
+
+        Their levels are added to `answered`, if they are kept.
+        """
         drawn = self._prices(outputs, asked)
         prices = np.sort(drawn, axis=-1)
+        answered += self._keep_levels(prices, asked)
         configuration, levels = asked[0].configuration, asked[0].levels
-        kinds = configuration.output_types
-        means = (prices @ self._mean).astype(np.float32)
+        kinds, means = configuration.output_types, self._average(prices)
         quantiles = (
             levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
         )  # [n, asked, D?, prediction]
@@ -208,9 +283,7 @@ class DeepAr:
             samples = self._samples(prices, configuration)
         predictions: list[Prediction] = []
         for i, one in enumerate(asked):
-            answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
-            answer["start"] = one.first.stamp
-            answer["time_zone"] = self._forecast.time_zone
+            answer = self._label(one)
             mean, by_level, price = means[i], quantiles[i], prices[i]
             drawn_samples = None if samples is None else samples[i]
             if (real := one.first.steps) is not None:  # a clock change repeats steps or leaves some out
@@ -228,6 +301,36 @@ class DeepAr:
             predictions.append(answer)
         return predictions
 
+    def _keep_levels(self, prices: Float64, asked: Sequence[InstanceRequest]) -> Iterator[AnsweredLevels]:
+        """Give the levels of prices [n, prediction, levels] by slots of the wall clock, all of them."""
+        if not self.keeps_levels:
+            return
+        levels = prices.astype(np.float32).tobytes()
+        size = len(levels) // len(prices)
+        for i, one in enumerate(asked):
+            start, steps = count_seconds(one.first.stamp), one.first.steps
+            if steps is not None and len(steps):  # slots before the first step, which the clock has skipped
+                start -= int(steps[0]) * self._inputs.step_s
+            yield AnsweredLevels(start, levels[i * size : (i + 1) * size])
+
+    def _label(self, one: InstanceRequest) -> Prediction:
+        """Begin a prediction: whose it is, when it begins, and what it is to be doubted for."""
+        answer: Prediction = {} if one.item_id is None else {"item_id": one.item_id}
+        answer["start"] = one.first.stamp
+        answer["time_zone"] = self._forecast.time_zone
+        if warnings := self._warn(one.configuration):
+            answer["warnings"] = warnings
+        if one.quality:
+            answer["quality"] = one.quality
+        return answer
+
+    def _average(self, prices: Float64) -> Float32:
+        """Return the means [n, D?, prediction] of sorted quantiles [n, D?, prediction, levels]."""
+        means: Float64 = prices @ self._mean
+        if self._tails is not None:  # a tail reaches beyond floor and cap, and the mean with it
+            means = self._tails.bound(means)
+        return means.astype(np.float32)
+
     def _marginal(self, prices: Float64, first: FirstStep) -> dict[str, object]:
         """Encode the prices [D?, prediction, levels] of one instance as `handlers.codecs.joint` reads them."""
         values = prices.astype(np.float32).reshape(-1, *prices.shape[-2:])
@@ -236,7 +339,8 @@ class DeepAr:
         clock: dict[str, object] = {"start": add_offset(first.stamp, zone), "step_s": step_s}
         if jumps := find_jumps(first.stamp, zone, step_s, prices.shape[-2]):
             clock["jumps"] = jumps
-        return {"levels": self._trained, "values": values, **clock, **products}
+        tails = {} if self._tails is None else {"tails": self._tails}
+        return {"levels": self._trained, "values": values, **clock, **products, **tails}
 
     def _prices(self, outputs: Float32, asked: Sequence[InstanceRequest]) -> Float64:
         """Turn network numbers into prices [n, D?, prediction, levels or paths], calibrated, within floor and cap.
@@ -253,11 +357,16 @@ class DeepAr:
             prices = from_network(numbers, forecast.scaler)
         if forecast.residual_to:
             prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
-        if not (np.abs(prices) <= self._most).all():
+        calibration = self._calibration  # which `adapt` may replace meanwhile
+        if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
             raise RunFailed("the model's output overflows when it is scaled back to prices")
-        if self._calibration is not None:  # it has learnt from sorted prices within floor and cap
-            prices = np.sort(self._clip(prices), axis=-1)
-            prices = self._calibration.shift(prices, [one.first.stamp for one in asked])
+        if calibration is not None:  # it has learnt from sorted prices within floor and cap
+            prices = self._clip(prices)
+            prices.sort(axis=-1)  # they are this call's own: `from_network` and `clip` make new arrays
+            prices = calibration.shift(prices, [one.first.stamp for one in asked])
+        for place, one in enumerate(asked):
+            if one.fallback is not None:
+                prices[place] = one.fallback if one.first.base is None else one.fallback + one.first.base[:, None]
         return self._clip(prices)
 
     def _clip(self, prices: Float64) -> Float64:
@@ -267,7 +376,7 @@ class DeepAr:
         return np.clip(prices, forecast.floor, forecast.cap)
 
     def _samples(self, prices: Float64, configuration: Configuration) -> Float32:
-        """Draw samples [n, num_samples, D?, prediction] by the inverse CDF with flat tails, independently."""
+        """Draw samples [n, num_samples, D?, prediction] by the inverse CDF with its tail rule, independently."""
         knots = np.concatenate([[0.0], self._trained, [1.0]])
         values = np.concatenate([prices[..., :1], prices, prices[..., -1:]], axis=-1)[:, None]  # [n, 1, D?, P, knots]
         n, *series = prices.shape[:-1]
@@ -278,8 +387,18 @@ class DeepAr:
             weight = (u[i] - knots[upper - 1]) / (knots[upper] - knots[upper - 1])
             low = np.take_along_axis(values[i], (upper - 1)[..., None], -1)[..., 0]
             high = np.take_along_axis(values[i], upper[..., None], -1)[..., 0]
-            found[i] = low + weight * (high - low)
+            drawn = low + weight * (high - low)
+            found[i] = drawn if self._tails is None else self._extend(drawn, u[i], prices[i], self._tails)
         return found
+
+    def _extend(self, drawn: Float64, u: Float64, prices: Float64, tails: ExponentialTails) -> Float64:
+        """Move samples [S, D?, P] drawn at u outside the levels to where the tail rule has them."""
+        first, last = float(self._trained[0]), float(self._trained[-1])
+        widths = np.broadcast_to(tails.measure_widths(prices), u.shape)
+        under, over = u < first, u > last
+        drawn[under] -= tails.reach_below(widths[under], u[under], first)
+        drawn[over] += tails.reach_above(widths[over], u[over], last)
+        return tails.bound(drawn)
 
 
 def compute_mean_weights(levels: Float64) -> Float64:

@@ -6,7 +6,7 @@ Stamps are wall-clock times of the archive's `time_zone`, counted without daylig
 
 import re
 from calendar import day_name
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
 from math import gcd
@@ -28,6 +28,7 @@ from handlers.codecs.clock import (
     plan_slots,
 )
 from handlers.codecs.deepar_schema import Instance, Numbers, parse_start, quote_names
+from handlers.codecs.gaps import EMPTY, History, complete_plainly
 from handlers.errors import RequestError
 from model_store.archives.manifest import FLEETCAST_JSON, ForecastSpec, InputChannel, Scaler
 from model_store.errors import ArchiveInvalid
@@ -41,6 +42,10 @@ SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 8
 Float64 = npt.NDArray[np.float64]
 
 
+#: Takes a history with NaN for what is missing, its steps that were not sent, and the hour of the first forecast step.
+ReadHistory = Callable[[Float64, int, int], History]
+
+
 class FirstStep(NamedTuple):
     """When a forecast begins: the stamp of its first step, and which of its slots each real step takes (None: all).
 
@@ -51,8 +56,20 @@ class FirstStep(NamedTuple):
     steps: Int64 | None = None
     base: Float64 | None = None
 
+    @property
+    def hour(self) -> int:
+        """The hour of the day."""
+        return int(self.stamp[11:13])
 
-class History(NamedTuple):
+
+class Filled(NamedTuple):
+    """What came of an instance: when its forecast begins, and its history. `history` is that of the first product."""
+
+    first: FirstStep
+    history: History
+
+
+class PlacedSeries(NamedTuple):
     """The series of an instance on the slots of the archive's wall clock, from `start` on, and when it goes on."""
 
     start: datetime
@@ -64,9 +81,12 @@ class History(NamedTuple):
 class Inputs:
     """The input recipe of one archive, checked once when the archive is loaded."""
 
-    def __init__(self, forecast: ForecastSpec) -> None:
-        """Raises ArchiveInvalid for an unknown frequency, or a scaler of a target or calendar channel."""
-        self._forecast = forecast
+    def __init__(self, forecast: ForecastSpec, read: ReadHistory | None = None) -> None:
+        """`read` judges and completes histories; without it, what is missing takes the last known value.
+
+        Raises ArchiveInvalid for an unknown frequency, or a scaler of a target or calendar channel.
+        """
+        self._forecast, self._read = forecast, read
         self.step_s = parse_step_seconds(forecast.frequency)
         self._history_length = forecast.history_length
         self._scalers = forecast.product_scalers
@@ -80,8 +100,8 @@ class Inputs:
         """Allocate rows [count, channels, context], not yet filled."""
         return np.empty((count, len(self._forecast.inputs), self._forecast.context_length), np.float32)
 
-    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> FirstStep:
-        """Write the row [channels, context] of an instance; returns when its forecast begins.
+    def fill(self, row: Float32, instance: Instance[Any], seed: int | None = None) -> Filled:
+        """Write the row [channels, context] of an instance; returns when its forecast begins, and its history.
 
         Without a seed, a network that samples uses seed 0.
 
@@ -106,10 +126,11 @@ class Inputs:
         cat = self._cat(instance)
         if self._base is not None:
             series, first = self._subtract_base(series[0], covariates[self._base], first)
-        targets = [
-            to_network(_fill_missing(numbers, short, scaler.center), scaler)
+        histories = [
+            self._read_history(numbers, short, scaler.center, first)
             for numbers, scaler in zip(series, self._scalers, strict=True)
         ]
+        targets = [to_network(each.values, scaler) for each, scaler in zip(histories, self._scalers, strict=True)]
         begin = short + steps - forecast.context_length  # of the context, in series that are padded by `short`
         with np.errstate(over="ignore"):
             for values, channel in zip(row, forecast.inputs, strict=True):
@@ -128,7 +149,24 @@ class Inputs:
                     values[:] = self._calendar(start, at - short, channel)
         if not np.isfinite(row).all():
             raise RequestError("the numbers are too large: scaled for the model they are not finite")
-        return first
+        codes = tuple(dict.fromkeys(code for each in histories for code in each.codes))
+        return Filled(first, histories[0]._replace(codes=codes))
+
+    def _read_history(self, target: Numbers | Float64, short: int, center: float, first: FirstStep) -> History:
+        """Judge and complete the history of a product, with `short` steps before it that were not sent.
+
+        Raises RequestError where nothing is known and the archive has a rule for it.
+        """
+        values = np.full(short + len(target), np.nan)
+        values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN
+        if self._read is None:
+            return complete_plainly(values, center)
+        found = self._read(values, short, first.hour)
+        if EMPTY in found.codes and found.fallback is None:
+            raise RequestError(
+                "no step of the history has a value, so that there is nothing to forecast from", field="target"
+            )
+        return found
 
     def _subtract_base(
         self, numbers: Numbers | Float64, base: Float64, first: FirstStep
@@ -143,7 +181,7 @@ class Inputs:
         steps = len(numbers)
         return [np.array(numbers, np.float64) - base[:steps]], first._replace(base=base[steps:])
 
-    def _place_real_steps(self, moment: datetime, instance: Instance[Any]) -> History:
+    def _place_real_steps(self, moment: datetime, instance: Instance[Any]) -> PlacedSeries:
         """Place the real steps of an instance on the slots of the archive's wall clock. Raises RequestError.
 
         Where a clock repeats an hour, slots are fewer than steps: a history that is long enough in steps is lengthened
@@ -172,7 +210,7 @@ class Inputs:
         stamp = _first_forecast(moment.astimezone(zone), steps * self.step_s)
         if self.step_s < DAY:
             stamp = format_instant(begin, zone)
-        return History(start, histories, covariates, FirstStep(stamp, plan.steps))
+        return PlacedSeries(start, histories, covariates, FirstStep(stamp, plan.steps))
 
     def _check_grid(self, moment: datetime) -> None:
         """Check that a history may start at this time: steps of an hour have no quarters. Raises RequestError.
@@ -343,14 +381,3 @@ def _merge_steps(values: Float64, plan: SlotPlan, count: int, before: int) -> Fl
     """Average real steps by slot [count], with `before` copies of the first slot before them."""
     merged = average_slots(values, plan.slots[: len(values)], count)
     return np.concatenate([np.repeat(merged[:1], before), merged]) if before else merged
-
-
-def _fill_missing(target: Numbers | Float64, short: int, center: float) -> Float64:
-    """Return the target with `short` steps before it; missing steps take the last known value, else the center."""
-    values = np.full(short + len(target), np.nan)
-    values[short:] = np.array(target, np.float64)  # None and "NaN" become NaN
-    missing = np.isnan(values)
-    if missing.any():
-        last = np.maximum.accumulate(np.where(missing, -1, np.arange(len(values))))
-        values = np.where(last < 0, center, values[last])
-    return values

@@ -28,14 +28,26 @@ from handlers.codecs.scenarios import (
     match_marginals,
     refuse_repeated,
 )
+from handlers.codecs.tails import ExponentialTails
 from handlers.codecs.tensors import encode_in_blocks, write_json, write_npy
 from handlers.errors import RequestError, UnsupportedMedia
 from model_store.archives.json_faults import FAULTS, explain_fault
+from model_store.archives.manifest import MAX_TAIL
 
 MAX_FORECASTS = 10_000
 MAX_JUMPS = 100  #: most changes of a clock within one forecast
 PAIRED = "configuration.joint"  #: the field of a fault that lies between forecasts
 FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
+
+
+class MarginTails(Struct, forbid_unknown_fields=True):
+    """The tail rule `exponential` of a forecast, see `handlers.codecs.tails`; `band` are places among the levels."""
+
+    low: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    high: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    band: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]]
+    floor: float | None = None
+    cap: float | None = None
 
 
 class Margins(Struct, forbid_unknown_fields=True):
@@ -51,6 +63,7 @@ class Margins(Struct, forbid_unknown_fields=True):
     start: str | None = None
     step_s: Annotated[int, Meta(ge=1)] = 0
     jumps: Annotated[list[tuple[int, int]], Meta(max_length=MAX_JUMPS)] = []
+    tails: MarginTails | None = None
 
 
 class MarginalForecast(Struct, forbid_unknown_fields=True):
@@ -263,6 +276,7 @@ def _parse_marginals(i: int, forecast: MarginalForecast, first: int) -> Iterator
     levels = np.array(found.levels)
     if not (levels[0] > 0 and levels[-1] < 1 and (np.diff(levels) > 0).all()):
         raise RequestError("levels must rise within 0 and 1", instance=i, field="marginal.levels")
+    tails = _parse_tails(i, found)
     for name, rows in zip(names, found.values, strict=True):
         if any(len(row) != len(levels) for row in rows):
             what = f"every step of {name} must have {len(levels)} values, one for each level"
@@ -270,7 +284,20 @@ def _parse_marginals(i: int, forecast: MarginalForecast, first: int) -> Iterator
         values = np.array(rows)
         if not (np.abs(values) <= np.finfo(np.float32).max).all() or (np.diff(values) < 0).any():
             raise RequestError(f"values of {name} must be finite and sorted", instance=i, field="marginal.values")
-        yield Marginal(name, levels, values, first)
+        yield Marginal(name, levels, values, first, tails)
+
+
+def _parse_tails(i: int, found: Margins) -> ExponentialTails | None:
+    """Parse the tail rule of a forecast; None for flat tails. Raises RequestError."""
+    tails = found.tails
+    if tails is None:
+        return None
+    if not tails.band[0] < tails.band[1] < len(found.levels):
+        what = f"expected the places of two of the {len(found.levels)} levels, the lower one first"
+        raise RequestError(what, instance=i, field="marginal.tails.band")
+    if tails.floor is not None and tails.cap is not None and tails.floor > tails.cap:
+        raise RequestError("floor lies above cap", instance=i, field="marginal.tails.floor")
+    return ExponentialTails(tails.low, tails.high, tails.band, tails.floor, tails.cap)
 
 
 def _split_products(found: Iterator[Float32], width: int) -> Float32:

@@ -49,6 +49,8 @@ class _Document(Struct):
     id: Annotated[str, Meta(max_length=MOST_ID)] = ""
     outputs: Annotated[list[_Output], Meta(max_length=MOST_TENSORS)] | None = None
     parameters: dict[str, Any] = {}
+    output: Raw = Raw(b"")  # what is misspelt; other unknown keys are let through, as Triton does
+    parameter: Raw = Raw(b"")
 
 
 _decode = msgspec.json.Decoder(_Document).decode
@@ -85,6 +87,9 @@ class InferDocument:
         document = self._document
         if document is None:
             return _read_raw(self.behind, signature)
+        for misspelt, meant in ((document.output, "output"), (document.parameter, "parameter")):
+            if misspelt:
+                raise RequestError(f"there is no such key; did you mean {meant}s?", field=meant)
         _check_whole(document.parameters, "timeout")
         _check_whole(document.parameters, "priority")
         if _is_unnamed(document) and len(signature.inputs) == 1 and UNNAMED not in signature.inputs:

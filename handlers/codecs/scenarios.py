@@ -25,6 +25,7 @@ from handlers.base import Float32
 from handlers.codecs.deepar import MAX_SAMPLES
 from handlers.codecs.deepar_schema import quote_names
 from handlers.codecs.features import Float64
+from handlers.codecs.tails import ExponentialTails
 from handlers.errors import RequestError
 from model_store.archives import manifest
 from model_store.errors import ArchiveInvalid
@@ -40,15 +41,16 @@ TEMPLATES = "\0templates"  #: name of the stream that picks templates, which no 
 class Marginal:
     """The forecast of one product: `values` [T, levels], sorted along the levels, at `levels` rising within (0, 1).
 
-    The quantile function is linear between the levels and flat outside them (the tail rule `clamp`). `name` is the name
-    of the product in the correlation archive. Values within floor and cap give samples within them; a flat piece is an
-    atom. `first`: the step of the call at which it starts, so that equal times are correlated.
+    The quantile function is linear between the levels, and outside them flat (the tail rule `clamp`) or as `tails`
+    says. `name` is the name of the product in the correlation archive. Values within floor and cap give samples within
+    them; a flat piece is an atom. `first`: the step of the call at which it starts, so that equal times are correlated.
     """
 
     name: str
     levels: Float64
     values: Float64
     first: int = 0
+    tails: ExponentialTails | None = None
 
     def quantiles(self, u: Float64) -> Float32:
         """Return the quantiles [T, S] at rising probabilities u [S]; they rise too."""
@@ -59,7 +61,16 @@ class Marginal:
         gap = self.levels[above] - self.levels[below]
         weight = np.divide(inside - self.levels[below], gap, out=np.zeros(len(u)), where=gap > 0)
         low, high = self.values[:, below], self.values[:, above]
-        return np.minimum(low + weight * (high - low), high).astype(np.float32)
+        found = np.minimum(low + weight * (high - low), high)
+        return (found if self.tails is None else self._extend(found, u, self.tails)).astype(np.float32)
+
+    def _extend(self, found: Float64, u: Float64, tails: ExponentialTails) -> Float64:
+        """Move the quantiles [T, S] at probabilities outside the levels to where the tail rule has them."""
+        under, over = np.searchsorted(u, self.levels[0]), np.searchsorted(u, self.levels[-1], side="right")
+        widths = tails.measure_widths(self.values)[:, None]
+        found[:, :under] -= tails.reach_below(widths, u[:under], self.levels[0])
+        found[:, over:] += tails.reach_above(widths, u[over:], self.levels[-1])
+        return tails.bound(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,30 +12,9 @@ from handlers.base import Float32
 from handlers.codecs.calibration import HOURS
 from handlers.codecs.features import Float64
 from handlers.evaluation.scores import Steps
+from handlers.training.tails import TooFewScores, choose_band
 
-BAND = 0.8  #: nominal coverage of the band whose width is the unit of scores, where the levels have it
 LEAST_SCORES = 50  #: least number of scores of an hour and its neighbours; with fewer it takes those of all hours
-
-
-class TooFewScores(ValueError):
-    """There are too few actual values for a calibration."""
-
-
-def choose_band(levels: Float64) -> tuple[int, int]:
-    """Return the indices of the symmetric pair of levels whose coverage is nearest to BAND, else first and last.
-
-    Raises TooFewScores for a single level, which has no band.
-    """
-    if len(levels) == 1:
-        raise TooFewScores(f"the only level {levels[0]:g} makes no band")
-    pairs = [
-        (low, high)
-        for low, level in enumerate(levels)
-        if level < 0.5 and np.isclose(levels[high := int(np.argmin(np.abs(levels - (1 - level))))], 1 - level)  # noqa: PLR2004 -- the median
-    ]
-    if not pairs:
-        return 0, len(levels) - 1
-    return min(pairs, key=lambda pair: abs(levels[pair[1]] - levels[pair[0]] - BAND))
 
 
 def estimate_offsets(y: Float64, q: Float64, levels: Float64, hours: Steps, rows: int) -> Float32:

@@ -17,6 +17,7 @@ Steps = npt.NDArray[np.int64]
 
 MONDAY, SATURDAY = 0, 5
 MIDDLE = 0.5
+NAN = float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,32 +33,50 @@ class Scores:
     coverage: float
     nominal: float
     observed: int  #: number of scored steps
+    mae: float = NAN
+    rmse: float = NAN
+    mape: float = NAN
+    smape: float = NAN
+    rmae_weekly: float = NAN
 
 
-def score_windows(y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64) -> Scores:
-    """Compute all scores of windows: y and naive [W, H], q [W, H, Q], seasonal [W].
+def score_windows(
+    y: Float64, q: Float64, levels: Float64, naive: Float64, seasonal: Float64, weekly: Float64 | None = None
+) -> Scores:
+    """Compute all scores of windows: y, naive and weekly [W, H], q [W, H, Q], seasonal [W].
 
     pinball: mean over steps and levels, as in `fleetcast train`. wql: twice that, divided by the mean of |y|. wape: the
     sum of absolute errors of the median, divided by the sum of |y|. mase: the absolute error of the median, divided by
     the `seasonal` error of the window, mean over steps (Hyndman and Koehler 2006); steps whose seasonal error is 0 or
     unknown are left out. rmae: the mean absolute error of the median, divided by that of `naive`, over the steps that
     both have (Lago et al. 2021). wql, wape and mase are those of `fev` with the median as point forecast.
+
+    mae, rmse, mape and smape are of the median f too: means of |y - f|, of its square (the root of that), of
+    |y - f| / |y| where y is not 0, and of 2 |y - f| / (|y| + |f|) where one is not 0. rmae_weekly: rmae with the naive
+    forecast `weekly`.
     """
     losses = _compute_mean(compute_pinball(y, q, levels))
-    size, error = _compute_mean(np.abs(y)), np.abs(y - interpolate_median(q, levels))
+    median = interpolate_median(q, levels)
+    size, error = _compute_mean(np.abs(y)), np.abs(y - median)
+    sizes = np.abs(y) + np.abs(median)
     scaled = error / np.where(seasonal > 0, seasonal, np.nan)[:, None]
-    both = ~np.isnan(naive - y)
+    weeks = np.full_like(y, NAN) if weekly is None else weekly
     low, high = find_outer_levels(levels)
     return Scores(
         pinball=losses,
         wql=_compute_ratio(2 * losses, size),
         wape=_compute_ratio(_compute_mean(error), size),
         mase=_compute_mean(scaled),
-        rmae=_compute_ratio(_compute_mean(error[both]), _compute_mean(np.abs(y - naive)[both])),
+        rmae=_compute_rmae(y, error, naive),
         crps=_compute_mean(compute_crps(y, q, levels)),
         coverage=_compute_mean(np.where(np.isnan(y), np.nan, (q[..., low] <= y) & (y <= q[..., high]))),
         nominal=float(levels[high] - levels[low]),
         observed=int((~np.isnan(y)).sum()),
+        mae=_compute_mean(error),
+        rmse=float(np.sqrt(_compute_mean(error**2))),
+        mape=_compute_mean(error / np.where(y == 0, NAN, np.abs(y))),
+        smape=_compute_mean(2 * error / np.where(sizes == 0, NAN, sizes)),
+        rmae_weekly=_compute_rmae(y, error, weeks),
     )
 
 
@@ -149,6 +168,19 @@ def make_naive_forecast(values: Float64, seconds: Steps, origins: Steps, horizon
     return np.where(places >= lag, values[np.maximum(places - lag, 0)], np.nan)
 
 
+def make_weekly_forecast(values: Float64, seconds: Steps, origins: Steps, horizon: int) -> Float64:
+    """Make the naive forecast whose rMAE papers print [W, H]: the value a week before, for longer ones more weeks.
+
+    NaN where it is missing or a week is no whole number of steps.
+    """
+    step_s, ahead = int(seconds[1] - seconds[0]), np.arange(1, horizon + 1)
+    places = origins[:, None] + ahead - 1
+    if WEEK % step_s:
+        return np.full(places.shape, NAN)
+    lag = _round_to_seasons(ahead, WEEK // step_s)
+    return np.where(places >= lag, values[np.maximum(places - lag, 0)], NAN)
+
+
 def average_by_group(errors: Float64, group: Steps, groups: Sequence[int]) -> list[float]:
     """Return the mean error of each group; both arrays have one shape."""
     return [_compute_mean(errors[group == each]) for each in groups]
@@ -161,6 +193,12 @@ def _round_to_seasons(ahead: Steps, season: int) -> Steps:
 def _compute_mean(values: npt.NDArray[np.floating]) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _compute_rmae(y: Float64, error: Float64, naive: Float64) -> float:
+    """Compute the mean error divided by that of a naive forecast, over the steps that both have."""
+    both = ~np.isnan(naive - y)
+    return _compute_ratio(_compute_mean(error[both]), _compute_mean(np.abs(y - naive)[both]))
 
 
 def _compute_ratio(above: float, below: float) -> float:

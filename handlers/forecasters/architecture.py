@@ -10,8 +10,9 @@ from handlers.architectures import SUMMARIES
 from handlers.base import Family
 from handlers.forecasters.training_forward import TrainingForward, run_one_by_one
 
-#: gradient: AdamW on the pinball loss; lasso: L1-penalised quantile regression; parts: each part by its own method
-FitMethod = Literal["gradient", "lasso", "parts"]
+#: gradient: AdamW on the pinball loss; dense: the same for dense networks, with dropout and a gradient of their own;
+#: lasso: L1-penalised quantile regression; parts: each part by its own method
+FitMethod = Literal["gradient", "dense", "lasso", "parts"]
 
 
 def read_whole_context(family: Family) -> int:

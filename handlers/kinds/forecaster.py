@@ -60,6 +60,8 @@ class ForecasterKind:
             forecast=parts.forecast,
             trained_until=parts.trained_until,
             trained_epochs=parts.trained_epochs,
+            trained_half_life=parts.trained_half_life,
+            fingerprint=parts.fingerprint,
         )
         return spec, {WEIGHTS_FILE: parts.save_tensors()}
 

@@ -27,6 +27,8 @@ class ArchiveParts:
     correlation: CorrelationSpec | UnsetType = UNSET
     trained_until: str | UnsetType = UNSET
     trained_epochs: float | UnsetType = UNSET
+    trained_half_life: float | UnsetType = UNSET
+    fingerprint: str | UnsetType = UNSET
 
     def save_tensors(self) -> bytes:
         """The numbers as a safetensors file."""

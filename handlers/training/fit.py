@@ -23,6 +23,7 @@ from handlers.base import Family, Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64, from_network, parse_step_seconds
 from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
+from handlers.forecasters.ddnn import Ddnn
 from handlers.forecasters.lear import Lear
 from handlers.forecasters.mixture import MIXTURE, SHAPE, SHARES, Mixture, list_inputs, list_parts
 from handlers.training.batched_networks import (
@@ -36,6 +37,7 @@ from handlers.training.batched_networks import (
     run_parts,
     unflatten_weights,
 )
+from handlers.training.dense_fit import BATCH, STEPS, DenseFit
 from handlers.training.input_recipe import (
     DAY,
     WEEK,
@@ -50,13 +52,15 @@ from handlers.training.input_recipe import (
 )
 from handlers.training.lear_fit import LinearFit
 from handlers.training.shares import learn_shares
+from handlers.training.tails import fit_tails
 from handlers.training.time_series import Series
 from handlers.training.windows import Windows
-from model_store.archives.manifest import ForecastSpec, GoldenSample, PartSettings, Setting
+from model_store.archives.manifest import ForecastSpec, GoldenSample, PartSettings, Setting, Tails
 from model_store.errors import ArchiveInvalid
 
 Config = dict[str, Setting]
 
+Judged = tuple[float, float, Tails | None]  #: holdout losses of a model and of the naive forecast; the model's tails
 Progress = Callable[[int, int, float], None]  #: takes the steps done, the most steps, and the mean holdout loss
 
 EPOCHS, LEAST_STEPS = 20, 600  #: passes of a run whose number is not given, and its least number of steps
@@ -118,6 +122,7 @@ class Fitting:
     holdout_windows: int = 512
     checks: int = 40  #: evaluations of the holdout in a whole run
     patience: int = 12  #: evaluations without a better loss of any model after which the run ends
+    half_life_days: float = 0.0  #: a window so many days older counts half, for every architecture; 0: all count alike
     max_seconds: float = float("inf")  #: about, of both runs; a run that reaches half of it is not reproducible
     seed: int = 0
     threads: int = 1
@@ -151,7 +156,7 @@ def fit_forecasters(
     """Fit one forecaster per series, all of one family and of equal length. The same seed gives the same numbers.
 
     `config` is completed by the forecasts (features, lengths, quantiles). The fit method "lasso" uses only holdout and
-    threads of `fitting`.
+    threads of `fitting`. Where a forecast has `tails`, they are learnt from the prices of the holdout.
 
     Raises:
         SeriesInvalid: unequal lengths, too few steps, or no values in one of the parts. ArchiveInvalid: a wrong config.
@@ -161,11 +166,13 @@ def fit_forecasters(
     with _open_threads(fitting.threads) as pool:
         weights, losses = _fit_family(family, series, forecasts, fitting, pool, progress)
     found = []
-    for i, (each, forecast) in enumerate(zip(series, forecasts, strict=True)):
+    for i, (each, given) in enumerate(zip(series, forecasts, strict=True)):
+        ours, naive, tails = losses[i]
+        forecast = msgspec.structs.replace(given, tails=tails) if tails else given
         parts = unflatten_weights(family, weights[i : i + 1])
         tensors = {name: part[0].numpy().copy() for name, part in parts.items()}
         golden = make_golden_sample(architecture, config, forecast, tensors, each)
-        found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, *losses[i]))
+        found.append(Fitted(each.name, architecture, config, forecast, tensors, golden, ours, naive))
     return found
 
 
@@ -176,9 +183,9 @@ def _fit_family(
     fitting: Fitting,
     pool: ThreadPoolExecutor,
     progress: Progress | None,
-) -> tuple[torch.Tensor, list[tuple[float, float]]]:
-    """Fit a family: returns flat parameters [M, n] and holdout losses. Parts and members are fitted separately."""
-    data = Windows(series, forecasts, compute_reach(family), fitting.holdout)
+) -> tuple[torch.Tensor, list[Judged]]:
+    """Fit a family: returns flat parameters [M, n], and what the holdout says. Parts and members are fitted apart."""
+    data = Windows(series, forecasts, compute_reach(family), fitting.holdout, half_life_days=fitting.half_life_days)
     if isinstance(family, Mixture):
         best, whole = _fit_parts(family, data, series, forecasts, fitting, pool, progress)
     else:
@@ -199,7 +206,7 @@ def _fit_parts(
     found = []
     for part, places in zip(family.parts, family.places, strict=True):
         inputs = [replace(each, inputs=tuple(each.inputs[place] for place in places)) for each in forecasts]
-        windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history)
+        windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history, fitting.half_life_days)
         found.append(_fit_members(part, windows, series, inputs, fitting, pool, progress))
     even = torch.full((len(series), prod(family.parameters[SHARES])), 1 / len(family.parts))
     bests, wholes = ([even, *each] for each in zip(*found, strict=True))
@@ -239,22 +246,35 @@ def _fit_members(
     member, count = split_members(family)
     if isinstance(member, Mixture):
         raise ArchiveInvalid(f"members: a mixture is not fitted {count} times; give its parts members instead")
+    if isinstance(member, Ddnn):
+        dense = DenseFit(
+            member, data, pool, count, _draw_starts(member, count, fitting.seed), _count_dense_steps(data, fitting)
+        )
+        best = dense.best(progress)
+        return best.view(len(series), -1), dense.whole().view(len(series), -1)
     if count > 1:
         copies = [each for each in series for _ in range(count)], [each for each in forecasts for _ in range(count)]
-        data = Windows(*copies, compute_reach(member), fitting.holdout, data.history)
+        data = Windows(*copies, compute_reach(member), fitting.holdout, data.history, fitting.half_life_days)
     if find_architecture(member).fit == "lasso":
         assert isinstance(member, Lear), "the lasso fits a linear model"
         linear = LinearFit(member, data, pool, count)
         best = linear.best(progress)
         whole = linear.whole(best)
     else:
-        start = torch.from_numpy(
-            np.stack([flatten_tensors(member, random_tensors(member, fitting.seed + i)) for i in range(len(data))])
-        )
+        start = _draw_starts(member, len(data), fitting.seed)
         networks = _Fit(member, data, fitting, pool)
         best, steps = networks.best(start, progress)
         whole = networks.whole(start, steps)
     return best.view(len(series), -1), whole.view(len(series), -1)
+
+
+def _draw_starts(member: Family, count: int, seed: int) -> torch.Tensor:
+    """Draw initial flat parameters [count, n], each of its own seed."""
+    return torch.from_numpy(np.stack([flatten_tensors(member, random_tensors(member, seed + i)) for i in range(count)]))
+
+
+def _count_dense_steps(data: Windows, fitting: Fitting) -> int:
+    return round(fitting.epochs * len(data.train) / BATCH) or STEPS
 
 
 def explain_worse(fitted: Fitted) -> str:
@@ -418,13 +438,15 @@ class _Fit:
             average.lerp_(weights, max(1 - fitting.average, 1 / step))
             yield step, average
 
-    def price_losses(self, weights: torch.Tensor) -> list[tuple[float, float]]:
-        """Compute mean pinball losses of the holdout in prices: of each model, and of the values `naive_lag` before."""
+    def price_losses(self, weights: torch.Tensor) -> list[Judged]:
+        """Judge each model by the holdout: its mean pinball loss in prices, that of the values `naive_lag` before, and
+        how far prices lie beyond its outer quantiles.
+        """
         data, levels = self._data, self._data.levels
         ahead = self._held_out[0][:, None].numpy() + np.arange(data.horizon)
 
-        def of(models: slice) -> list[tuple[float, float]]:
-            answers, found = self._answers(weights, models).double().numpy(), []
+        def of(models: slice) -> list[Judged]:
+            answers, found = self._answers(weights, models).double().numpy(), list[Judged]()
             for answer, values, base, scaler in zip(
                 answers, data.values[models], data.bases[models], data.scalers[models], strict=True
             ):
@@ -434,7 +456,8 @@ class _Fit:
                 naive = torch.from_numpy(np.nan_to_num(before))[..., None]
                 observed = (~y.isnan()).sum()  # 0 / 0 is NaN: where nothing is observed there is no loss
                 ours, theirs = (compute_pinball(y, each, levels).sum() / observed for each in (quantiles, naive))
-                found.append((ours.item(), theirs.item()))
+                tails = fit_tails(values[ahead], quantiles.numpy(), data.exact_levels) if data.has_tails else None
+                found.append((ours.item(), theirs.item(), tails))
             return found
 
         return [each for some in self._pool.map(of, self._slices(self._held_out)) for each in some]

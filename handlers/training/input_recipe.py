@@ -4,7 +4,7 @@ The rows for training are made by the code that serves requests, `DeepAr`, so th
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -13,14 +13,17 @@ from msgspec.structs import replace
 from handlers.base import Float32
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import Float64
+from handlers.training.history_rules import learn_history_rules
+from handlers.training.tails import UNSEEN, choose_band
 from handlers.training.time_series import Series, SeriesInvalid
-from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler
+from model_store.archives.manifest import Feature, ForecastSpec, InputChannel, Scaler, Tails
 
 HOUR, DAY, WEEK = 3600, 86_400, 604_800
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)  #: of recipes that name no levels; `fleetcast train` asks for nine
 IQR_OF_NORMAL = 1.349  #: the interquartile range of a normal distribution, in standard deviations
 
 Scaling = Literal["asinh", "linear"]
+Tail = Literal["clamp", "exponential"]
 WEEKDAYS: tuple[Feature, ...] = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
@@ -62,6 +65,9 @@ def make_recipe(
     origin: str = "",
     weekdays: bool = False,
     paths: int = 0,
+    tail: Tail = "clamp",
+    max_missing: float | None = None,
+    fallback: bool = False,
     residual_to: str = "",
 ) -> ForecastSpec:
     """Make the record for a network that reads the last `reach` steps of its context; all of `series` fits the scalers.
@@ -71,7 +77,10 @@ def make_recipe(
     known-future covariates of the forecast steps, a covariate on several channels if the reach is shorter than the
     forecast. `weekdays`: the calendar has a channel for each day of the week, after the covariates. `paths`: the
     network draws so many, from a seed in the last channel. `origin`: forecasts start at this time of day only.
-    `residual_to`: the covariate from which the network learns the deviations of the target.
+    `tail`: the fit learns the numbers of `exponential`; a network that draws paths or has one level has `clamp`.
+    `max_missing`: the share of a history that may be missing; with it the archive has rules for histories, and with
+    `fallback` a forecast for those that say too little. `residual_to`: the covariate from which the network learns the
+    deviations of the target.
     """
     step_s = round(series.step.total_seconds())
     channels = choose_channels(step_s, prediction_length, reach, len(series.known_names), weekdays=weekdays)
@@ -82,7 +91,7 @@ def make_recipe(
         replace(each, scaler=scalers[each.index]) if each.source == "dynamic_feat" else each for each in channels
     ]
     channels += [InputChannel(source="seed")] if paths else []
-    return ForecastSpec(
+    made = ForecastSpec(
         frequency=series.frequency,
         context_length=context_length,
         prediction_length=prediction_length,
@@ -92,11 +101,24 @@ def make_recipe(
         dynamic_feat=series.known_names,
         unit=unit,
         scaler=fit_robust_scaler(subtract_base(series, residual_to), scaling, series.name),
-        tail="clamp",
+        **_start_tails(tail, () if paths else levels),
         paths=paths or msgspec.UNSET,
         origin=origin or msgspec.UNSET,
         residual_to=residual_to or msgspec.UNSET,
     )
+    if max_missing is None:
+        return made
+    values = subtract_base(series, residual_to)
+    rules = learn_history_rules(series, values, made, max_missing, fallback=fallback)
+    return replace(made, history=rules)
+
+
+def _start_tails(tail: Tail, levels: Sequence[float]) -> dict[str, Any]:
+    """Return the fields `tail` and `tails` before a fit, whose distances are those of levels that hold."""
+    if tail == "clamp" or len(levels) < 2:  # noqa: PLR2004 -- one level has no band
+        return {"tail": "clamp"}
+    low, high = choose_band(np.array(levels))
+    return {"tail": tail, "tails": Tails(low=UNSEEN, high=UNSEEN, band=(levels[low], levels[high]))}
 
 
 def get_base(series: Series, residual_to: str | msgspec.UnsetType) -> Float64:
@@ -172,7 +194,10 @@ def build_rows(series: Series, forecast: ForecastSpec) -> Float32:
     """
     past = len(series.values) - forecast.prediction_length
     lag = forecast.history_length - forecast.context_length
-    whole = DeepAr(replace(forecast, context_length=past - lag, origin=msgspec.UNSET))
+    rules = forecast.history
+    if rules:  # a gap of the whole series is judged by its windows, and completed as theirs are
+        rules = replace(rules, fallback=msgspec.UNSET)
+    whole = DeepAr(replace(forecast, context_length=past - lag, origin=msgspec.UNSET, history=rules))
     body = {"instances": [series.instance(0, past, forecast.prediction_length)]}
     found: Float32 = whole.decode(msgspec.json.encode(body))[0][0]
     return found

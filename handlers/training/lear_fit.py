@@ -92,12 +92,13 @@ class LinearFit:
 
     def _problem(self, model: int, starts: torch.Tensor) -> Problem:
         """Make the problem of one model from the windows that forecast from these steps [M, n]."""
-        x, y = [], []
+        x, y, weighted = [], [], self._data.weigh(starts[model])
         for some in torch.split(starts, CUT, 1):
             context, targets = self._data.cut(some, slice(model, model + 1))
             x.append(context[0].transpose(1, 2).flatten(1).index_select(1, self._family.taps))
             y.append(targets[0])
-        return Problem(torch.cat(x), torch.cat(y), self._data.levels)
+        weights = None if weighted is None else weighted.to(x[0].dtype)
+        return Problem(torch.cat(x), torch.cat(y), self._data.levels, weights)
 
 
 def _flatten_coefficients(found: Coefficients) -> torch.Tensor:

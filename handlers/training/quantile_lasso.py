@@ -23,11 +23,12 @@ RELAXATION = 1.6  #: over-relaxation of Boyd et al. 2011, section 3.4.3
 
 
 class Problem(NamedTuple):
-    """The data of one model: design x [n, F], targets y [n, P] (NaN: missing), levels [Q]."""
+    """The data of one model: design x [n, F], targets y [n, P] (NaN: missing), levels [Q], weights [n] or None."""
 
     x: torch.Tensor
     y: torch.Tensor
     levels: torch.Tensor
+    weights: torch.Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -61,7 +62,7 @@ class Regressions:
 
     def __init__(self, problem: Problem, start: Coefficients) -> None:
         x, (y, levels) = problem.x, _list_targets(problem)
-        seen = ~y.isnan()
+        seen = ~y.isnan() if problem.weights is None else ~y.isnan() * problem.weights[:, None]
         self._mean, spread = x.mean(0), x.std(0, correction=0)
         self._spread = torch.where(spread > 1e-4, spread, 1.0)  # noqa: PLR2004 -- a mark that never changes
         self._x = torch.cat([(x - self._mean) / self._spread, x.new_ones(len(x), 1)], 1)

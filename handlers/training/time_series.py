@@ -9,23 +9,42 @@ import gzip
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from handlers.codecs.clock import Float64, find_zone
-from handlers.training.stamps import PLAIN, FileRules, SeriesInvalid, find_axis, name_step, parse_stamp
+from handlers.training.quick_columns import MISSING, Table, read_columns_quickly
+from handlers.training.stamps import PLAIN, FileRules, SeriesInvalid, TimeAxis, find_axis, name_step, parse_stamp
 
 __all__ = ["FileRules", "Float64", "Series", "SeriesInvalid", "read_csv", "read_header"]
 
-MISSING = {"", "-", "nan", "null", "none", "na", "n/a", "n/e"}
 #: Columns that tell several series of one file apart, as libraries name them.
 ITEMS = ("unique_id", "item_id", "series_id", "ts_id")
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d{1,2}")  #: with three digits it could be a thousand
+
+
+class _Request(NamedTuple):
+    """What is read of a file; `complete`: columns without which a row is a fault."""
+
+    time: str
+    wanted: Collection[str]
+    complete: Collection[str]
+    rules: FileRules
+
+
+class _Places(NamedTuple):
+    """The places of columns in the header; `item`: of the one that tells several series apart, if there is one."""
+
+    time: int
+    values: dict[str, int]
+    item: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +133,10 @@ def read_csv(
     """
     known = [[name.replace("{target}", target) for name in known_future] for target in targets]
     wanted = {*targets, *(n for names in known for n in names)}
+    gappy = {residual_to.replace("{target}", target) for target in targets}
+    complete = {n for names in known for n in names} - gappy
     with _open_rows(path) as reader:
-        stamps, lines, columns = _read_columns(reader, time, wanted, rules)
-        axis = find_axis(stamps, lines, rules)
-        gappy = {residual_to.replace("{target}", target) for target in targets}
-        for name in {n for names in known for n in names} - gappy:
-            _require_complete(name, columns[name], lines)
+        columns, axis = _read_table(path, reader, _Request(time, wanted, complete, rules))
     step = timedelta(seconds=axis.step_s)
     ahead = {n: axis.place(columns[n], complete=n not in gappy) for names in known for n in names}
     return [
@@ -156,20 +173,52 @@ def _open_rows(path: Path) -> Iterator[Iterable[list[str]]]:
             raise SeriesInvalid(f"{path.name}, {error}") from None
 
 
-def _read_columns(
-    reader: Iterable[list[str]], time: str, wanted: Iterable[str], rules: FileRules
-) -> tuple[list[datetime], list[int], dict[str, Float64]]:
-    """Read stamps, their line numbers and the wanted columns."""
+def _read_table(path: Path, reader: Iterable[list[str]], asked: _Request) -> tuple[dict[str, Float64], TimeAxis]:
+    """Read the columns and find their time axis: by arrays if all is as files mostly are, else cell by cell.
+
+    Raises SeriesInvalid that names line and column.
+    """
     rows = _number_rows(reader)
-    _, header = next(rows, (0, []))
+    line, header = next(rows, (0, []))
     names = [name.strip() for name in header]
-    item, value = rules.item
-    for name in (time, *sorted(wanted), *([item] if item else ())):
+    places = _locate_columns(names, asked)
+    if line == 1:
+        item = (places.item, asked.rules.item[1])
+        quick = read_columns_quickly(path, places.time, places.values, len(names), item, asked.rules.time_format)
+        if quick is not None:
+            try:
+                return _check_table(quick, asked)
+            except SeriesInvalid:
+                pass  # the lines of the other reader are those of the file, whatever its cells contain
+    return _check_table(_read_cells(rows, names, places, asked), asked)
+
+
+def _check_table(table: Table, asked: _Request) -> tuple[dict[str, Float64], TimeAxis]:
+    """Check what was read, and find its time axis. Raises SeriesInvalid that names line and column."""
+    stamps, lines, columns = table
+    axis = find_axis(stamps, lines, asked.rules)
+    for name in sorted(asked.complete):
+        _require_complete(name, columns[name], lines)
+    return columns, axis
+
+
+def _locate_columns(names: Sequence[str], asked: _Request) -> _Places:
+    """Find the columns in the header. Raises SeriesInvalid for one that is not there once."""
+    item = asked.rules.item[0]
+    for name in (asked.time, *sorted(asked.wanted), *([item] if item else ())):
         if names.count(name) != 1:
             raise SeriesInvalid(f"line 1: {names.count(name)} columns {name!r}; the columns are {', '.join(names)}")
-    places = {name: names.index(name) for name in wanted}
-    at_time, at_item = names.index(time), names.index(item) if item else _find_item_column(names, time, places)
-    stamps, lines, cells = list[datetime](), list[int](), list[list[float]]()
+    places = {name: names.index(name) for name in sorted(asked.wanted, key=names.index)}
+    at_item = names.index(item) if item else _find_item_column(names, asked.time, places)
+    return _Places(names.index(asked.time), places, at_item)
+
+
+def _read_cells(rows: Iterable[tuple[int, list[str]]], names: Sequence[str], places: _Places, asked: _Request) -> Table:
+    """Read stamps, their line numbers and the wanted columns. Raises SeriesInvalid that names line and column."""
+    item, value = asked.rules.item
+    time, at_time, at_item, rules = asked.time, places.time, places.item, asked.rules
+    stamps, lines = list[datetime](), list[int]()
+    cells = [(name, at, array("d")) for name, at in places.values.items()]
     for line, row in rows:
         if len(row) != len(names):
             raise SeriesInvalid(f"line {line}: {len(row)} cells, but the header has {len(names)}")
@@ -180,9 +229,9 @@ def _read_columns(
             raise SeriesInvalid(f"line {line}: {what}; read one by --item {names[at_item]}={value[:40]}")
         stamps.append(parse_stamp(row[at_time], line, time, rules.time_format))
         lines.append(line)
-        cells.append([_parse_number(row[at], line, name) for name, at in places.items()])
-    values = np.array(cells, np.float64).reshape(len(cells), len(places))
-    return stamps, lines, {name: np.ascontiguousarray(values[:, i]) for i, name in enumerate(places)}
+        for name, at, values in cells:
+            values.append(_parse_number(row[at], line, name))
+    return stamps, lines, {name: np.frombuffer(values, np.float64) for name, _, values in cells}
 
 
 def _find_item_column(names: Sequence[str], time: str, places: Iterable[str]) -> int | None:
@@ -198,6 +247,12 @@ def _number_rows(reader: Iterable[list[str]]) -> Iterator[tuple[int, list[str]]]
 
 
 def _parse_number(text: str, line: int, column: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.inf
+    if not math.isinf(number):
+        return number  # "nan" is missing
     if text.strip().lower() in MISSING:
         return math.nan
     if DECIMAL_COMMA.fullmatch(text.strip()):

@@ -1,13 +1,14 @@
 """Training windows: many series in network numbers on one time axis, cut at possible starts of a forecast. Torch."""
 
 from collections.abc import Sequence
+from math import expm1, log
 
 import numpy as np
 import torch
 
 from handlers.base import Float32
 from handlers.codecs.features import to_network
-from handlers.training.input_recipe import build_rows, compute_naive_lag, get_base, list_origins, subtract_base
+from handlers.training.input_recipe import DAY, build_rows, compute_naive_lag, get_base, list_origins, subtract_base
 from handlers.training.time_series import Series, SeriesInvalid
 from model_store.archives.manifest import ForecastSpec
 
@@ -24,8 +25,11 @@ class Windows:
         reach: int,
         holdout: float,
         history: int = 0,
+        half_life_days: float = 0.0,
     ) -> None:
         """`history`: least steps before a forecast; the parts of a mixture hold out the same windows by it.
+
+        `half_life_days`: a window so much older counts half; 0: all count the same.
 
         Raises SeriesInvalid if the series have different lengths, are too short, or have a part without values.
         """
@@ -34,6 +38,7 @@ class Windows:
         self.history = max(history, first.history_length)
         self.lag = first.history_length - first.context_length
         self.horizon, self.reach = first.prediction_length, reach
+        self._half_life = half_life_days * DAY / series[0].step.total_seconds()  # in steps
         places = list_origins(series[0], first)
         self.train, self.holdout = _split_places(places, steps, self.history, self.horizon, holdout)
         if not self.train or not self.holdout:
@@ -41,7 +46,8 @@ class Windows:
             raise SeriesInvalid(f"{series[0].name} has {steps} steps; at least {needed} are needed to learn from")
         for part, starts in {"training": self.train, "holdout": self.holdout}.items():
             _require_values(series, part, slice(starts[0], starts[-1] + self.horizon))
-        self.levels = torch.tensor(first.quantile_levels)
+        self.levels, self.exact_levels = torch.tensor(first.quantile_levels), np.array(first.quantile_levels)
+        self.has_tails = bool(first.tails)
         self.scalers = [forecast.scaler for forecast in forecasts]
         self.naive_lag = compute_naive_lag(round(series[0].step.total_seconds()), self.horizon)
         pairs = list(zip(series, forecasts, strict=True))
@@ -79,9 +85,21 @@ class Windows:
         return range(self.train.start, self.holdout.stop, self.train.step)
 
     def drawn(self, starts: range, count: int, random: torch.Generator) -> torch.Tensor:
-        """Draw random windows that forecast from some of these steps [M, count]."""
-        places = torch.randint(0, len(starts), (len(self), count), generator=random)
-        return starts.start + starts.step * places
+        """Draw random windows that forecast from some of these steps [M, count], new ones more often by half-life."""
+        if not self._half_life:
+            places = torch.randint(0, len(starts), (len(self), count), generator=random)
+            return starts.start + starts.step * places
+        rate = log(2) * starts.step / self._half_life  # each place back counts exp(-rate) as much
+        share = torch.rand((len(self), count), generator=random, dtype=torch.float64)
+        ages = (-torch.log1p(share * expm1(-rate * len(starts))) / rate).long().clamp(max=len(starts) - 1)
+        return starts[-1] - starts.step * ages
+
+    def weigh(self, starts: torch.Tensor) -> torch.Tensor | None:
+        """Return the weights of windows [n] by half-life, 1 in the mean; None if all are equal."""
+        if not self._half_life:
+            return None
+        weights = torch.exp2((starts - starts.max()) / self._half_life)
+        return weights / weights.mean()
 
     def held_out(self, count: int) -> torch.Tensor:
         """Return up to `count` evenly spaced windows of the holdout, the same for every model [M, B]."""

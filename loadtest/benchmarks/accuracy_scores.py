@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from handlers.codecs.features import Float64
+from handlers.evaluation.point_scores import compare_points
 from handlers.evaluation.scores import (
     Steps,
     compute_pinball,
     compute_seasonal_errors,
+    interpolate_median,
     make_naive_forecast,
+    make_weekly_forecast,
     score_windows,
 )
 from handlers.training.time_series import Series
@@ -42,11 +45,13 @@ MIXTURES = {MEAN: (LEAR, WINDOWS, MORE_WINDOWS, TCN), WEIGHTED: RECIPES}
 POWER = 8  #: exponent of the earlier loss of a forecaster in its weight
 REVIEW, MEMORY = 7, 91  #: days between updates of the weights, and days of losses that they use
 FEV_DAYS = 20
+RIVAL = "dnn_ensemble"  #: the best of the published forecasts, beside which ours are tested
 
 
 def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
     """Score all finished fits of one market by recipe or mixture and days between fits, and the published forecasts."""
     series = read_market(data, name)
+    published = read_published(data, name)
     rows = []
     for every in EVERY:
         found = {each: refits.quantiles(name, each, every) for each in RECIPES}
@@ -54,14 +59,18 @@ def assess_market(data: Path, refits: Refits, name: str) -> dict[str, Any]:
             if quantiles is not None:
                 seconds = round(refits.seconds(name, each, every), 1)
                 rows.append(
-                    {"name": each.name, "every": every, "fit_s": seconds, **_score_test_period(series, quantiles)}
+                    {
+                        "name": each.name,
+                        "every": every,
+                        "fit_s": seconds,
+                        **_score_test_period(series, quantiles, rival=published[RIVAL]),
+                    }
                 )
         rows += [
-            {"name": mixture, "every": every, **more} for mixture, more in _score_mixtures(refits, name, every, series)
+            {"name": mixture, "every": every, **more}
+            for mixture, more in _score_mixtures(refits, name, every, series, published[RIVAL])
         ]
-    theirs = {
-        peer: _score_test_period(series, each[..., None], (0.5,)) for peer, each in read_published(data, name).items()
-    }
+    theirs = {peer: _score_test_period(series, each[..., None], (0.5,)) for peer, each in published.items()}
     return {"rows": rows, "published": theirs, "wql": _score_fev(refits, name, series)}
 
 
@@ -90,7 +99,9 @@ def compute_wql(y: Float64, q: Float64, levels: Float64) -> float:
     return float((2 * compute_pinball(y, q, levels).mean((1, 2)) / size).mean())
 
 
-def _score_mixtures(refits: Refits, name: str, every: int, series: Series) -> Iterator[tuple[str, dict[str, Any]]]:
+def _score_mixtures(
+    refits: Refits, name: str, every: int, series: Series, rival: Float64
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Score mixtures whose `lear` is fitted at this interval; other parts are fitted as often, or less."""
     finest = [each for each in reversed(EVERY) if each >= every]
     for mixture, recipes in MIXTURES.items():
@@ -102,24 +113,33 @@ def _score_mixtures(refits: Refits, name: str, every: int, series: Series) -> It
         actual, levels = series.values[find_period_start(series) :].reshape(DAYS, HOURS), np.array(LEAR.levels)
         mixed = parts.mean(0) if mixture == MEAN else weight_parts(parts, actual, levels)
         fitted = {each.name: often for each, often in zip(recipes, reached, strict=True)}
-        yield mixture, {"fitted_every": fitted, **_score_test_period(series, mixed)}
+        yield mixture, {"fitted_every": fitted, **_score_test_period(series, mixed, rival=rival)}
 
 
 def _has_fits(refits: Refits, name: str, recipe: Recipe, every: int) -> bool:
     return all(refits.has(task) for task in schedule_refits(name, recipe, every))
 
 
-def _score_test_period(series: Series, q: Float64, levels: Sequence[float] = LEAR.levels) -> dict[str, float]:
-    """Score quantiles of the test period [days, 24, levels]."""
+def _score_test_period(
+    series: Series, q: Float64, levels: Sequence[float] = LEAR.levels, rival: Float64 | None = None
+) -> dict[str, float]:
+    """Score quantiles of the test period [days, 24, levels].
+
+    `p_rival`: the p-value of the test of Diebold and Mariano that the median is better than the `rival` [days, 24].
+    """
     start, values = find_period_start(series), series.values
     origins: Steps = np.arange(start, len(values), HOURS)
     began = np.datetime64(series.start, "s").astype(np.int64)
     seconds: Steps = began + 3600 * np.arange(len(values))
-    y, before = values[start:].reshape(DAYS, HOURS), make_naive_forecast(values, seconds, origins, HOURS)
-    found = score_windows(y, q, np.array(levels), before, compute_seasonal_errors(values, origins, HOURS))
-    measures = {"rmae": found.rmae, "mae": float(found.wape * np.abs(y).mean())}
+    y = values[start:].reshape(DAYS, HOURS)
+    before, weekly = (make(values, seconds, origins, HOURS) for make in (make_naive_forecast, make_weekly_forecast))
+    found = score_windows(y, q, np.array(levels), before, compute_seasonal_errors(values, origins, HOURS), weekly)
+    measures = {name: getattr(found, name) for name in ("rmae", "rmae_weekly", "mae", "rmse", "smape")}
     if len(levels) > 1:
         measures |= {"pinball": found.pinball, "coverage": found.coverage}
+    if rival is not None:
+        median = interpolate_median(q, np.array(levels))
+        measures["p_rival"] = compare_points(RIVAL, y, median, rival, HOURS).p_value
     return {measure: round(value, 4) for measure, value in measures.items()}
 
 

@@ -10,6 +10,16 @@ from loadtest.report.tables import ReportTable
 CURVES = 5  #: most recipes and mixtures of a chart, whose last line is the published ensemble
 PEER = "dnn_ensemble"
 LEVEL = "DNN ensemble, published, fitted daily"
+#: Measure of a row -> title of its table, and the format of its cells.
+MEASURES = {
+    "rmae": ("rMAE, beside the naive forecast of a day or a week before", ".3f"),
+    "rmae_weekly": ("rMAE, beside the week before, as papers print it", ".3f"),
+    "rmse": ("RMSE", ".2f"),
+    "smape": ("sMAPE", ".1%"),
+    "pinball": ("Pinball loss", ".3f"),
+    "coverage": ("In the 80 % interval", ".1%"),
+    "p_rival": ("p-value, better than the published DNN ensemble (Diebold and Mariano)", ".2g"),
+}
 Curves = dict[str, dict[int, float]]  #: rMAE by recipe or mixture, and days between two fits
 
 
@@ -59,15 +69,15 @@ def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
     rows = [[model, *(f"{each['published'][model]['rmae']:.3f}" for each in found.values())]
             for model in next(iter(found.values()))["published"]]  # fmt: skip
     yield ReportTable("Published, fitted daily", ["rMAE", *found], rows, "Lago et al. 2021, scored in this run.")
-    for measure, digits in (("rmae", ".3f"), ("pinball", ".3f"), ("coverage", ".1%")):
-        cells = {name: {(row["name"], row["every"]): row[measure] for row in each["rows"]}
+    for measure, (title, digits) in MEASURES.items():
+        cells = {name: {(row["name"], row["every"]): row[measure] for row in each["rows"] if measure in row}
                  for name, each in found.items()}  # fmt: skip
         keys = dict.fromkeys(key for each in cells.values() for key in each)
         rows = [[f"{key[0]}, {'once' if key[1] == days else f'every {key[1]} days'}",
                  *(format(each[key], digits) if key in each else NOTHING for each in cells.values())]
                 for key in keys]  # fmt: skip
-        yield ReportTable({"rmae": "rMAE", "pinball": "Pinball loss", "coverage": "In the 80 % interval"}[measure],
-                    ["", *found], rows)  # fmt: skip
+        if rows:  # older records have fewer measures
+            yield ReportTable(title, ["", *found], rows)
     ours = dict.fromkeys(key for each in found.values() for key in each["wql"])
     rows = [[key, *(f"{each['wql'][key]:.4f}" if key in each["wql"] else NOTHING for each in found.values())]
             for key in ours]  # fmt: skip

@@ -19,6 +19,7 @@ MAR_MANIFEST = "MAR-INF/MANIFEST.json"
 GRAPH_FILE = "graph.json"  #: the operators of a graph archive; `handlers.kinds.graph` defines its content
 MAX_PRODUCTS, MAX_HORIZON = 2000, 2500  #: limits of a correlation: its factors have at most 16 and 25 MB
 MAX_ROWS, MAX_LEVELS, MAX_FIELDS = 10_000, 1000, 1000  #: channels or covariates; quantile levels; of `config`
+MAX_TAIL = 1000.0  #: most widths of its band that the prices beyond an outer level are away from it in the mean
 MAX_GOLDEN_DEPTH = 64  #: how deep the JSON of a golden sample nests
 #: Values of one record. The parser holds the interpreter until it is done: 4.7 s for 1.4 million empty lists.
 MAX_VALUES = 100_000
@@ -93,6 +94,62 @@ class InputChannel(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"a {self.source} channel {'needs' if self.source == 'calendar' else 'has no'} `feature`")
 
 
+class Tails(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The tail rule `exponential`: how far prices lie beyond the outer quantiles, learnt from past errors.
+
+    `low` and `high`: the mean distance below the first level and above the last one, in widths of the forecast's own
+    band between the levels `band`. `beyond`: the number of past prices that lay there.
+    """
+
+    low: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    high: Annotated[float, Meta(ge=0.0, le=MAX_TAIL)]
+    band: tuple[Level, Level]
+    beyond: tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]] = (0, 0)
+
+
+class Fallback(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The forecast of an archive whose history says too little: the price of the last known day at this time.
+
+    Rows have one number for each level, in network numbers. `near`: quantiles of the errors that this naive forecast
+    had; `far`: those where the last known day is a week ago. `usual`: quantiles of all prices by hour of the day, or
+    one row, where no day is known.
+    """
+
+    near: tuple[float, ...]
+    far: tuple[float, ...]
+    usual: Annotated[tuple[tuple[float, ...], ...], Meta(min_length=1, max_length=24)]
+
+
+class HistoryRules(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a history of the archive usually looks like, learnt from the rows it was fitted to; what is not is marked.
+
+    `max_missing`: the share of its steps that may be missing. `fill`: what missing steps take, the last known value or
+    that of the nearest day. `flat_steps`, `stale_steps`: so many steps at the end that have one value, or repeat the
+    day before, are unusual. `low`, `high`: the range of prices; `least_span`: the least distance of a
+    history's highest and lowest. `profile`: the mean course of a day [24] as a unit
+    vector, empty if days have none; `shift_gain`: how much better a history may fit it at another hour.
+    `fallback`: what is answered where a history says too little; without it the network answers.
+    """
+
+    flat_steps: Annotated[int, Meta(ge=2)]
+    stale_steps: Annotated[int, Meta(ge=1)]
+    low: float
+    high: float
+    least_span: Annotated[float, Meta(ge=0.0)] = 0.0
+    max_missing: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.25
+    fill: Literal["last", "seasonal"] = "seasonal"
+    profile: Annotated[tuple[float, ...], Meta(max_length=24)] = ()
+    shift_gain: float = 2.0
+    fallback: Fallback | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        """Cross-field rules."""
+        if self.low >= self.high:
+            raise ValueError(f"history.low {self.low} is not below history.high {self.high}")
+        if len(self.profile) not in (0, 24):
+            raise ValueError(f"history.profile has {len(self.profile)} hours; a day has 24")
+
+
 class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a forecast request must contain, and how it becomes the network's input.
 
@@ -104,6 +161,9 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     A network that samples gives [prediction, paths] scenarios instead of quantiles; `quantile_levels` are then the
     default of a request. `origin`: the time of day of the first forecast step, for a model that was trained for this
     time only; the request is refused if it starts at another one.
+
+    `tail` says where samples beyond the outer levels lie: nowhere (`none`, it cannot be sampled), on the outer
+    quantiles (`clamp`), or as `tails` says (`exponential`). Quantiles at the levels are the same with each.
 
     `residual_to`: the covariate that forecasts the same price, such as an operator's own forecast. The target channels
     and the network's numbers are then deviations of the price from it, and `scaler` is of these.
@@ -124,7 +184,9 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     scaler: Scaler = Scaler()
     scalers: Annotated[tuple[Scaler, ...], Meta(max_length=MAX_PRODUCTS)] = ()
     pad_context: bool = False
-    tail: Literal["none", "clamp"] = "none"
+    tail: Literal["none", "clamp", "exponential"] = "none"
+    tails: Tails | UnsetType = UNSET
+    history: HistoryRules | UnsetType = UNSET
     paths: Annotated[int, Meta(ge=2, le=10_000)] | UnsetType = UNSET  # not written if unset, like `origin`
     origin: TimeOfDay | UnsetType = UNSET
     residual_to: Name | UnsetType = UNSET
@@ -143,6 +205,8 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError(f"residual_to {self.residual_to!r} must be a covariate of an archive of one product")
         if self.paths and not self.trained_levels[0] <= levels[0] <= levels[-1] <= self.trained_levels[-1]:
             raise ValueError(f"{self.paths} paths tell nothing of the levels {levels[0]} and {levels[-1]}")
+        self._check_tails()
+        self._check_history()
         if self.floor is not None and self.cap is not None and self.floor >= self.cap:
             raise ValueError(f"floor {self.floor} is not below cap {self.cap}")
         for i, channel in enumerate(self.inputs):
@@ -167,6 +231,30 @@ class ForecastSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for i, channel in enumerate(self.inputs):
             if channel.product >= len(names):
                 raise ValueError(f"inputs[{i}].product is {channel.product}, but there are {len(names)} products")
+
+    def _check_tails(self) -> None:
+        tails = self.tails
+        if (self.tail == "exponential") != bool(tails):
+            raise ValueError("`tails` belongs to the tail rule exponential, and it needs them")
+        if tails and self.paths:
+            raise ValueError("a network that samples has the tails of its paths, not `tails`")
+        if tails and not (tails.band[0] < tails.band[1] and set(tails.band) <= set(self.quantile_levels)):
+            raise ValueError(f"tails.band {list(tails.band)} must be two of the levels {list(self.quantile_levels)}")
+
+    def _check_history(self) -> None:
+        rules = self.history
+        if not rules:
+            return
+        if len(self.products) > 1:
+            raise ValueError("`history` belongs to archives of one product")
+        fallback = rules.fallback
+        if fallback and self.paths:
+            raise ValueError("a network that samples has no quantiles, and therefore no `history.fallback`")
+        rows = [fallback.near, fallback.far, *fallback.usual] if fallback else []
+        if any(len(row) != len(self.quantile_levels) or any(a > b for a, b in pairwise(row)) for row in rows):
+            raise ValueError(f"rows of history.fallback must rise, with {len(self.quantile_levels)} levels")
+        if fallback and len(fallback.usual) not in (1, 24):
+            raise ValueError(f"history.fallback.usual has {len(fallback.usual)} rows, not 24 or one")
 
     @property
     def product_scalers(self) -> tuple[Scaler, ...]:
@@ -263,7 +351,9 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     correlation: `weights` and `correlation`.
 
     `trained_until`: the stamp of the last step that the fit has used, its holdout included, on the wall clock of the
-    forecast; windows up to it are no test of the archive. `trained_epochs`: what `--epochs` was, 0 the default.
+    forecast; windows up to it are no test of the archive. `trained_epochs`: what `--epochs` was, 0 the default;
+    `trained_half_life`: what `--half-life` was, in days, not written if off. `fingerprint`: a hash of all that the fit
+    depended on.
     """
 
     kind: Kind
@@ -277,6 +367,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     description: Annotated[str, Meta(max_length=2000)] = ""
     trained_until: Stamp | UnsetType = UNSET
     trained_epochs: Annotated[float, Meta(ge=0.0)] | UnsetType = UNSET
+    trained_half_life: Annotated[float, Meta(gt=0.0)] | UnsetType = UNSET
+    fingerprint: Sha256 | UnsetType = UNSET
     calibration: Calibration | UnsetType = UNSET
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ The file names tokens by their hashes, so that whoever reads it cannot use them:
     [[tokens]]
     name = "desk-au"                # what the audit log says
     sha256 = "9f86d081884c7d65..."  # of the token; `fleetcast token` makes both
-    scopes = ["invoke"]             # invoke, manage, metrics
+    scopes = ["invoke"]             # invoke, actuals, manage, metrics
     models = ["au/"]                # prefixes of model names; left out: all
 """
 
@@ -36,6 +36,7 @@ class Scope(StrEnum):
     """What a listener lets do whoever shows a token."""
 
     INVOKE = "invoke"
+    ACTUALS = "actuals"  #: beside invoke: send observed prices, which change bands
     MANAGE = "manage"
     METRICS = "metrics"
 

@@ -9,18 +9,22 @@ import rich
 import typer
 from rich.table import Table
 
+from model_store.names import parse_model_name
 from server.cli import price_flags
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
 from server.cli.train import match_markets
 from server.logs import escape_text
-from server.offline.measures import COMPARED, HEADINGS, MEASURES, format_score, list_comparison
+from server.offline.measures import COMPARED, HEADINGS, MEASURES, POINTS, format_score, list_comparison
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from server.offline.fleet_evaluation import Backtest
 
 WINDOWS = 28
+SCENARIOS = 100  #: of a window with --scenarios, see `server.offline.scenario_scores`
 SHOWN = 3  #: most markets that a note names
 
 
@@ -45,6 +49,12 @@ class BacktestFlags:
         int | None,
         typer.Option(min=0, help=f"number of last windows to score, 0: all; default: {WINDOWS}, or all with --from"),
     ] = None
+    scenarios: Annotated[
+        str,
+        typer.Option(
+            metavar="CORRELATION", help="archive of `fleetcast correlate` in the store, whose joint scenarios to score"
+        ),
+    ] = ""
     interval_ending: price_flags.IntervalEnding = False
     stamps_zone: price_flags.StampsZone = ""
     time_format: price_flags.TimeFormat = ""
@@ -56,6 +66,10 @@ class BacktestFlags:
             help="column that forecasts the same price, such as an operator's, to score beside; may contain {target}",
         ),
     ] = ""
+    online: Annotated[
+        bool,
+        typer.Option("--online", help="also replay the windows with adaptive bands, as `serve --actuals` has them"),
+    ] = False
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False
 
@@ -72,9 +86,14 @@ def backtest(flags: BacktestFlags) -> None:
     Covariates known ahead are the columns that the archive names. pinball and CRPS are in the unit of the prices; wQL,
     WAPE, MASE and rMAE have none. rMAE divides the error by that of a naive forecast: the value a week before on
     Saturday, Sunday and Monday, else a day before (for daily prices always a week); below 1 is better than naive.
+    Papers print rMAE (week), whose naive forecast is always the value a week before. MAE, RMSE, MAPE and sMAPE are of
+    the median; MAPE leaves out prices of 0. There is no mean of prices in different units.
+    With --scenarios, joint scenarios are drawn for each window as a server draws them, and the share of windows is told
+    whose mean price lies outside all 100 of them: 2 % would be right.
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
-    Diebold and Mariano. Score prices that the archives were not trained on: `fleetcast train --train-until`. The exit
-    code is 1 when some markets could not be scored.
+    Diebold and Mariano. With --online a second table has the coverage of each band as it is and as it would be if a
+    server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
+    on: `fleetcast train --train-until`. The exit code is 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)
@@ -99,7 +118,10 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
     """Score what the flags mean. Raises LoadError, ValueError, OSError."""
     from server.offline.fleet_evaluation import backtest_fleet  # noqa: PLC0415 -- torch
     from server.offline.rolling_windows import InProcess, Rolling, ThroughServer  # noqa: PLC0415
+    from server.offline.scenario_scores import fetch_correlation  # noqa: PLC0415
 
+    if flags.online and flags.url:
+        raise ValueError("--online replays in this process: leave out --url")
     settings = settings_from({"store": flags.models} if flags.models else {})
     first, last = parse_moment("--from", flags.since), parse_moment("--until", flags.until)
     most = flags.windows if flags.windows is not None else 0 if first else WINDOWS
@@ -107,17 +129,26 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
     names = match_markets(flags.csv, flags.time, flags.target or (), settings, flags.name_template)
     rules = price_flags.make_file_rules(flags.interval_ending, flags.stamps_zone, flags.time_format, flags.item)
     rolling = Rolling(flags.every, most, first, last)
+    correlation = fetch_correlation(parse_model_name(flags.scenarios), settings) if flags.scenarios else None
     with show_progress("scoring") as told:
-        return backtest_fleet(flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against)
+        asked = (flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against)
+        return backtest_fleet(*asked, correlation=correlation, online=flags.online)
 
 
 def _print_scores(found: "Backtest") -> None:
     """Print the table of scores, what a calibration has changed, and the comparison with a column."""
-    rich.print(_make_score_table(found))
+    rich.print(_make_score_table(found, MEASURES, HEADINGS))
+    rich.print(_make_score_table(found, tuple(POINTS), POINTS, title="of the median"))
+    if any(each.online is not None for each in found.markets):
+        rich.print(_make_online_table(found))
     for each in found.markets:
         if each.uncalibrated is not None:
             after, before = (format_score("coverage", one) for one in (each.scores.coverage, each.uncalibrated))
             print(escape_text(f"{each.target}: {after} covered, {before} before its calibration"))  # noqa: T201
+        if each.outside_scenarios is not None:
+            outside = f"{format_score('coverage', each.outside_scenarios)} of the windows have a mean"
+            said = f"{outside} outside all {SCENARIOS} joint scenarios; 2.0% would be right"
+            print(escape_text(f"{each.target}: {said}"))  # noqa: T201
     compared = [(each.target, each.against) for each in found.markets if each.against is not None]
     if compared:
         names = ", ".join(dict.fromkeys(other.column for _, other in compared))
@@ -129,17 +160,40 @@ def _print_scores(found: "Backtest") -> None:
         rich.print(table)
 
 
-def _make_score_table(found: "Backtest") -> Table:
-    """A table with a row for each market, and one for their mean."""
+def _make_score_table(
+    found: "Backtest", measures: "Sequence[str]", headings: "Mapping[str, str]", title: str | None = None
+) -> Table:
+    """A table with a row for each market, and one for their mean, which prices in different units do not have."""
     promised = {each.scores.nominal for each in found.markets}
-    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else HEADINGS["coverage"]
-    table = Table("market", *(HEADINGS[name] for name in MEASURES[:-1]), interval, "n")
+    interval = f"in {promised.pop():.0%}" if len(promised) == 1 else headings.get("coverage", "")
+    heads = [interval if name == "coverage" else headings[name] for name in measures]
+    table = Table("market", *heads, "n", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for each in found.markets:
-        cells = [format_score(name, getattr(each.scores, name)) for name in MEASURES]
+        cells = [format_score(name, getattr(each.scores, name)) for name in measures]
         table.add_row(verbatim(each.target), *cells, str(each.windows))
     if len(found.markets) > 1:
         table.add_section()
-        table.add_row("mean", *(format_score(name, found.mean(name)) for name in MEASURES), "")
+        table.add_row("mean", *(format_score(name, found.mean(name)) for name in measures), "")
+    return table
+
+
+def _make_online_table(found: "Backtest") -> Table:
+    """A table of the coverage of each band, fixed and adaptive, and of the pinball loss."""
+    scored = [(each.target, each.online) for each in found.markets if each.online is not None]
+    promised = sorted({band.nominal for _, online in scored for band in online.bands})
+    table = Table("adaptive bands", *(f"in {each:.0%}" for each in promised), "pinball", "change", "drift alarms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for target, online in scored:
+        bands = {band.nominal: f"{100 * band.fixed:.1f} > {100 * band.adaptive:.1f}" for band in online.bands}
+        change = online.pinball_adaptive / online.pinball_fixed - 1 if online.pinball_fixed else 0.0
+        table.add_row(
+            verbatim(target),
+            *(bands.get(each, "-") for each in promised),
+            f"{online.pinball_fixed:.3f} > {online.pinball_adaptive:.3f}",
+            f"{change:+.1%}",
+            str(online.drift_alarms),
+        )
     return table

@@ -60,6 +60,8 @@ def calibrate(
             found, failed = calibrate_fleet(csv, time, names, settings, days, told, rules)
     if found:
         rich.print(_make_table(found))
+    for note in filter(None, (each.note for each in found.values())):
+        print(escape_text(f"note: {note}"), file=sys.stderr)  # noqa: T201
     for name, why in failed.items():
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201
     if failed:

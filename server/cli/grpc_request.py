@@ -14,10 +14,10 @@ import grpc
 
 from server.front.grpc.messages import find_message
 from server.sdk.errors import FleetcastError, Unreachable
+from server.sdk.protocols import FORECAST_INPUT
 
 METHOD = "/inference.GRPCInferenceService/ModelInfer"
 REQUEST, RESPONSE = "inference.ModelInferRequest", "inference.ModelInferResponse"
-FORECAST_INPUT = "request"  #: the input that takes a forecast's JSON, as one element of BYTES
 TIMEOUT_S = 55.0
 MESSAGE_BYTES = 64 * 2**20
 

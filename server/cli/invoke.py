@@ -12,7 +12,7 @@ import typer
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.contract import GRPC_PORT, HEADER_SERVER_TIMING, INFERENCE_PORT, JSON
 from server.logs import escape_text
-from server.sdk.protocols import Protocol
+from server.sdk.protocols import Protocol, wrap_forecast
 
 if TYPE_CHECKING:
     from server.sdk.client import Reply
@@ -54,7 +54,11 @@ def invoke(
     ] = "",
     example: Annotated[
         bool,
-        typer.Option("--example", help="send nothing: print a body that this model answers, with invented numbers"),
+        typer.Option(
+            "--example",
+            help="send nothing: print a body that this model answers, with invented numbers; the server is asked by "
+            f"HTTP, at --url or {DEFAULT_URL}",
+        ),
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="print the cache result and timings on stderr")
@@ -71,10 +75,12 @@ def invoke(
         fleetcast invoke au/nsw1.mar --body -
     fleetcast invoke au/nsw1.mar --example > request.json
     fleetcast invoke old/text.mar --body sample.txt --content-type text/plain --protocol torchserve
+    fleetcast invoke au/nsw1.mar --body request.json --protocol v2
+    fleetcast invoke au/nsw1.mar --body request.json --protocol forecasts
     fleetcast invoke au/nsw1.mar --body request.json --protocol grpc
     """  # noqa: D301
     if example:
-        _print_example(model, url)
+        _print_example(model, url or DEFAULT_URL)
         return
     if not body:
         fail(
@@ -130,6 +136,7 @@ def _invoke_by_http(
 
     client = Client(url, access_key=find_access_key(), token=find_token())
     content_type, accept = media
+    body = wrap_forecast(body) if protocol is Protocol.V2 else body
     return client.invoke(model, body, content_type=content_type, accept=accept, protocol=protocol, version=version)
 
 

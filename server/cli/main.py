@@ -16,6 +16,7 @@ from server.sdk import __version__
 COMMANDS = {
     "serve": "Run the server.",
     "train": "Fit forecasters to your prices.",
+    "tune": "Find which recipe forecasts your prices best.",
     "batch": "Answer a file of requests.",
     "backtest": "Score archives on past prices.",
     "calibrate": "Make the bands of archives hold what they promise.",

@@ -39,6 +39,10 @@ NameTemplate = Annotated[str, typer.Option(help="name of a column's archive in t
 Epochs = Annotated[
     float, typer.Option(min=0, help="maximum number of passes over the prices; 0: 20, more for a short series")
 ]
+HalfLife = Annotated[
+    float,
+    typer.Option(min=0, metavar="DAYS", help="prices so many days older count half in the fit; 0: all count alike"),
+]
 FitSeed = Annotated[int, typer.Option(min=0, help="random seed: the same seed gives the same archives")]
 FitThreads = Annotated[int, typer.Option(min=1, max=256, help="cores to use, at most one per target")]
 ResidualTo = Annotated[

@@ -57,6 +57,14 @@ class RetrainFlags:
         ),
     ] = 0
     epochs: price_flags.Epochs = 0.0
+    half_life: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="DAYS",
+            help="prices so many days older count half in the fit, 0: all count alike; default: as each archive's own",
+        ),
+    ] = None
     seed: price_flags.FitSeed = 0
     threads: price_flags.FitThreads = 1
     interval_ending: price_flags.IntervalEnding = False
@@ -74,7 +82,8 @@ class RetrainFlags:
     log: Annotated[
         Path,
         typer.Option(
-            metavar="FILE.jsonl", help="result of each market, one per line; a repeated command continues from it"
+            metavar="FILE.jsonl",
+            help="record to which the result of each market is added; a repeated command continues",
         ),
     ] = Path("retrain.jsonl")
 
@@ -97,11 +106,12 @@ def retrain(flags: RetrainFlags) -> None:
     be worse, keeps its old archive, and the others continue; so does one that is no better than the naive forecast,
     which is an error unless --keep-worse is given. The same command continues a run that was killed; two runs cannot
     have the same log at a time. With other logs they can: each archive is published as a whole, and the last one stays.
-    The exit code is 1 when some markets failed.
+    A market of which nothing has changed since it was settled (prices, archive, flags) is not fitted again. The exit
+    code is 1 when some markets failed.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.checkpoint import Checkpoint  # noqa: PLC0415 -- torch, here and below
     from server.offline.output_lock import hold_file  # noqa: PLC0415
-    from server.offline.retraining import Outcome, Retraining  # noqa: PLC0415
+    from server.offline.retraining import Outcome, Retraining, read_last_outcomes  # noqa: PLC0415
 
     log = flags.log
     with one_line_errors():
@@ -112,9 +122,9 @@ def retrain(flags: RetrainFlags) -> None:
             show_progress("retraining") as told,
         ):
             told(journal.done, len(plan.names))
-            Retraining(plan).run(journal, lambda count: told(count, len(plan.names)))
+            Retraining(plan).run(journal, lambda count: told(count, len(plan.names)), read_last_outcomes(log))
             outcomes = [msgspec.json.decode(line, type=Outcome) for line in journal.in_order()]
-            journal.finish(log)
+            journal.finish(log, append=True)
     _report_outcomes(outcomes, log)
     if any(each.result == "failed" for each in outcomes):
         raise typer.Exit(BAD)
@@ -138,6 +148,7 @@ def _make_plan(flags: RetrainFlags) -> "RetrainingPlan":
         settings=settings,
         gate=GateTerms(flags.score, flags.margin, Rolling(most=flags.windows)),
         fitting=Fitting(flags.epochs, seed=flags.seed, threads=flags.threads),
+        half_life=flags.half_life,
         architecture=architecture,
         config=config,
         servers=flags.reload or (),

@@ -2,16 +2,16 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import rich
 import typer
-from rich.progress import TextColumn
 from rich.table import Table
 
 from handlers.architectures import SUMMARIES
@@ -20,21 +20,22 @@ from server.cli import architecture_flags, price_flags
 from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, make_progress_bar, one_line_errors, parse_moment, verbatim
+from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim, watch_progress
 from server.logs import escape_text
 
 if TYPE_CHECKING:
     from handlers.training.fit import Progress
     from handlers.training.stamps import FileRules
-    from server.offline.training import Trained, TrainingPlan
+    from server.offline.training import GroupPlace, Trained, TrainingPlan
     from server.settings import Settings
 
+SHOWN = 10  #: most names of archives that were there already
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
 SEVERAL = "several make one archive of their weighted mean, such as lear,lear:3,tcn; lear:3 has 3 members"
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n{SEVERAL}\n" + "\n".join(
     f"{name}: {summary}" for name, summary in SUMMARIES.items()
 )
-QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples are flat beyond the outer ones
+QUANTILES = "0.01,0.05,0.1,0.25,0.5,0.75,0.9,0.95,0.99"  #: samples beyond the outer ones follow --tail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +73,22 @@ class TrainFlags:
         int, typer.Option(min=0, help="number of past steps that are read; 0: 168, or 84 if a step is over an hour")
     ] = 0
     quantiles: Annotated[
-        str, typer.Option(help="quantile levels to forecast; samples need outer ones, as they are flat beyond them")
+        str, typer.Option(help="quantile levels to forecast; samples need outer ones: beyond them is the tail rule")
     ] = QUANTILES
+    tail: Annotated[
+        Literal["exponential", "clamp"],
+        typer.Option(help="where samples beyond the outer levels lie: as far as past prices did, or on the levels"),
+    ] = "exponential"
+    max_missing: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="share of a history that may be missing before its answer is marked for it"),
+    ] = 0.25
+    fallback: Annotated[
+        bool,
+        typer.Option(
+            "--fallback", help="answer histories that say too little by the last known day, with the band of its errors"
+        ),
+    ] = False
     scaling: Annotated[
         Literal["asinh", "linear"], typer.Option(help="transform of the prices, fitted to their median and quartiles")
     ] = "asinh"
@@ -86,6 +101,7 @@ class TrainFlags:
     ] = ""
     train_until: Annotated[str, typer.Option(metavar="DATE", help="use only the rows before this date")] = ""
     epochs: price_flags.Epochs = 0.0
+    half_life: price_flags.HalfLife = 0.0
     minutes: Annotated[
         float, typer.Option(min=0, help="time limit, 0: none; a fit that reaches it is not reproducible")
     ] = 0.0
@@ -124,7 +140,8 @@ def train(flags: TrainFlags) -> None:
     The frequency is inferred from the stamps; empty cells of a price column are missing values. The last tenth of the
     rows is held out: its loss decides when training stops, and is shown beside the loss of the naive forecast (the
     value at the same time of the last known day, or week for daily data). The loss is the mean pinball loss over the
-    quantile levels. What is stored is fitted once more, in the same way, to all rows.
+    quantile levels. What is stored is fitted once more, in the same way, to all rows. Many targets are fitted and
+    stored in groups; what is in the store already, of the same rows and flags, is not fitted again.
 
     With --residual-to the network learns how prices deviate from a column that forecasts them, such as an operator's
     own forecast; each request brings that column's numbers, and the forecast is added to them.
@@ -132,14 +149,14 @@ def train(flags: TrainFlags) -> None:
     Stamps with an offset are taken to the clock of --time-zone, and so are those of a local clock that skips and
     repeats hours. An archive forecasts days of 24 hours: a repeated hour is read as the mean of both.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    from server.offline.training import read_prices, train_archives  # noqa: PLC0415 -- torch
+    from server.offline.training import train_archives  # noqa: PLC0415 -- torch
 
     with one_line_errors():
-        plan = _make_plan(flags)
-        series = read_prices(plan)
-        price_flags.print_notes(flags.csv, series[0].notes)
-        found = train_archives(plan, series, _watch_fit)
-        _report_archives(flags.out, found)
+        plan = make_training_plan(flags)
+        with watch_progress("fitting") as update:
+            found = train_archives(plan, partial(_watch_group, update))
+    price_flags.print_notes(flags.csv, found.notes)
+    _report_archives(flags.out, found)
     for name, why in found.failed.items():
         print(f"error: {escape_text(why if why.startswith(name) else f'{name}: {why}')}", file=sys.stderr)  # noqa: T201
     if found.failed:
@@ -174,7 +191,7 @@ def match_markets(
     return name_archives(price_flags.expand_targets(csv, targets, set(read_header(csv)) - set(there)), template)
 
 
-def _make_plan(flags: TrainFlags) -> "TrainingPlan":
+def make_training_plan(flags: TrainFlags) -> "TrainingPlan":
     """Check the flags, and look up in the file which columns they mean. Raises ValueError, SeriesInvalid, OSError."""
     from handlers.training.fit import Fitting  # noqa: PLC0415 -- torch, here and below
     from server.offline.training import TrainingPlan  # noqa: PLC0415
@@ -198,7 +215,13 @@ def _make_plan(flags: TrainFlags) -> "TrainingPlan":
         prediction_length=flags.prediction_length,
         context_length=flags.context_length,
         options=_make_recipe_options(flags),
-        fitting=Fitting(flags.epochs, max_seconds=limit, seed=flags.seed, threads=flags.threads),
+        fitting=Fitting(
+            flags.epochs,
+            half_life_days=flags.half_life,
+            max_seconds=limit,
+            seed=flags.seed,
+            threads=flags.threads,
+        ),
         keep_worse=flags.keep_worse,
     )
 
@@ -233,6 +256,9 @@ def _make_rules(flags: TrainFlags) -> "FileRules":
 def _make_recipe_options(flags: TrainFlags) -> dict[str, Any]:
     """What `handlers.training.input_recipe.make_recipe` is told beside lengths. Raises ValueError."""
     return {
+        "tail": flags.tail,
+        "max_missing": flags.max_missing,
+        "fallback": flags.fallback,
         "scaling": flags.scaling,
         "unit": flags.unit,
         "time_zone": flags.time_zone,
@@ -242,25 +268,30 @@ def _make_recipe_options(flags: TrainFlags) -> dict[str, Any]:
 
 
 @contextmanager
-def _watch_fit(what: str) -> Iterator["Progress"]:
-    """A progress bar of one fit on stderr, with the loss of its holdout."""
-    with make_progress_bar(TextColumn("{task.fields[loss]}")) as shown:
-        task = shown.add_task(what, total=None, loss="")
+def _watch_group(update: "Callable[[float, int, str], None]", place: "GroupPlace") -> Iterator["Progress"]:
+    """Count the steps of one fit as a share of its targets, with the loss of its holdout."""
 
-        def progress(done: int, steps: int, loss: float) -> None:
-            shown.update(task, completed=done, total=steps, loss=f"holdout loss {loss:.4f}")
+    def progress(done: int, steps: int, loss: float) -> None:
+        share = place.size * done / max(1, steps)
+        update(place.done + share, place.total, f"{place.architecture}, holdout loss {loss:.4f}")
 
-        yield progress
+    yield progress
+    update(place.done + place.size, place.total, place.architecture)
 
 
 def _report_archives(out: str, found: "Trained") -> None:
     """Print a table of the archives, what a request contains, and how to serve them."""
     table = Table("target", "holdout loss", "naive", "ratio", "bytes")
-    for each, size in zip(found.fitted, found.sizes, strict=True):
+    for each in found.stored:
         ratio = f"{each.loss / each.naive_loss:.2f}" if each.naive_loss else ""
-        table.add_row(verbatim(each.name), f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(size))
-    rich.print(table)
-    forecast = found.fitted[0].forecast
+        table.add_row(verbatim(each.target), f"{each.loss:.3f}", f"{each.naive_loss:.3f}", ratio, str(each.size))
+    if found.stored:
+        rich.print(table)
+    if found.unchanged:
+        names = ", ".join(each.target for each in found.unchanged[:SHOWN])
+        more = f" and {len(found.unchanged) - SHOWN} more" if len(found.unchanged) > SHOWN else ""
+        print(escape_text(f"{names}{more}: there already, of the same fit"))  # noqa: T201
+    forecast = (found.stored or found.unchanged)[0].forecast
     steps, ahead = f"{forecast.history_length} steps of {forecast.frequency}", forecast.prediction_length
     features = ", ".join(forecast.dynamic_feat)
     known = f", with dynamic_feat ({features}) for these and {ahead} more," if features else ""

@@ -48,6 +48,7 @@ _REQUEST_ID = raw_header(contract.HEADER_REQUEST_ID)
 _CACHE = raw_header(contract.HEADER_CACHE)
 _MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
 _SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
+_QUALITY, _WARNING = raw_header(contract.HEADER_QUALITY), raw_header(contract.HEADER_WARNING)
 STATUSES_AT_ONCE = 32  #: that are counted before other requests get their turn
 
 
@@ -102,6 +103,7 @@ class App:
         except (Exception, asyncio.CancelledError) as error:
             statuses = await self._send(self._refuse(dialect, request, error), request, send)
         else:
+            reply.marked = request.stats
             statuses = await self._send(reply, request, send)
         await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
 
@@ -253,6 +255,7 @@ class App:
             head.append((b"content-type", reply.content_type.encode()))
         if reply.stats is not None:
             _add_stats(head, reply.stats)
+        _add_marks(head, reply.stats or reply.marked)
         if reply.chunks is not None:
             return await self._send_chunks(reply, reply.chunks, head[1:], send)
         more, held = len(reply.body) < size, len(reply.body)
@@ -312,6 +315,13 @@ def parse_timeout(raw: bytes) -> float:
         message = f"{contract.HEADER_TIMEOUT_MS} must be a positive number of milliseconds, not {shown!r}"
         raise Refused(Situation.BAD_REQUEST, message)
     return int(raw) / 1e3
+
+
+def _add_marks(head: Headers, stats: InferStats | None) -> None:
+    """Headers that say what an answer is to be doubted for."""
+    if stats is not None:
+        marks = ((_QUALITY, stats.quality), (_WARNING, stats.warnings))
+        head += [(name, value.encode()) for name, value in marks if value]
 
 
 def _add_stats(head: Headers, stats: InferStats) -> None:

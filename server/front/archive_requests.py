@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 from model_store.name_table import NameTable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
 from server.front.exchange import HttpRequest
 from server.front.handler_calls import CallDetails
 from server.front.registrations import Served
@@ -98,6 +98,7 @@ class StoreNames:
                 return response
         if known:  # it was there: the next request looks for both again
             self._keys.pop(name)
+        add_near_names(unknown, key, plane)
         raise unknown
 
 

@@ -6,7 +6,7 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 from typing import Protocol, cast
 
@@ -28,12 +28,15 @@ from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Partial, Response, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.operations import (
+    ActualsReply,
     KnownModel,
     ListKnownModels,
     LoadForClient,
     ManagementReply,
     ManageModels,
+    ObservedPrices,
     Operation,
+    RecordActuals,
     Reply,
     UnloadForClient,
 )
@@ -49,6 +52,7 @@ LOOK_S = 0.05  #: between two looks for names that a client may have meant
 MOST_TRIES = 4  #: of one request, each on a worker that died or fell silent with it
 RESTART_S = 20.0  #: how long a request waits for a worker to come up again, where all have died
 MOST_WAITING = 1024  #: requests that wait for one
+MOST_RECORDING = 4  #: calls with prices, each 10,000 objects in this process and in the supervisor
 MOST_MANAGED = 256  #: management requests that the supervisor is asked at a time
 CONTROL_REFUSED = (
     "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
@@ -97,6 +101,7 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     """What happened to a request, for the headers of its answer. Times in microseconds.
 
     `queue_us` counts from the request's arrival at the front, without the time in which its model was loaded.
+    `quality` and `warnings` are header values as `handlers.codecs.marks` has them.
     """
 
     cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
@@ -105,6 +110,8 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     inference_us: int
     tier: str = ""
     version: str = ""
+    quality: str = ""
+    warnings: str = ""
 
 
 class InferResponse(msgspec.Struct, frozen=True):
@@ -213,9 +220,14 @@ class HeldBytes:
         """For example `<HeldBytes 12000 of 1000000>`."""
         return f"<HeldBytes {self.size} of {self._limit}>"
 
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be held."""
+        return self.size <= self._limit
+
     def check(self) -> None:
         """Raises Refused while there are too many."""
-        if self.size > self._limit:
+        if not self.has_room:
             raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
 
     @contextlib.contextmanager
@@ -269,6 +281,9 @@ class InferencePlane(Protocol):
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer to who manages models on this listener. Raises Refused."""
 
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices, all of them or none. Raises Refused."""
+
 
 class PlaneInFront:
     """What stands in front of a plane and has its own `infer`: all else is the plane's."""
@@ -308,6 +323,10 @@ class PlaneInFront:
         """The supervisor's answer. Raises Refused."""
         return await self._plane.manage(request, deadline)
 
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        return await self._plane.record_actuals(items, deadline)
+
 
 class DataPlane:
     """One front's requests to the workers. `links` are the connections to the workers that are up, by worker.
@@ -324,6 +343,7 @@ class DataPlane:
         self.suspects = Suspects()
         self.supervisor: ControlChannel | None = None  #: None: a front of its own, in tests
         self._managing = 0
+        self._recording = 0
         self._look_after = 0.0  # when near names are looked for again
         self.clients_control = False  #: whether any client may load and unload models
         self.held, self.registrations = HeldBytes(max_held_bytes), Registrations()
@@ -390,6 +410,17 @@ class DataPlane:
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused."""
         return await self._ask_supervisor(request, deadline)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices. Raises Refused."""
+        if self._recording >= MOST_RECORDING:
+            message = f"{MOST_RECORDING} calls with prices are under way here; try again"
+            raise Refused(Situation.OVERLOADED, message, retry_ms=1000)
+        self._recording += 1
+        try:
+            return await self._ask_supervisor(RecordActuals(list(items)), deadline)
+        finally:
+            self._recording -= 1
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""
@@ -555,7 +586,8 @@ class DataPlane:
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
         cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
-        stats = InferStats(cache, head.queue_us, load_us, head.inference_us, tier, head.version)
+        times = (head.queue_us, load_us, head.inference_us)
+        stats = InferStats(cache, *times, tier, head.version, head.quality, head.warnings)
         said = decode_head(head.head) if head.head else None
         response = InferResponse(head.content_type, head.body, head.body_bytes, stats, link, call, said)
         if head.situation:

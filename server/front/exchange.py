@@ -50,6 +50,7 @@ class HttpRequest(msgspec.Struct):
     body: bytes = b""
     arrived: float = 0.0  #: on the same clock: when all of the body was here
     client: str = ""  #: the name of its token, access key or certificate; empty where the server asks for none
+    stats: InferStats | None = None  #: of forecasts whose dialect replies without `stats`, for their marks
 
 
 class HttpReply(msgspec.Struct):
@@ -68,6 +69,7 @@ class HttpReply(msgspec.Struct):
     counted: Sequence[int] | None = None  #: status codes that the metrics count; None: `status` once
     reason: str | None = None
     chunks: Chunks | None = None
+    marked: InferStats | None = None  #: only for its marks: what the app takes of the request where `stats` are None
 
 
 class Dialect(Protocol):

@@ -131,7 +131,7 @@ class Front:
         while (path := self._wanted.get(worker)) is not None and worker not in self._linked:
             try:
                 pulse = PulseReader(path + SUFFIX)
-                link = await connect_to_worker(path, worker, self._lost)
+                link = await connect_to_worker(path, worker, self._lost, self._app.plane.held)
             except OSError:
                 await asyncio.sleep(RECONNECT_S)
                 continue
@@ -199,6 +199,9 @@ async def main(control_fd: int, listen_fd: int) -> None:
     if not serving.done():
         server.stop(ORPHAN_S)
         await serving
+    for link in app.plane.links.values():
+        if link.lent is not None:
+            link.lent.return_all()
     app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
     await app.plane.background.wait_ended()
     sweeper.cancel()

@@ -16,7 +16,7 @@ from server.access.tokens import Token
 from server.errors import Refused
 from server.front.auth.permissions import PermittedPlane
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront, RefusedByWorker
-from server.ipc.operations import ReleaseArm
+from server.ipc.operations import ActualsReply, ObservedPrices, ReleaseArm
 from server.metrics import FrontMetrics, ReleaseSeries
 
 MOST_FOLLOWED = 4  #: versions of a name that follows the store which have series at a time
@@ -48,6 +48,11 @@ class Route:
     def __repr__(self) -> str:
         """For example `<Route of nsw1@stable, 2 arms, 3 versions counted>`."""
         return f"<Route of {self._name}, {len(self._arms)} arms, {len(self._series)} versions counted>"
+
+    @property
+    def arms(self) -> Sequence[Arm]:
+        """What the name stands for."""
+        return self._arms
 
     def follow(self, arms: Sequence[ReleaseArm]) -> None:
         """Take these arms for those before. Versions that both have count on, and those that an arm has followed."""
@@ -153,6 +158,21 @@ class ReleasedPlane(PlaneInFront):
             raise
         route.count(arm, response.stats.version, time.monotonic() - started)
         return response
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices of what names stand for: each arm of an alias gets them. Raises what the plane raises.
+
+        The counts of an item are those of the arm that paired most.
+        """
+        spread = [[replace(item, model=key) for key in self._list_keys(item.model)] for item in items]
+        reply = await self._plane.record_actuals([each for arms in spread for each in arms], deadline)
+        counts = iter(reply.counts)
+        best = [max((next(counts) for _ in arms), key=lambda each: (each.paired, each.repeated)) for arms in spread]
+        return replace(reply, counts=best)
+
+    def _list_keys(self, model: str) -> list[str]:
+        route = self._releases.routes.get(model)
+        return [model] if route is None else [arm.model for arm in route.arms]
 
 
 def make_plane(plane: InferencePlane, token: Token | None, releases: Releases) -> InferencePlane:

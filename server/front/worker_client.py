@@ -9,10 +9,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from server.access_log import REFUSED
 from server.errors import Refused, Situation
 from server.front.backlog import Backlog, Turns
+from server.front.lent_child import AnswerRoom, LentChild
+from server.front.lent_children import LentChildren
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Partial, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Held, Partial, Request, Response, WireError
+from server.ipc.lends import connect_for_lends
 
 #: A worker answers a passed deadline itself and says more about it. The front does so when the worker stays silent.
 GRACE_S = 0.25
@@ -39,6 +43,7 @@ class WorkerCall:
     missing: int = 0  #: bytes of the answer that have not come from the worker
     unread: int = 0  #: bytes of it that the client has not been given
     parts: asyncio.Queue[bytes | None] | None = None
+    lent: "LentChild | None" = None  #: the child that it is left to
     later: asyncio.Queue[Partial | Response | None] | None = None
 
 
@@ -56,6 +61,7 @@ class WorkerLink(FrameConnection):
         self._on_lost = on_lost
         self._calls: dict[int, WorkerCall] = {}
         self._unsent: Turns[Request] = Turns()
+        self.lent: LentChildren | None = None  #: None where the worker lends nothing
         self._bodies_first = False  # whether large bodies or requests leave first: they take turns
         self._next_id = 0
 
@@ -86,16 +92,45 @@ class WorkerLink(FrameConnection):
         request = Request(
             ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client, handler_call
         )
+        call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
+        if self.lent is not None and (child := self.lent.find(request)) is not None:
+            call.lent = child
+            child.put(request)
+        else:
+            self._hand_over(request)
+        return call
+
+    def _hand_over(self, request: Request) -> None:
+        """To the worker, now or when it reads again."""
         if self.is_paused or self._unsent:
-            self._unsent.put(model, ident, request, client)
+            self._unsent.put(request.model, request.id, request, request.client)
         else:
             self.send(request)
-        call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
-        return call
+
+    def hand_back(self, request: Request) -> None:
+        """A lent child has not begun the request: it is the worker's."""
+        call = self._calls.get(request.id)
+        if call is not None:
+            call.lent = None
+            self._hand_over(request)
+
+    def answer(self, response: Response | Partial) -> None:
+        """A lent child's answer, or a part of one."""
+        call = self._calls.get(response.id)
+        if call is None:
+            return
+        if isinstance(response, Response):
+            self._begin_answer(call, response)
+        else:
+            _add_partial(call, response)
 
     def cancel(self, call: WorkerCall) -> None:
         """Give the call up: the worker need not answer it."""
-        if self._calls.pop(call.id, None) is not None and not self._unsent.drop(call.id):
+        if self._calls.pop(call.id, None) is None:
+            return
+        if call.lent is not None:
+            call.lent.drop(call.id)
+        elif not self._unsent.drop(call.id):
             self.drop_body(call.id)
             self.send(Cancel(call.id))
 
@@ -112,13 +147,18 @@ class WorkerLink(FrameConnection):
 
     def note_taken(self, call: WorkerCall, size: int) -> None:
         """The client of an answer that is sent while it is made has been given so many bytes."""
-        self.send(Credit(call.id, size))
+        if call.lent is not None and self.lent is not None:
+            self.lent.add_credit(call.id, size)
+        else:
+            self.send(Credit(call.id, size))
 
     def sweep(self, now: float) -> None:
         """Refuse the calls whose deadline has passed without a word from the worker."""
         for call in [call for call in self._calls.values() if call.deadline <= now and not call.reply.done()]:
-            if call.id in self._unsent or call.deadline + GRACE_S <= now:
+            if call.lent is not None or call.id in self._unsent or call.deadline + GRACE_S <= now:
                 self._refuse_late(call)
+        if self.lent is not None:
+            self.lent.sweep(now)
 
     def resume_writing(self) -> None:
         """The worker reads again: requests that wait leave, and parts of large bodies, either first in turn."""
@@ -143,17 +183,28 @@ class WorkerLink(FrameConnection):
                 self.send(request)
 
     def _refuse_late(self, call: WorkerCall) -> None:
-        was = "was not read by the worker" if call.id in self._unsent else "was not answered by the worker"
-        self.cancel(call)
-        call.reply.set_exception(Refused(Situation.DEADLINE, f"the request {was} before the deadline"))
+        if call.lent is not None:
+            message = "the deadline passed while the archive's code ran"
+            call.lent.drop(call.id, REFUSED)
+            del self._calls[call.id]
+        else:
+            was = "was not read by the worker" if call.id in self._unsent else "was not answered by the worker"
+            message = f"the request {was} before the deadline"
+            self.cancel(call)
+        call.reply.set_exception(Refused(Situation.DEADLINE, message))
 
     def give_up(self) -> None:
-        """The worker is silent: every call that it has not begun to answer ends as if the worker had died."""
+        """The worker is silent: every call that it has not begun to answer ends as if the worker had died.
+
+        A child that is here answers all the same.
+        """
         for call in [call for call in self._calls.values() if not call.reply.done()]:
+            if call.lent is not None and call.lent.is_here:
+                continue
             self.cancel(call)
             call.reply.set_exception(WorkerLost(f"worker {self.worker} is silent"))
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
         """The head of an answer or a part of its body."""
         call = self._calls.get(frame.id)
         if isinstance(frame, Response):
@@ -170,6 +221,8 @@ class WorkerLink(FrameConnection):
 
     def handle_end(self) -> None:
         """The worker is gone: every call learns it now."""
+        if self.lent is not None:
+            self.lent.close()
         for call in self._calls.values():
             if call.parts is not None:
                 call.parts.put_nowait(None)
@@ -213,9 +266,17 @@ def _add_partial(call: WorkerCall, part: Partial) -> None:
         call.reply.set_result(part)
 
 
-async def connect_to_worker(path: str, worker: int, on_lost: Callable[[WorkerLink], None]) -> WorkerLink:
-    """A link to the worker that listens at `path`. Raises OSError when none listens there."""
+async def connect_to_worker(
+    path: str, worker: int, on_lost: Callable[[WorkerLink], None], room: AnswerRoom | None = None
+) -> WorkerLink:
+    """A link to the worker that listens at `path`. Raises OSError when none listens there.
+
+    `room`: for the answers of children that it lends; None: it need lend none.
+    """
     loop = asyncio.get_running_loop()
     make: Awaitable[tuple[Any, WorkerLink]] = loop.create_unix_connection(lambda: WorkerLink(worker, on_lost), path)
     _, link = await make
+    channel = None if room is None else connect_for_lends(path)
+    if channel is not None and room is not None:
+        link.lent = LentChildren(link, channel, room)
     return link

@@ -17,7 +17,9 @@ from server.ipc.frames import (
     Cancel,
     Credit,
     Data,
+    Frame,
     FrameReader,
+    Held,
     Partial,
     Request,
     Response,
@@ -43,14 +45,14 @@ class FrameConnection(asyncio.Protocol, ABC):
     # --- for the subclass -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
         """A frame has arrived. A WireError from here ends the connection."""
 
     @abstractmethod
     def handle_end(self) -> None:
         """The connection has ended. Called once."""
 
-    def send(self, frame: Request | Response | Cancel | Credit | Partial) -> None:
+    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial) -> None:
         """Send a frame, soon; the part of a body above `CHUNK` follows as the peer gives credit.
 
         On a connection that has ended it does nothing: `handle_end` reports the end. Raises WireError for a frame that
@@ -118,7 +120,7 @@ class FrameConnection(asyncio.Protocol, ABC):
         self.is_paused = False
         self._send_chunks()
 
-    def _write(self, frame: Request | Data | Response | Cancel | Credit | Partial) -> None:
+    def _write(self, frame: Frame) -> None:
         if not self._pending:
             self._loop.call_soon(self._flush)
         append_frame(self._pending, frame)

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 4
+VERSION = 5
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
 MAX_FRAME = CHUNK + 32 * 1024  #: a chunk and the longest head: the front bounds name, types and the code's call
 
@@ -86,6 +86,7 @@ class Response(_Frame, tag=3):
     """A response; the body of one that is not OK is a `server.errors.Detail`. Times are in microseconds.
 
     `head`: a `server.ipc.handler_calls.AnswerHead`, where an archive's code was told a call; empty for all others.
+    `quality`, `warnings`: the values of two headers, see `handlers.codecs.marks`.
     """
 
     situation: Situation
@@ -99,6 +100,8 @@ class Response(_Frame, tag=3):
     body_bytes: Count
     body: Part
     head: bytes = b""
+    quality: str = ""
+    warnings: str = ""
 
 
 class Cancel(_Frame, tag=4):
@@ -109,6 +112,10 @@ class Credit(_Frame, tag=5):
     """The sender of the body of `id` may send `room` more bytes."""
 
     room: Count
+
+
+class Held(_Frame, tag=6):
+    """From a front: no further request for the model of the lend `id` follows. See `server.ipc.lends`."""
 
 
 class Partial(_Frame, tag=7):
@@ -122,7 +129,7 @@ class Partial(_Frame, tag=7):
     head: bytes = b""
 
 
-Frame = Request | Data | Response | Cancel | Credit | Partial
+Frame = Request | Data | Response | Cancel | Credit | Held | Partial
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode

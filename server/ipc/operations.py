@@ -7,6 +7,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
+from server.bands.adaptive_offsets import BandShape
+from server.bands.book import Price
+from server.bands.market import AnsweredForecast
 from server.host import WorkerPlan
 from server.settings import Settings
 
@@ -158,6 +161,35 @@ class ManageModels(Operation[ManagementReply]):
     body: bytes
 
 
+class ObservedPrices(Struct, frozen=True):
+    """Prices of one model, under the name by which clients ask it."""
+
+    model: str
+    prices: list[Price]
+
+
+class PairedCounts(Struct, frozen=True):
+    """How many prices of one model were paired with a forecast, had been before, and were not forecast."""
+
+    paired: int
+    repeated: int
+    unmatched: int
+
+
+class ActualsReply(Struct, frozen=True):
+    """Counts by item. `unheard`: workers that have not said that they follow; they have 0 requests or end."""
+
+    counts: list[PairedCounts]
+    adapted: bool
+    unheard: list[int]
+
+
+class RecordActuals(Operation[ActualsReply]):
+    """Observed prices. Answered when they are on the disk, and all workers follow what they change."""
+
+    items: list[ObservedPrices]
+
+
 AskedByFront: TypeAlias = (
     JoinAsFront
     | Ready
@@ -168,6 +200,7 @@ AskedByFront: TypeAlias = (
     | ListKnownModels
     | LoadForClient
     | UnloadForClient
+    | RecordActuals
 )
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
@@ -287,6 +320,19 @@ class ReadArchive(Operation[ArchiveFacts]):
     model: str
 
 
+class ReadSample(Operation[bytes]):
+    """The request of the archive's golden sample as JSON, empty without one. It is fetched for that, but not loaded."""
+
+    model: str
+
+
+class TryModel(Operation[bytes]):
+    """The model's answer to this JSON body, as a client would get it."""
+
+    model: str
+    body: bytes
+
+
 class DescribeByCode(Operation[bytes]):
     """What the code of an archive says of itself, asked with these headers."""
 
@@ -401,6 +447,31 @@ class TakeAccessLog(Operation[AccessLogRows]):
     """The rows since the last time. They are then the supervisor's."""
 
 
+class BandOffsets(Struct, frozen=True):
+    """Offsets float32 [rows, levels] for archives of this shape."""
+
+    shape: BandShape
+    offsets: bytes
+
+
+class SetBands(Operation[None]):
+    """How the bands of these archives are shifted from now on; an empty list: not. `whole`: and no others are."""
+
+    models: dict[str, list[BandOffsets]]
+    whole: bool
+
+
+class KeptLevels(Struct, frozen=True):
+    """Forecasts that were answered, and how many more had no room."""
+
+    forecasts: list[AnsweredForecast]
+    dropped: int
+
+
+class TakeForecasts(Operation[KeptLevels]):
+    """The forecasts that were answered since the last time. They are then the supervisor's."""
+
+
 AskedOfWorker: TypeAlias = (
     Ping
     | ScrapeMetrics
@@ -418,6 +489,10 @@ AskedOfWorker: TypeAlias = (
     | SetReplicas
     | AwaitReplicas
     | DescribeByCode
+    | SetBands
+    | TakeForecasts
+    | ReadSample
+    | TryModel
 )
 
 

@@ -149,7 +149,12 @@ def _list_prices(spec: dict[str, Any], found: dict[str, Any]) -> Iterator[tuple[
         if "residual_to" in forecast:
             yield "residual to", f"{forecast['residual_to']}: what the network forecasts is added to it"
         levels = forecast["quantile_levels"]
-        yield "tails", f"{forecast['tail']} beyond the levels {levels[0]:g} and {levels[-1]:g}"
+        rule = f"{forecast['tail']} beyond the levels {levels[0]:g} and {levels[-1]:g}"
+        if tails := forecast.get("tails"):
+            low, high = tails["band"]
+            reach = f"{tails['low']:g} and {tails['high']:g} widths of the band {low:g} to {high:g}"
+            rule = f"{rule}, by {reach} in the mean"
+        yield "tails", rule
         yield "products", ", ".join(forecast["products"])
         if found["example"] is not None:
             yield "example", json.dumps(_shorten(found["example"]))

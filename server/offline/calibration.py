@@ -13,12 +13,13 @@ import msgspec
 import numpy as np
 
 from handlers.base import Float32
-from handlers.codecs.calibration import HOUR, count_rows
+from handlers.codecs.calibration import count_rows
 from handlers.codecs.features import DAY, Float64, parse_step_seconds
-from handlers.evaluation.conformal import TooFewScores, calibrate_rolling, choose_band, estimate_offsets
+from handlers.evaluation.conformal import calibrate_rolling, estimate_offsets, shift_levels
 from handlers.evaluation.scores import Scores, Steps
 from handlers.model import open_model
 from handlers.training.stamps import PLAIN, FileRules
+from handlers.training.tails import TooFewScores, choose_band, fit_tails
 from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import (
@@ -28,6 +29,7 @@ from model_store.archives.manifest import (
     ForecastSpec,
     GoldenSample,
     Spec,
+    Tails,
 )
 from model_store.archives.packing import pack_archive, save_tensors
 from model_store.names import ModelName
@@ -43,6 +45,7 @@ from server.offline.rolling_windows import (
     add_known_series,
     count_unseen,
     forecast_windows,
+    list_hours_of_windows,
 )
 from server.settings import Settings
 from server.worker.model_loader import open_store
@@ -57,6 +60,7 @@ class Calibrated:
     """The offsets of one archive, and the scores of windows before and after a rolling calibration.
 
     The scores are None where there are too few windows for a comparison on windows after those that were learnt from.
+    `tails`: how far prices lie beyond the outer levels once these are shifted, for archives with the exponential rule.
     """
 
     offsets: Float32
@@ -64,7 +68,9 @@ class Calibrated:
     days: int
     before: Scores | None
     after: Scores | None
+    tails: Tails | None = None
     shares: Float32 | None = None  #: the new weights [parts, levels] of a mixture that learns them
+    note: str = ""  #: what limits it, in words
 
 
 def calibrate_fleet(
@@ -113,16 +119,22 @@ def calibrate_archive(
     series = add_known_series(columns, target, forecast)
     origins = Rolling(most=count_windows(days, forecast)).origins(series, [forecast])
     unseen = count_unseen(model, series, origins)
-    if unseen is not None:
+    note = ""
+    if unseen is None:
+        note = (
+            f"{model.name} does not say until when it was trained; if it has seen these days, its bands stay too narrow"
+        )
+    else:
         origins = origins[len(origins) - unseen :]
     if len(origins) < (least := count_windows(LEAST_DAYS, forecast)):
         what = f"{model.name} was not fitted to {len(origins)} windows at the end of the file"
         raise Unfit(f"{what}, and a calibration needs {least}; give newer rows, or use `retrain --calibrate`")
     if not learns_shares(plain.archive):
-        return calibrate_windows(forecast_windows(InProcess(), plain, series, origins))
+        return replace(calibrate_windows(forecast_windows(InProcess(), plain, series, origins)), note=note)
     shares = learn_archive_shares(InProcess(), plain, series, origins)
     mixed = use_shares(plain, shares)
-    return replace(calibrate_windows(forecast_windows(InProcess(), mixed, series, origins)), shares=shares)
+    found = calibrate_windows(forecast_windows(InProcess(), mixed, series, origins))
+    return replace(found, shares=shares, note=note)
 
 
 def count_windows(days: int, forecast: ForecastSpec) -> int:
@@ -151,7 +163,8 @@ def calibrate_windows(found: WindowForecasts) -> Calibrated:
         windows=len(found.origins),
         until=found.series.stamp(int(found.steps[-1, -1])),
     )
-    return Calibrated(offsets, record, days, before, after)
+    shifted = shift_levels(found.quantiles, levels, offsets, hours)
+    return Calibrated(offsets, record, days, before, after, fit_tails(actuals, shifted, levels))
 
 
 def pack_calibrated(archive: Archive, calibrated: Calibrated) -> bytes:
@@ -164,7 +177,10 @@ def pack_calibrated(archive: Archive, calibrated: Calibrated) -> bytes:
     dropped = {FLEETCAST_JSON, MAR_MANIFEST, FILE, spec.golden, spec.calibration.file if spec.calibration else None}
     members = {name: archive.read(name) for name in archive.members if name not in dropped}
     members[FILE] = save_tensors({"offsets": calibrated.offsets})
-    bare = msgspec.structs.replace(spec, calibration=calibrated.record, golden=None)
+    forecast = spec.forecast
+    if forecast is not None and forecast.tails and calibrated.tails is not None:
+        forecast = msgspec.structs.replace(forecast, tails=calibrated.tails)
+    bare = msgspec.structs.replace(spec, forecast=forecast, calibration=calibrated.record, golden=None)
     if calibrated.shares is not None:
         bare, members[spec.weights.file] = write_shares(archive, bare, calibrated.shares)
     packed = _pack(archive, bare, members, None)
@@ -180,15 +196,6 @@ def _pack(archive: Archive, spec: Spec, members: Mapping[str, bytes], golden: Go
     if archive.mar is not None:
         name, version = archive.mar.model.model_name or name, archive.mar.model.model_version or version
     return pack_archive(spec, members, model_name=name, model_version=version, golden=golden)
-
-
-def list_hours_of_windows(found: WindowForecasts) -> Steps:
-    """List the hour of the day [W, H] of each forecast step, on the wall clock of the series."""
-    start = found.series.start
-    begin = start.hour * HOUR + start.minute * 60 + start.second
-    step_s = round(found.series.step.total_seconds())
-    hours: Steps = (begin + found.steps * step_s) % DAY // HOUR
-    return hours
 
 
 def _compare_rolling(found: WindowForecasts, hours: Steps, rows: int, days: int) -> tuple[Scores | None, Scores | None]:

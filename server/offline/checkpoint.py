@@ -6,6 +6,7 @@ continues has exactly the lines that are done.
 """
 
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from struct import Struct
@@ -76,10 +77,13 @@ class Checkpoint:
         for start, size in zip(self._start.tolist(), self._size.tolist(), strict=True):
             yield os.pread(descriptor, size, start)
 
-    def finish(self, out: Path) -> None:
-        """Write the answers in order to `out`, atomically, and delete the checkpoint."""
+    def finish(self, out: Path, *, append: bool = False) -> None:
+        """Write the answers in order to `out`, or after what it has, atomically, and delete the checkpoint."""
         whole = out.with_name(out.name + ".whole")
         with whole.open("wb") as file:
+            if append and out.exists():
+                with out.open("rb") as earlier:
+                    shutil.copyfileobj(earlier, file)
             file.writelines(self.in_order())
         whole.replace(out)
         self.part.unlink()

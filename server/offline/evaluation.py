@@ -14,10 +14,12 @@ from handlers.evaluation.scores import (
     compute_seasonal_errors,
     interpolate_median,
     make_naive_forecast,
+    make_weekly_forecast,
     score_windows,
 )
 from handlers.training.input_recipe import DAY, HOUR, compute_naive_lag
 from handlers.training.time_series import Series
+from server.offline.online_bands import OnlineScores
 from server.offline.rolling_windows import WindowForecasts
 
 FAN_STEPS = 14 * 24  #: most steps of a chart, which shows the last ones
@@ -57,7 +59,9 @@ class MarketScore:
     """The scores of one market. `first` and `last` are the stamps of the first and last forecast steps.
 
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
-    same windows before the archive's calibration; None if it has none.
+    same windows before the archive's calibration; None if it has none. `outside_scenarios`: the share of windows whose
+    mean lies outside all joint scenarios; None if there are none. `online`: what adaptive bands would change; None if
+    that was not asked.
     """
 
     target: str
@@ -74,6 +78,8 @@ class MarketScore:
     notes: tuple[str, ...] = ()
     uncalibrated: float | None = None
     against: PointComparison | None = None  #: the archive's median beside a column of the file, if one was asked for
+    outside_scenarios: float | None = None
+    online: OnlineScores | None = None
 
 
 def score_forecasts(
@@ -82,6 +88,7 @@ def score_forecasts(
     notes: tuple[str, ...] = (),
     uncalibrated: float | None = None,
     against: Series | None = None,
+    outside: float | None = None,
 ) -> MarketScore:
     """Evaluate the forecasts of a market, without the chart."""
     series, levels = found.series, found.levels
@@ -102,6 +109,7 @@ def score_forecasts(
         notes=notes,
         uncalibrated=uncalibrated,
         against=None if against is None else compare_with_column(found, against),
+        outside_scenarios=outside,
     )
 
 
@@ -116,7 +124,9 @@ def compute_scores(found: WindowForecasts) -> Scores:
     """Compute the scores. The season of MASE is a day, for daily steps a week, for weekly steps one step."""
     season = compute_naive_lag(round(found.series.step.total_seconds()), 1)
     scale = compute_seasonal_errors(found.series.values, found.origins, season)
-    return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale)
+    seconds = _convert_to_seconds(found)
+    weekly = make_weekly_forecast(found.series.values, seconds, found.origins, found.horizon)
+    return score_windows(found.actuals, found.quantiles, found.levels, _make_naive_forecast(found), scale, weekly)
 
 
 def make_fan_chart(found: WindowForecasts) -> FanChart:

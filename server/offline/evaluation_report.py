@@ -52,11 +52,11 @@ def render_page(found: Backtest) -> str:
     library = _find_uplot()
     style = "\n".join((_read_text(library / "uPlot.min.css"), _read_text(HERE / "backtest.css")))
     script = "\n".join((_read_text(library / "uPlot.iife.js"), _read_text(HERE / "backtest.js")))
-    html: str = _load_template().render(
+    html: str = load_template("backtest.html").render(
         style=style,
         script=script,
-        style_hash=_hash_for_csp(style),
-        script_hash=_hash_for_csp(script),
+        style_hash=hash_for_csp(style),
+        script_hash=hash_for_csp(script),
         data=_embed_json([chart for each in drawn for chart in (each.fan, each.by_hour)]),
         found=found,
         drawn=drawn,
@@ -114,8 +114,11 @@ def _round_values(values: Sequence[float]) -> list[float | None]:
     return [None if isnan(value) else float(f"{value:.{DIGITS}g}") for value in values]
 
 
-def _load_template() -> Any:
-    """Load the template. All text is escaped; only our own style, script and encoded data are marked as safe."""
+def load_template(name: str) -> Any:
+    """Load a template. All text is escaped; only our own style, script and encoded data are marked as safe.
+
+    Raises ModuleNotFoundError that says what to install.
+    """
     try:
         import jinja2  # noqa: PLC0415 -- an extra
     except ModuleNotFoundError:
@@ -127,7 +130,7 @@ def _load_template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return house.get_template("backtest.html")
+    return house.get_template(name)
 
 
 def _embed_json(data: Sequence[Mapping[str, Any]]) -> str:
@@ -147,6 +150,6 @@ def _read_text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _hash_for_csp(text: str) -> str:
+def hash_for_csp(text: str) -> str:
     """Hash an inline script or style for the Content-Security-Policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -5,7 +5,7 @@ A market that fails is reported, and the others continue. A store that cannot be
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from types import MappingProxyType
@@ -14,12 +14,15 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
+from handlers.codecs.scenarios import CorrelationModel
 from handlers.evaluation.scores import Steps
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
+from server.offline.measures import IN_UNIT
+from server.offline.online_bands import score_online
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
@@ -34,6 +37,7 @@ from server.offline.rolling_windows import (
     fetch_version,
     forecast_windows,
 )
+from server.offline.scenario_scores import measure_outside
 from server.settings import Settings
 from server.worker.model_loader import open_store
 
@@ -58,7 +62,9 @@ class Backtest:
         return f"<Backtest {self.csv}: {len(self.markets)} markets, {len(self.failed)} failed>"
 
     def mean(self, measure: str) -> float | None:
-        """Return the mean of a measure over the markets that have it."""
+        """Return the mean of a measure over the markets that have it; None of prices in different units."""
+        if measure in IN_UNIT and len({each.unit for each in self.markets}) > 1:
+            return None
         found = [value for each in self.markets if (value := getattr(each.scores, measure)) == value]  # not NaN
         return sum(found) / len(found) if found else None
 
@@ -104,11 +110,15 @@ def backtest_fleet(
     report_progress: Progress,
     rules: FileRules = PLAIN,
     against: str = "",
+    correlation: CorrelationModel | None = None,
+    *,
+    online: bool = False,
 ) -> Backtest:
     """Forecast and score the windows of all markets, several at a time.
 
-    `against` is a column, in whose name {target} may stand, that is scored beside them. Raises LoadError,
-    SeriesInvalid, OSError, and ValueError without such a column.
+    `against` is a column, in whose name {target} may stand, that is scored beside them, and so are the joint scenarios
+    of a `correlation`. `online`: replay them with adaptive bands as well. Raises LoadError, SeriesInvalid, OSError, and
+    ValueError without such a column.
     """
 
     def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
@@ -122,9 +132,11 @@ def backtest_fleet(
             raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
         before = measure_uncalibrated(model, series, origins)
+        outside = None if correlation is None else measure_outside(found, forecast, correlation)
         other = columns[target][against.replace("{target}", target)] if against else None
         notes = list_notes(found, model)
-        return score_forecasts(found, forecast.unit, notes, before, other), make_fan_chart(found)
+        score = score_forecasts(found, forecast.unit, notes, before, other, outside)
+        return replace(score, online=score_online(model, found) if online else None), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

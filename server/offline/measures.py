@@ -12,6 +12,10 @@ HEADINGS = {
     "coverage": "coverage",
 }  # fmt: skip
 MEASURES = tuple(HEADINGS)
+#: Those of the median, of which a table of their own is printed.
+POINTS = {"mae": "MAE", "rmse": "RMSE", "mape": "MAPE", "smape": "sMAPE", "rmae": "rMAE", "rmae_weekly": "rMAE (week)"}
+IN_UNIT = frozenset({"pinball", "crps", "mae", "rmse"})  #: scores in the unit of the prices
+SHARES = frozenset({"coverage", "mape", "smape"})
 #: the scores of which lower is better, which a gate can use
 Score = Literal["pinball", "wql", "wape", "mase", "rmae", "crps"]
 
@@ -34,4 +38,4 @@ def format_score(measure: str, value: float | None) -> str:
     """Format a score for a table: `0.213`, coverage as `78.1%`, and `-` where it is undefined."""
     if value is None or isnan(value):
         return "-"
-    return f"{value:.1%}" if measure == "coverage" else f"{value:.3f}"
+    return f"{value:.1%}" if measure in SHARES else f"{value:.3f}"

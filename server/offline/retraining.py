@@ -10,16 +10,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from msgspec.structs import replace
 
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
+from handlers.training.history_rules import learn_history_rules
 from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Float64, Series, SeriesInvalid
@@ -28,6 +32,7 @@ from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.calibration import Calibrated, calibrate_windows, count_windows, pack_calibrated
 from server.offline.checkpoint import Checkpoint
+from server.offline.fit_fingerprint import compute_fingerprint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import GateTerms, GateVerdict, choose_unseen, compare_models
@@ -63,6 +68,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     worse_percent: float | None = None
     message: str = ""
     note: str = ""  #: which rows the gate could not use, in words
+    work: str = ""  #: a hash of what has decided; while it and `version` stay, a market that was kept is kept again
+    at: str = ""  #: when the market was settled, UTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +87,7 @@ class RetrainingPlan:
     servers: Sequence[str] = ()  #: management addresses of servers that reload each new archive
     rules: FileRules = PLAIN
     keep_worse: bool = False  #: publish also what is no better than the naive forecast
+    half_life: float | None = None  #: days, in place of each archive's own
     residual_to: str = ""  #: column from which every market learns deviations; empty: each keeps its own
     calibrate: int = 0  #: days that every archive is calibrated by; 0: those that are calibrated, by as many windows
 
@@ -104,6 +112,7 @@ class RetrainingPlan:
             self.config,
             self.rules,
             self.keep_worse,
+            self.half_life,
             self.residual_to,
             self.calibrate,
         )
@@ -117,6 +126,7 @@ class RetrainingMarket:
 
     `held_back`: the series up to the windows of the gate and of the calibration. `by_recipe`: the predecessor has seen
     too many of these windows. `calibrated`: the first step of each window that a calibration learns from.
+    `fingerprint`: of the fit to all rows, which is what would be published.
     """
 
     line: int
@@ -128,13 +138,26 @@ class RetrainingMarket:
     config: Mapping[str, Any]
     by_recipe: bool
     calibrated: Steps
+    fitting: Fitting
+    fingerprint: str
+
+    @property
+    def is_calibrated_so(self) -> bool:
+        """Whether the predecessor's calibration is that of the windows which a new one would learn from."""
+        old = self.predecessor.calibration
+        if old is None or not len(self.calibrated):
+            return old is None and not len(self.calibrated)
+        last = int(self.calibrated[-1]) + self.forecast.prediction_length - 1
+        return (old.windows, old.until) == (len(self.calibrated), self.series.stamp(last))
 
     @property
     def kin(self) -> str:
         """A key that is equal for markets that can be fitted together."""
         forecast = self.forecast
         lengths = (forecast.context_length, forecast.prediction_length, forecast.history_length, len(forecast.inputs))
-        return repr((self.architecture, sorted(self.config.items()), lengths, forecast.quantile_levels))
+        terms = (self.architecture, sorted(self.config.items()), self.fitting)
+        levels = (forecast.quantile_levels, bool(forecast.tails))
+        return repr((*terms, lengths, levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +180,15 @@ class Retraining:
     def __repr__(self) -> str:
         return f"<Retraining {self._plan!r}>"
 
-    def run(self, journal: Checkpoint, told: Callable[[int], None]) -> None:
-        """Retrain every market that the checkpoint does not have yet.
+    def run(
+        self,
+        journal: Checkpoint,
+        told: Callable[[int], None],
+        earlier: Mapping[ModelName, Outcome] = MappingProxyType({}),
+    ) -> None:
+        """Retrain every market that the checkpoint does not have yet, and of which something has changed.
+
+        `earlier`: the last outcome of each archive, from the record of earlier runs.
 
         Raises:
             StoreUnavailable, StoreDenied, OSError: the run may be started again. SeriesInvalid: the file cannot be
@@ -174,7 +204,9 @@ class Retraining:
 
         def done(line: int, outcome: Outcome) -> None:
             if line in left:
+                outcome = replace(outcome, at=datetime.now(UTC).isoformat(sep=" ", timespec="seconds"))
                 journal.add([(line, msgspec.json.encode(outcome) + b"\n")])
+                left.discard(line)
                 told(1)
 
         markets = []
@@ -183,13 +215,38 @@ class Retraining:
                 done(line, self._record_failure(target, failed[target]))
                 continue
             try:
-                markets.append(self._prepare_market(line, target, models[target]))
+                market = self._prepare_market(line, target, models[target])
+                recalled = self._recall_outcome(market, earlier) if line in left else None
             except (SeriesInvalid, Unfit) as error:
                 done(line, self._record_failure(target, str(error)))
+                continue
+            markets.append(market)
+            if recalled is not None:
+                done(line, recalled)
         for group in group_markets(markets):
             if any(each.line in left for each in group):
                 for each, outcome in self._settle_group(group, left):
                     done(each.line, outcome)
+
+    def _recall_outcome(self, market: RetrainingMarket, earlier: Mapping[ModelName, Outcome]) -> Outcome | None:
+        """Return the outcome of a market of which nothing has changed since it was settled, else None."""
+        old, fingerprint = market.predecessor, market.fingerprint
+        if old.archive.spec and old.archive.spec.fingerprint == fingerprint and market.is_calibrated_so:
+            return Outcome(target=market.series.name, model=old.name, result="unchanged", version=old.version)
+        before = earlier.get(old.name)
+        if (
+            before
+            and before.result == "kept"
+            and before.version == old.version
+            and before.work == self._name_work(market)
+        ):
+            return replace(before, message="nothing has changed since it was kept")
+        return None
+
+    def _name_work(self, market: RetrainingMarket) -> str:
+        """Hash what decides about a market, beside the archive in the store."""
+        terms = (market.fingerprint, self._plan.gate, len(market.calibrated), market.by_recipe)
+        return hashlib.sha256(repr(terms).encode()).hexdigest()
 
     def _prepare_market(self, line: int, target: str, model: ArchiveVersion) -> RetrainingMarket:
         """Prepare a market. Raises Unfit or SeriesInvalid if it cannot be fitted, ValueError if none can."""
@@ -212,7 +269,12 @@ class Retraining:
         if plan.architecture or base != (forecast.residual_to or ""):
             series, before = self._add_base(series, base), self._add_base(before, base)
             forecast = rebuild_forecast(forecast, before, architecture, config, base)
-        return RetrainingMarket(line, model, series, before, forecast, architecture, config, by_recipe, learnt)
+        half_life = plan.half_life if plan.half_life is not None else (spec.trained_half_life or 0.0) if spec else 0.0
+        fitting = dataclasses.replace(plan.fitting, half_life_days=half_life)
+        mark = compute_fingerprint(series, refit_scalers(forecast, series), architecture, config, fitting)
+        return RetrainingMarket(
+            line, model, series, before, forecast, architecture, config, by_recipe, learnt, fitting, mark
+        )
 
     def _add_base(self, series: Series, base: str) -> Series:
         """Add the column from which deviations are learnt to the covariates, complete. Raises SeriesInvalid."""
@@ -259,7 +321,7 @@ class Retraining:
         series = [each.held_back if held_back else each.series for each in group]
         try:
             inputs = [refit_scalers(each.forecast, rows) for each, rows in zip(group, series, strict=True)]
-            fitted = fit_forecasters(series, inputs, first.architecture, dict(first.config), self._plan.fitting)
+            fitted = fit_forecasters(series, inputs, first.architecture, dict(first.config), first.fitting)
         except Exception as error:
             if len(group) == 1:
                 yield first, error
@@ -316,10 +378,11 @@ class Retraining:
         spec, plan = market.predecessor.archive.spec, self._plan
         assert spec is not None, "it says until when it was trained"
         assert spec.forecast is not None, "it forecasts"
+        epochs, half_life = spec.trained_epochs or 0.0, spec.trained_half_life or 0.0
+        fitting = dataclasses.replace(plan.fitting, epochs=epochs, half_life_days=half_life)
         same = market.forecast.residual_to == spec.forecast.residual_to and not plan.architecture
-        if same and plan.fitting.epochs == (spec.trained_epochs or 0):
+        if same and market.fitting == fitting:
             return candidate
-        fitting = dataclasses.replace(plan.fitting, epochs=spec.trained_epochs or 0.0)
         own = add_known_series(self._columns[market.series.name], market.series.name, spec.forecast)
         series = own.before(own.start + len(market.held_back.values) * own.step)
         inputs = [refit_scalers(spec.forecast, series)]
@@ -342,7 +405,7 @@ class Retraining:
     def _publish_fitted(self, market: RetrainingMarket, fitted: Fitted, passed: Passed) -> Outcome:
         """Publish what was fitted to all rows, unless it is what the store has. Raises LoadError."""
         old, verdict = market.predecessor, passed.verdict
-        packed = self._pack_market(market, fitted, market.series, f"; {verdict}")
+        packed = self._pack_market(market, fitted, market.series, f"; {verdict}", market.fingerprint)
         if passed.calibrated is not None:
             packed = pack_calibrated(open_unpublished(packed, old.name, self._limits).archive, passed.calibrated)
         new = open_unpublished(packed, old.name, self._limits)
@@ -370,6 +433,7 @@ class Retraining:
             worse_percent=round(verdict.worse, 3),
             message=message,
             note="; ".join([*market.series.notes, *verdict.notes]),
+            work=self._name_work(market),
         )
 
     def _reload_servers(self, model: ModelName) -> str:
@@ -382,7 +446,9 @@ class Retraining:
                 wrong.append(str(error))
         return "; ".join(wrong)
 
-    def _pack_market(self, market: RetrainingMarket, fitted: Fitted, series: Series, note: str) -> bytes:
+    def _pack_market(
+        self, market: RetrainingMarket, fitted: Fitted, series: Series, note: str, fingerprint: str = ""
+    ) -> bytes:
         span = f"{series.stamp(0)} to {series.stamp(len(series.values) - 1)}"
         return pack_model(
             Kind.FORECASTER,
@@ -392,7 +458,9 @@ class Retraining:
                 config=fitted.config,
                 forecast=fitted.forecast,
                 trained_until=series.stamp(len(series.values) - 1),
-                trained_epochs=self._plan.fitting.epochs,
+                trained_epochs=market.fitting.epochs,
+                trained_half_life=market.fitting.half_life_days or UNSET,
+                fingerprint=fingerprint or UNSET,
             ),
             model_name=market.predecessor.name.rpartition("/")[2].partition(".")[0],
             golden=fitted.golden,
@@ -404,6 +472,20 @@ class Retraining:
 
     def _record_failure(self, target: str, message: str) -> Outcome:
         return Outcome(target=target, model=self._plan.names[target], result="failed", message=message)
+
+
+def read_last_outcomes(log: Path) -> dict[ModelName, Outcome]:
+    """Read the last outcome of each archive from the record of earlier runs; lines that are none are left out."""
+    found = dict[ModelName, Outcome]()
+    if log.exists():
+        with log.open("rb") as lines:
+            for line in lines:
+                try:
+                    outcome = msgspec.json.decode(line, type=Outcome)
+                except msgspec.MsgspecError:
+                    continue
+                found[outcome.model] = outcome
+    return found
 
 
 def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
@@ -418,7 +500,12 @@ def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
         return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
 
     own = scaler(forecast.scaler, subtract_base(series, forecast.residual_to), series.name)
-    return replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    fitted = replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
+    if not (rules := forecast.history):
+        return fitted
+    values = subtract_base(series, forecast.residual_to)
+    learnt = learn_history_rules(series, values, fitted, rules.max_missing, fallback=bool(rules.fallback))
+    return replace(fitted, history=replace(learnt, fill=rules.fill))
 
 
 def rebuild_forecast(
@@ -433,12 +520,17 @@ def rebuild_forecast(
         "unit": forecast.unit,
         "time_zone": forecast.time_zone,
         "levels": forecast.quantile_levels,
+        "tail": "exponential" if forecast.tails else "clamp",
+        "max_missing": forecast.history.max_missing if forecast.history else None,
+        "fallback": bool(forecast.history and forecast.history.fallback),
         "residual_to": residual_to,
     }
     lengths = (forecast.prediction_length, forecast.context_length)
     (made,) = make_recipes([series], architecture, config, *lengths, options)
     origin = made.origin and forecast.origin  # one architecture needs an origin, another answers for any hour
-    kept = {"floor": forecast.floor, "cap": forecast.cap, "tail": forecast.tail, "products": forecast.products}
+    kept: dict[str, Any] = {"floor": forecast.floor, "cap": forecast.cap, "products": forecast.products}
+    if not forecast.tails:
+        kept["tail"] = forecast.tail
     return replace(made, origin=origin, **kept)
 
 

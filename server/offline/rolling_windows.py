@@ -12,7 +12,8 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from handlers.codecs.features import Float64, parse_step_seconds
+from handlers.codecs.calibration import HOUR
+from handlers.codecs.features import DAY, Float64, parse_step_seconds
 from handlers.errors import RequestError, RunFailed
 from handlers.evaluation.scores import Steps
 from handlers.model import open_model
@@ -320,6 +321,15 @@ def forecast_windows(
         told(len(some))
     levels = np.array(forecast.quantile_levels)
     return WindowForecasts(series, model.name, version(), origins, levels, np.concatenate(found))
+
+
+def list_hours_of_windows(found: WindowForecasts) -> Steps:
+    """List the hour of the day [W, H] of each forecast step, on the wall clock of the series."""
+    start = found.series.start
+    begin = start.hour * HOUR + start.minute * 60 + start.second
+    step_s = round(found.series.step.total_seconds())
+    hours: Steps = (begin + found.steps * step_s) % DAY // HOUR
+    return hours
 
 
 def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> None:

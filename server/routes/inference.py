@@ -34,6 +34,17 @@ FORECASTS = Protocol(
     (*_REFUSED, 424, 429, 500, 503),
     "error_object",
 )  # fmt: skip
+ACTUALS = Protocol(
+    "actuals",
+    "Observed prices",
+    "`fleetcast.Client`, curl",
+    (
+        Route("POST", contract.ACTUALS_PATH, "record", "Send observed prices (needs `actuals`)",
+              (JSON,), headers=(_TIMEOUT,), schema="actuals_body"),
+    ),
+    (*_REFUSED, 429, 500, 503),
+    "error_object",
+)  # fmt: skip
 
 NIXTLA = Protocol(
     "nixtla",
@@ -57,8 +68,10 @@ NIXTLA = Protocol(
               statuses=(202,), schema="nixtla_body"),
         Route("POST", "/v2/cross_validation/async", "backtest_job", "A backtest as a job", (JSON,),
               statuses=(202,), schema="nixtla_body"),
+        Route("POST", "/v2/anomaly_detection/async", "online_anomalies_job", "The newest values' anomalies as a job",
+              (JSON,), statuses=(202,), schema="nixtla_body"),
         *(Route("GET", f"/v2/{task}/jobs/{{job}}", "job", "The answer of a job, for ten minutes")
-          for task in ("simulate", "forecast", "cross_validation")),
+          for task in ("simulate", "forecast", "cross_validation", "anomaly_detection")),
         Route("POST", "/v2/async/jobs/{job}/cancel", "cancel", "Forget a job's answer"),
     ),
     (*_REFUSED, 424, 429, 500, 501, 503),
@@ -206,7 +219,8 @@ MULTI_MODEL_SERVER = Protocol(
 )  # fmt: skip
 
 _ORDER = (
-    SAGEMAKER, FORECASTS, NIXTLA, MLFLOW, KSERVE, SAGEMAKER_STREAMS, V2, HEALTH, TORCHSERVE, MULTI_MODEL_SERVER,
+    SAGEMAKER, FORECASTS, ACTUALS, NIXTLA, MLFLOW, KSERVE, SAGEMAKER_STREAMS, V2, HEALTH, TORCHSERVE,
+    MULTI_MODEL_SERVER,
 )  # fmt: skip
 #: By the names of the dialects, in the order in which `server.front.dialects` asks them.
 PROTOCOLS = {each.name: each for each in _ORDER}

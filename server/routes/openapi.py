@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from server.contract import HEADER_QUALITY, HEADER_WARNING
 from server.routes.record import ANY, JSON, Protocol, Route
 
 Schema = dict[str, Any]
@@ -37,6 +38,15 @@ _CONFIGURATION: Schema = {
         "correlation": _TEXT,
     },
 }
+_MARKS = {
+    HEADER_QUALITY: {
+        "description": "codes of doubtful histories and how many predictions have each: `missing=2, flat=1`",
+        "schema": _TEXT,
+    },
+    HEADER_WARNING: {"description": "what else an answer is warned of: `narrow-levels=1`", "schema": _TEXT},
+}
+#: Schemas of the bodies of routes that may answer a forecast, and then may have these headers.
+_FORECASTING = ("model_body", "forecasts_body", "nixtla_body", "mlflow_body", "kserve_body", "v2_infer")
 _ITEM: Schema = {
     **_INSTANCE,
     "required": ["target_model", "start", "target"],
@@ -74,6 +84,24 @@ SCHEMAS: Mapping[str, Schema] = {
         "type": "object",
         "required": ["requests"],
         "properties": {"requests": {"type": "array", "items": _ITEM}, "configuration": _CONFIGURATION},
+    },
+    "actuals_body": {
+        "type": "object",
+        "required": ["actuals"],
+        "properties": {
+            "actuals": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["target_model", "stamps", "prices"],
+                    "properties": {
+                        "target_model": _TEXT,
+                        "stamps": {"type": "array", "items": _TEXT, "examples": [["2026-01-01 00:00:00"]]},
+                        "prices": {"type": "array", "items": {"type": ["number", "null"]}},
+                    },
+                },
+            }
+        },
     },
     "v2_infer": {
         "type": "object",
@@ -115,6 +143,11 @@ SCHEMAS: Mapping[str, Schema] = {
             "h": {"type": "integer", "minimum": 1},
             "freq": _TEXT,
             "level": {"type": "array", "items": {"type": "number"}},
+            "n_windows": {"type": "integer", "minimum": 1},
+            "detection_size": {"type": "integer", "minimum": 1},
+            "multivariate": {"type": "boolean"},
+            "n_paths": {"type": "integer", "minimum": 1, "maximum": 10_000},
+            "seed": {"type": ["integer", "null"]},
         },
     },
     "mlflow_body": {
@@ -221,7 +254,8 @@ def _list_parameters(route: Route) -> list[Schema]:
 
 
 def _describe_success(route: Route) -> dict[str, Any]:
-    return {"description": "done", "content": {media: {} for media in route.gives}}
+    headers = {"headers": _MARKS} if route.schema in _FORECASTING else {}
+    return {"description": "done", "content": {media: {} for media in route.gives}, **headers}
 
 
 def _describe_answer(schema: str) -> dict[str, Any]:

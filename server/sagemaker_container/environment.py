@@ -11,6 +11,7 @@ from server.contract import MIB
 from server.sagemaker_container.batch_transform import MAX_PAYLOAD_MIB
 
 BASE_FOLDER = "/opt/ml"  #: unless SAGEMAKER_BASE_DIR names another, as for SageMaker's own toolkits
+CODE_FOLDER, PROGRAM = "code", "inference.py"
 MULTI_MODEL, SINGLE_MODEL = "multi-model", "single-model"
 ONLY_MODEL = "model"  #: what the archive of a single-model container is called
 _LOG_LEVELS = {"10": "debug", "20": "info", "30": "warning", "40": "error", "50": "error"}
@@ -47,8 +48,7 @@ def read_sagemaker_environment(
     for name, settings in _SECONDS.items():
         if variables.get(name, "").isdigit() and int(variables[name]):
             found |= dict.fromkeys(settings, float(variables[name]))
-    program = variables.get("SAGEMAKER_PROGRAM", "")
-    if program.endswith(".py"):  # else it is a module of a toolkit's own
+    if program := _find_program(variables, model):
         found["code_program"] = program
     level = _LOG_LEVELS.get(variables.get("SAGEMAKER_CONTAINER_LOG_LEVEL", ""))
     return found | ({"log_level": level} if level else {})
@@ -57,6 +57,22 @@ def read_sagemaker_environment(
 def find_model_folder(variables: Mapping[str, str]) -> Path:
     """Where SageMaker unpacks the one model of a container. Several have a folder `models` beside it."""
     return Path(variables.get("SAGEMAKER_BASE_DIR") or BASE_FOLDER) / "model"
+
+
+def _find_program(variables: Mapping[str, str], model: Path) -> str:
+    """The script, by its path in the archive or in its folder `code`; empty: the usual one.
+
+    A folder of the model's is where the script lies (SAGEMAKER_SUBMIT_DIRECTORY), which is `code` unless another is
+    named. A URL there names an archive of the script that SageMaker's toolkits download, and this server does not.
+    """
+    program = variables.get("SAGEMAKER_PROGRAM", "")
+    if not program.endswith(".py"):  # it is a module of a toolkit's own
+        program = ""
+    submitted = Path(variables.get("SAGEMAKER_SUBMIT_DIRECTORY", ""))
+    if not submitted.is_relative_to(model) or submitted.name == CODE_FOLDER:
+        return program
+    folder = submitted.relative_to(model)
+    return str(folder / (program or PROGRAM)) if folder.parts else program
 
 
 def _find_container(variables: Mapping[str, str], chosen: Mapping[str, Any], *, has_model: bool) -> str:

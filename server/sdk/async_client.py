@@ -1,13 +1,13 @@
 """The client for programs of asyncio: `Client`'s calls on threads of its own, at most one for each connection."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, ParamSpec, Self, TypeVar
 
 from server.contract import JSON
-from server.sdk.client import DEFAULT_URL, TIMEOUT_S, Client, Reply
+from server.sdk.client import DEFAULT_URL, TIMEOUT_S, Client, ObservedPrices, PairedPrices, Reply
 from server.sdk.errors import FleetcastError
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start
 from server.sdk.protocols import Protocol
@@ -76,6 +76,10 @@ class AsyncClient:
     ) -> list[ForecastResult | FleetcastError]:
         """As `Client.forecast_many`. Raises FleetcastError where the whole call fails."""
         return await self._run(self._client.forecast_many, requests, options)
+
+    async def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
+        """As `Client.send_prices`. Raises FleetcastError."""
+        return await self._run(self._client.send_prices, prices)
 
     async def invoke(
         self,

@@ -5,6 +5,7 @@ import ssl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -13,6 +14,7 @@ from msgspec import structs
 
 from model_store.names import ModelName
 from server.contract import (
+    ACTUALS_PATH,
     FORECASTS_PATH,
     HEADER_TIMEOUT_MS,
     INFERENCE_PORT,
@@ -45,6 +47,23 @@ class Reply:
     headers: Mapping[str, str]
 
 
+#: Prices of one model by time.
+ObservedPrices = Mapping[str, float | None] | Mapping[datetime, float | None]
+
+
+class PairedPrices(msgspec.Struct, frozen=True):
+    """What became of a model's observed prices: paired with a forecast, had before, or not forecast."""
+
+    target_model: str
+    paired: int
+    repeated: int
+    unmatched: int
+
+
+class _Paired(msgspec.Struct):
+    results: list[PairedPrices]
+
+
 class _Item(msgspec.Struct):
     error: dict[str, Any] | None = None
 
@@ -54,6 +73,7 @@ class _Predictions(msgspec.Struct):
 
 
 _PREDICTIONS = msgspec.json.Decoder(_Predictions)
+_PAIRED = msgspec.json.Decoder(_Paired)
 _ITEM, _RESULT = msgspec.json.Decoder(_Item), msgspec.json.Decoder(ForecastResult)
 
 
@@ -144,6 +164,22 @@ class Client:
                 results[i] = result
         both = zip(results, requests, strict=True)
         return [_add_request(result, i, request) for i, (result, request) in enumerate(both)]
+
+    def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
+        """Send observed prices by model and time; those that are None or NaN are left out. All are taken, or none.
+
+        The models' bands follow them (`serve --actuals`). A time without an offset is on the clock of the model's zone.
+        Raises FleetcastError.
+        """
+        items = [
+            {"target_model": model, "stamps": list(map(str, series)), "prices": list(series.values())}
+            for model, series in prices.items()
+        ]
+        answer = self._post(ACTUALS_PATH, encode_json({"actuals": items}), {"Content-Type": JSON}).body
+        try:
+            return {each.target_model: each for each in _PAIRED.decode(answer).results}
+        except msgspec.MsgspecError as error:
+            raise Unreachable(f"{self._http.url}: the answer is not one to prices: {error}") from error
 
     def _ask_many(
         self, requests: Sequence[ForecastRequest], options: ForecastOptions

@@ -15,6 +15,8 @@ from server.contract import (
     PREDICTIONS_PATH,
 )
 
+FORECAST_INPUT = "request"  #: the input of the Open Inference Protocol that takes a forecast's JSON
+
 
 class Protocol(StrEnum):
     """The protocols, as `fleetcast invoke --protocol` names them."""
@@ -51,6 +53,18 @@ def write_request(protocol: Protocol, model: str, body: bytes, version: str = ""
     if protocol is Protocol.FORECASTS:
         return ProtocolRequest(FORECASTS_PATH, _call_for_forecasts(model, body), {})
     return ProtocolRequest(INVOCATIONS_PATH, body, {HEADER_TARGET_MODEL: model})
+
+
+def wrap_forecast(body: bytes) -> bytes:
+    """A forecast's JSON (`instances`) as a request of the Open Inference Protocol; any other body as it is."""
+    try:
+        whole: Any = json.loads(body)
+    except ValueError:  # binary tensors, or what the server may say a word about
+        return body
+    if not isinstance(whole, dict) or "instances" not in whole or "inputs" in whole:
+        return body
+    element = {"name": FORECAST_INPUT, "shape": [1], "datatype": "BYTES", "data": [body.decode()]}
+    return json.dumps({"inputs": [element]}).encode()
 
 
 def _call_for_forecasts(model: str, body: bytes) -> bytes:

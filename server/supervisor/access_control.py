@@ -17,12 +17,16 @@ from server.access.access_keys import read_access_keys
 from server.access.sites import Sites, WrongSite, is_loopback
 from server.access.tls import CLIENT_NAME, open_tls
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
+from server.contract import ACCURACY_PAGE_PATH, ACCURACY_PATH
 from server.errors import Situation
 from server.settings import Settings
 from server.supervisor.grpc_port import require_grpcio
 
 LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
+ACCURACY_PATHS = (ACCURACY_PATH, ACCURACY_PAGE_PATH)
+#: Pages that need no token to be read: they hold no data, and a browser sends no token when it opens one.
+OPEN_PAGES = ("/", "/console/console.css", "/console/console.js", "/console/shapes.js", "/console/icon.svg")
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
 READING = ("GET", "HEAD", "OPTIONS")  #: methods that change nothing
@@ -125,9 +129,11 @@ class AccessControl:
                 _audit(scope, token, status)
 
     def _find_caller(self, scope: Any) -> Token | None:
-        """The token that the request shows; None where none is asked. Raises WrongSite, Unauthorized."""
+        """The token that the request shows; None where none is needed. Raises WrongSite, Unauthorized."""
         headers = dict(scope["headers"])
         self._sites.check(headers, reached_at=(scope.get("server") or ("",))[0])
+        if self._scope is Scope.MANAGE and scope["method"] == "GET" and scope["path"] in OPEN_PAGES:
+            return None
         return None if self._tokens is None else self._tokens.current.find(headers.get(b"authorization"))
 
     def _check(self, scope: Any, token: Token | None) -> None:
@@ -139,7 +145,7 @@ class AccessControl:
             return
         path, found = scope["path"], _OF_MODEL.fullmatch(scope["path"])
         model = found[2] if found else ""
-        if path == "/fleet/models":
+        if path in ("/fleet/models", *ACCURACY_PATHS):
             model = QueryParams(scope["query_string"]).get("prefix", "")
         token.require(self._scope, model or None)
         if not model or (found and found[1] == "alias"):  # an alias may stand for any model

@@ -19,9 +19,10 @@ from server.settings import Settings
 
 _FOLDER = Path(__file__).with_name("docs_page")
 _FILES = {"docs.css": "text/css", "docs.js": "text/javascript"}
-_SAFE = {
+#: Headers of a page that takes nothing from elsewhere.
+SAFE_PAGE = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
@@ -44,13 +45,13 @@ def list_docs_routes(settings: Settings, addresses: Mapping[str, str]) -> list[R
         return JSONResponse(document)
 
     async def docs(_: Request) -> Response:
-        return Response(page, media_type="text/html", headers=_SAFE)
+        return Response(page, media_type="text/html", headers=SAFE_PAGE)
 
     async def file(request: Request) -> Response:
         name = request.path_params["file"]
         if name not in files:
             message = f"the page has no file {name[:100]!r}; see {DOCS_PATH}"
             return JSONResponse({"error": {"code": "no_route", "message": message}}, status_code=404)
-        return Response(files[name], media_type=_FILES[name], headers=_SAFE)
+        return Response(files[name], media_type=_FILES[name], headers=SAFE_PAGE)
 
     return [Route(OPENAPI_PATH, openapi), Route(DOCS_PATH, docs), Route(f"{DOCS_PATH}/{{file}}", file)]

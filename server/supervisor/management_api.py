@@ -39,6 +39,8 @@ from server.routes.example_requests import NoExample, make_forecast_example
 from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
+from server.supervisor.actuals.api import list_accuracy_routes
+from server.supervisor.console.routes import list_console_routes
 from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.exemplars import render_open_metrics, wants_open_metrics
 from server.supervisor.grpc_port import format_target, hold_port, list_grpc_ports
@@ -60,6 +62,7 @@ MAX_PAGE = 1000
 _STATUS = {
     Situation.BAD_NAME: 400,
     Situation.BAD_REQUEST: 400,
+    Situation.FORBIDDEN: 403,
     Situation.TOO_LARGE: 413,
     Situation.OVERLOADED: 503,
     Situation.NOT_FOUND: 404,
@@ -115,7 +118,9 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
         Route(EVENTS_PATH, _make_events_endpoint(supervisor), methods=["POST"]),
         *list_release_routes(supervisor.releases),
         *list_docs_routes(supervisor.settings, addresses),
+        *list_accuracy_routes(supervisor.actuals),
         *_list_status_routes(supervisor),
+        *list_console_routes(supervisor.workers, operations),
     ]
     routes += _list_model_server_routes(supervisor)
     handlers = {ControlError: _control_error, InvalidModelName: _bad_name, HTTPException: _no_such_path}

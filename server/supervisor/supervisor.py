@@ -39,6 +39,7 @@ from server.ipc.operations import (
     LoadForClient,
     ManageModels,
     Ready,
+    RecordActuals,
     ReportOverrun,
     ScrapeMetrics,
     SetBatching,
@@ -59,6 +60,10 @@ from server.sdk import __version__
 from server.settings import Settings
 from server.store_access import open_settings_store
 from server.supervisor.access_control import App
+from server.supervisor.actuals.journal import JournalUnreadable
+from server.supervisor.actuals.market_metrics import MarketFamilies
+from server.supervisor.actuals.rollout import ActualsRollout, greet_worker
+from server.supervisor.actuals.service import ActualsService
 from server.supervisor.children import Child, Children
 from server.supervisor.fleet_operations import FleetOperations
 from server.supervisor.host_files import (
@@ -71,6 +76,7 @@ from server.supervisor.host_files import (
 from server.supervisor.host_measures import HostMeasures
 from server.supervisor.management_calls import call_management
 from server.supervisor.model_server_api.mms import MultiModelApi
+from server.supervisor.model_server_api.startup_models import register_startup_models
 from server.supervisor.pins import PinnedModels
 from server.supervisor.quarantine import ServerQuarantine
 from server.supervisor.registrations.rollout import RegistrationRollout
@@ -90,6 +96,7 @@ LOGGED_MODELS = 50  #: of those that ran when a worker died
 OPERATION_S = 5.0  #: beyond `request_timeout_s`, for a worker to do what an operator asks
 FRONTS_END_S = 1.0  #: beyond `drain_s`, for fronts to refuse what is left and end
 LOG_END_S = 1.0  #: for the last rows of the access log
+ACTUALS_END_S = 0.5  #: for the last forecasts to be kept
 WORKERS_END_S = 1.5  #: for workers to end, which then have no requests
 LONGEST_END_S = 4.0  #: beyond `drain_s`, after which nothing of the server is left
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
@@ -124,6 +131,9 @@ class Supervisor:
         fleet = RegistrationRollout(self.workers, self.fronts, self._pins)
         self.registrations = RegistrationService(settings.store, fleet)
         self.multi_model_api = MultiModelApi(self.registrations, settings)
+        self.actuals = ActualsService(settings, ActualsRollout(self.workers))
+        if self.actuals.is_on:
+            self._metrics.registry.register(MarketFamilies(self.actuals))
         self._watch = StoreWatch(
             ResidentVersions(self.workers),
             self._metrics,
@@ -134,6 +144,7 @@ class Supervisor:
         self.operations = FleetOperations(self.workers, self._pins, self.releases, self._quarantine, self._watch)
         self._watcher: asyncio.Task[None] | None = None
         self._disk_keeper: asyncio.Task[None] | None = None
+        self._actuals_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: socket.socket | None = None
@@ -153,9 +164,11 @@ class Supervisor:
         prepare_disk_cache(self.settings)
         try:
             self.releases.open()
-        except TableUnreadable as error:
+            await asyncio.to_thread(self.actuals.open)
+        except (TableUnreadable, JournalUnreadable) as error:
             raise StartFailed(str(error)) from error
         self._children.start(listen)
+        self._actuals_keeper = asyncio.create_task(self.actuals.keep())
         self._disk_keeper = asyncio.create_task(self._keep_disk())
         if access_log is not None:
             keeping = keep_access_log(access_log, self._metrics, self._take_access_log, self._fronts_gone)
@@ -166,6 +179,7 @@ class Supervisor:
         if self._children.fatal.done():
             ready.cancel()
             raise StartFailed(self._children.fatal.result())
+        await register_startup_models(self.registrations, self.settings)
         self._watcher = asyncio.create_task(self._watch.run(lambda: open_settings_store(self.settings)))
 
     async def _keep_disk(self) -> None:
@@ -205,6 +219,7 @@ class Supervisor:
             self._listen.close()  # each front closes its own: new connections are refused, not left waiting
         await self._children.end(self.fronts, until - loop.time())
         await self._end_access_log()
+        await self._end_actuals()
         await self._children.end(list(self.workers), min(WORKERS_END_S, until + WORKERS_END_S - loop.time()))
         await self._children.stop()
         if self._disk_keeper is not None:
@@ -220,6 +235,14 @@ class Supervisor:
             for each in late:
                 log.warning("access_log_not_ended", why=f"workers or its disk did not answer within {LOG_END_S:g} s")
                 each.cancel()
+
+    async def _end_actuals(self) -> None:
+        """Keep the last forecasts while the workers are there to be asked for them."""
+        if self._actuals_keeper is not None:
+            self._actuals_keeper.cancel()
+            await asyncio.gather(self._actuals_keeper, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.actuals.close(), ACTUALS_END_S)
 
     def end_at_once(self) -> None:
         """Kill all children and remove the folder of their sockets. Nothing is answered."""
@@ -253,7 +276,7 @@ class Supervisor:
                 return None
             case CallManagement() | ManageModels():
                 return await self._manage(operation)
-            case ListKnownModels() | LoadForClient() | UnloadForClient():
+            case ListKnownModels() | LoadForClient() | UnloadForClient() | RecordActuals():
                 return await self._serve_client(operation)
             case Fatal(error):
                 self._note_failed_start(child, error)
@@ -273,7 +296,9 @@ class Supervisor:
             await self._await_workers()
         return await self.multi_model_api.answer(operation)
 
-    async def _serve_client(self, operation: ListKnownModels | LoadForClient | UnloadForClient) -> object:
+    async def _serve_client(
+        self, operation: ListKnownModels | LoadForClient | UnloadForClient | RecordActuals
+    ) -> object:
         """What a front's client may ask of the fleet."""
         match operation:
             case ListKnownModels(prefix, after, limit):
@@ -283,6 +308,8 @@ class Supervisor:
             case UnloadForClient(model):
                 await self.operations.unload(parse_model_name(model))
                 return ""
+            case RecordActuals(items):
+                return await self.actuals.record(items)
             case _:
                 assert_never(operation)
 
@@ -290,6 +317,9 @@ class Supervisor:
         """Tell a child that is up what it must know, and the fronts that it is there."""
         if child.kind == "worker":
             child.pulse = PulseReader(self._pulse(child))
+            async with self.actuals.hold_bands() as bands:  # none may change between this and its being up
+                await greet_worker(child, bands)
+                child.ready.set()
         child.ready.set()
         child.proven = True
         if child.kind == "worker" and child.channel is not None:

@@ -6,6 +6,8 @@ An archive that this host does not have is fetched for that, on threads apart fr
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
 from handlers.kinds import find_kind
 from model_store.archives.archive import Archive
 from model_store.errors import LoadError, StoreUnavailable
@@ -29,17 +31,24 @@ class ArchiveReader:
 
     async def read(self, model: ModelName) -> ArchiveFacts:
         """The archive's facts. Raises LoadError."""
+        return _list_facts(await self._fetch(model))
+
+    async def read_sample(self, model: ModelName) -> bytes:
+        """The request of the archive's golden sample, as JSON; empty without one. Raises LoadError."""
+        golden = (await self._fetch(model)).golden()
+        return b"" if golden is None else msgspec.json.encode(golden.request)
+
+    async def _fetch(self, model: ModelName) -> Archive:
         if self._waiting >= MOST_WAITING:
             raise StoreUnavailable(f"{model}: {MOST_WAITING} archives are being read already; try again")
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, model)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._open, model)
         finally:
             self._waiting -= 1
 
-    def _read(self, model: ModelName) -> ArchiveFacts:
-        found = self._store.at_hand(model) or self._store.fetch(model)
-        return _list_facts(found.archive)
+    def _open(self, model: ModelName) -> Archive:
+        return (self._store.at_hand(model) or self._store.fetch(model)).archive
 
 
 def _list_facts(archive: Archive) -> ArchiveFacts:

@@ -8,7 +8,6 @@ is full before.
 import asyncio
 import contextlib
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,17 @@ from functools import partial
 from weakref import WeakSet
 
 from handlers.codecs.codec import JSON
-from handlers.codecs.open_inference import DESCRIBE, INFER, Signature, describe_tensors
+from handlers.codecs.open_inference import DESCRIBE, Signature, describe_tensors
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
-from server.code_messages import CodeAnswer, CodeRequest
+from server.code_messages import CodeAnswer, Measure
 from server.errors import Refused, Situation
-from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
+from server.ipc.code_answers import make_request, read_answer, read_part, refuse_ended
+from server.ipc.lends import Turn
 from server.worker.code_measures import CodeMeasures
 from server.worker.code_replicas import CodeReplicas
+from server.worker.lent_children import LentChildren
+from server.worker.quarantine import Quarantine
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
@@ -32,25 +34,9 @@ from server.worker.sandbox.replicas import Replicas
 from server.worker.scheduler import Job, Scheduler
 
 SAMPLE_S = 2.0  #: between two measurements of the children's memory
-WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Worker died."
-OK, MULTIPLE_CHOICES = 200, 300
-BODILESS = (204, 205, 304)  #: statuses of answers that have no body
-BYTES = "application/octet-stream"
 _DESCRIPTION = describe_tensors(
     Signature({}, {}), code="the archive's code gets the request's JSON as it is, and its answer is sent as it is"
 )
-MAX_SAID = 8192  #: bytes of all that a handler sets in an answer's head
-#: Fields that frame an answer or belong to its connection, and those that the server says of every answer: code's are
-#: dropped. The content type travels apart.
-SERVERS_OWN = frozenset(
-    {
-        "connection", "content-length", "content-type", "date", "keep-alive", "proxy-authenticate",
-        "proxy-authorization", "proxy-connection", "server", "server-timing", "te", "trailer", "transfer-encoding",
-        "upgrade", "x-request-id", "x-amzn-errortype", "x-amzn-invoked-production-variant",
-    }
-)  # fmt: skip
-SERVERS_PREFIXES = ("x-fleetcast-",)
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,256}")  # RFC 9110, 5.6.2
 
 
 class CodeBatches:
@@ -65,13 +51,25 @@ class CodeBatches:
         *,
         most_bytes: int,
         most_disk_bytes: int,
+        quarantine: Quarantine,
         wake: Callable[[], None],
+        now: Callable[[], float],
     ) -> None:
         """`most_bytes`: of a child and what it has started; `most_disk_bytes`: of its folder. A larger one is ended."""
         self._replies, self._residents, self._scheduler, self._scaling = replies, residents, scheduler, scaling
         scaling.note_free = self._free_groups
         self._most_bytes, self._most_disk_bytes, self._wake = most_bytes, most_disk_bytes, wake
         self.measures = CodeMeasures(residents.children, os.uname().nodename)
+        self.lent = LentChildren(
+            residents,
+            scheduler,
+            replies,
+            quarantine,
+            freed=self._free_groups,
+            wake=wake,
+            now=now,
+            note_turn=self._note_turn,
+        )
         self._running: dict[ChildProcess, Sequence[Job]] = {}
         self._full: dict[str, Replicas] = {}  # groups that are parked because no child of theirs is idle
         self._collecting: dict[str, tuple[Replicas, float]] = {}  # group -> its children, and when it runs anyhow
@@ -86,7 +84,6 @@ class CodeBatches:
 
     def run(self, group: str, jobs: Sequence[Job], now: float) -> None:
         """Send jobs to an idle child, or collect more of them first."""
-        began = time.perf_counter()
         jobs = [job for job in jobs if not self._describe(job, now)]
         if not jobs:
             return
@@ -95,9 +92,10 @@ class CodeBatches:
         if replicas.is_short:
             self._scaling.grow(slot, replicas)
         child = replicas.find_idle()
-        if child is None:  # the group's last jobs were of another version
+        if child is None:  # the group's last jobs were of another version, or a front has the child
             self._scheduler.put_back(group, jobs)
             self._park_full(group, replicas)
+            self.lent.recall(slot)
             return
         batch, rest = list[Job](), list[Job]()
         for job in jobs:  # those of a replaced version are for that one
@@ -110,6 +108,13 @@ class CodeBatches:
             return
         if rest:
             self._scheduler.put_back(group, rest)
+        self._have_answered(slot, child, batch, now)
+        if child.is_busy and replicas.find_idle() is None:
+            self._park_full(group, replicas)
+
+    def _have_answered(self, slot: Slot, child: ChildProcess, batch: Sequence[Job], now: float) -> None:
+        """Give the child a batch of its slot's jobs, and answer these when it has."""
+        replicas, began = self._residents.children[slot], time.perf_counter()
         self._running[child] = batch
         queued_s, started = batch[0].queued_s(now), time.perf_counter()
 
@@ -122,10 +127,10 @@ class CodeBatches:
             self._note_measures(slot.model, child, queued_s=queued_s, ran_s=ended - started, own_s=own_s)
             if len(replicas.children) > replicas.wanted and not child.ended:
                 self._scaling.end_surplus(slot, replicas)
+            if not batch[-1].request.alone:
+                self.lent.note_answer(slot, replicas, child, batch[-1].origin)
 
-        child.run([_make_request(job) for job in batch], end, partial(self._answer_part, batch))
-        if child.is_busy and replicas.find_idle() is None:
-            self._park_full(group, replicas)
+        child.run([make_request(job.request) for job in batch], end, partial(self._answer_part, batch))
 
     def _note_measures(
         self, model: ModelName, child: ChildProcess, *, queued_s: float, ran_s: float, own_s: float
@@ -133,6 +138,11 @@ class CodeBatches:
         """Show what the handler has measured, and the times of a batch that its process has answered."""
         if not child.ended:
             self.measures.note_batch(model, child.measures, queued_s=queued_s, ran_s=ran_s, own_s=own_s)
+
+    def _note_turn(self, model: ModelName, turn: Turn, measures: Sequence[Measure]) -> None:
+        """The same of a request that a front had a lent child answer; nothing of it was this worker's."""
+        times = {"queued_s": max(0.0, turn.began - turn.arrived), "ran_s": turn.ended - turn.began}
+        self.measures.note_batch(model, measures, **times, own_s=0.0)
 
     def _park_full(self, group: str, replicas: Replicas) -> None:
         """Make no batches of the group until one of these has answered."""
@@ -165,24 +175,17 @@ class CodeBatches:
     def _answer(self, batch: Sequence[Job], outcome: Outcome, began: float, took: float) -> None:
         if isinstance(outcome, ChildEnded):
             for job in batch:
-                message = f"Worker died: {job.model}: {outcome}"
-                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, message, status=WORKER_DIED))
+                self._replies.refuse(job, refuse_ended(job.model, outcome))
             return
         self._replies.count_batch(len(batch), 1)
         self._replies.count_step(0.0, took, 0.0)
         for job, answer in zip(batch, outcome, strict=True):
             try:
-                body, head = _make_body(answer), _make_head(answer)
+                content_type, body, head = read_answer(answer, is_told=bool(job.request.call))
             except Refused as refused:
                 self._replies.refuse(job, refused)
-                continue
-            encoded = body, answer.content_type or answer.body_type or BYTES
-            if job.request.call:
-                self._replies.answer(job, encoded, began, took, encode_head(head))
-            elif OK <= answer.status < MULTIPLE_CHOICES:
-                self._replies.answer(job, encoded, began, took)
-            else:  # who asks cannot say another status than that of a success
-                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, _explain(answer), status=answer.status))
+            else:
+                self._replies.answer(job, (body, content_type), began, took, head)
 
     def _answer_part(self, batch: Sequence[Job], index: int, answer: CodeAnswer) -> None:
         """Pass on a part of an answer that the handler is still making."""
@@ -190,14 +193,15 @@ class CodeBatches:
         if job.done:
             return
         try:
-            body, head = _make_body(answer), _make_head(answer)
+            content_type, body, head = read_part(answer)
         except Refused as refused:
             self._replies.tell_refused(job, refused)
             return
-        self._replies.answer_part(job, (body, answer.content_type or answer.body_type or BYTES), encode_head(head))
+        self._replies.answer_part(job, (body, content_type), head)
 
     def advance_time(self, now: float) -> None:
-        """Refuse late jobs, measure the children."""
+        """Refuse late jobs, look after what is lent, measure the children."""
+        self.lent.advance_time(now)
         for jobs in self._running.values():
             for job in jobs:
                 if job.deadline <= now and not job.done:
@@ -246,60 +250,5 @@ class CodeBatches:
             else:
                 child.charge = size
                 self._residents.recharge(slot, replicas.charge)
-
-
-def _make_request(job: Job) -> CodeRequest:
-    """What the handler gets. A request of the Open Inference Protocol comes as the client has sent it."""
-    request = job.request
-    content_type, accept, body = request.content_type, request.accept, bytes(request.body)
-    if content_type.startswith(INFER):
-        content_type, accept = (JSON if content_type == f"{INFER};json={len(body)}" else BYTES), JSON
-    if not request.call:
-        return CodeRequest(str(request.id), content_type, accept, body)
-    call = decode_call(request.call)
-    told = (call.headers, call.parts, call.properties, call.streams)
-    return CodeRequest(call.request_id, content_type, accept, body, *told)
-
-
-def _make_body(answer: CodeAnswer) -> bytes:
-    """The handler's body, unless its status has none. Raises Refused for an answer that is none."""
-    if answer.failed:
-        raise Refused(Situation.MODEL_FAILED, answer.message, status=answer.status)
-    return b"" if answer.status in BODILESS else answer.body
-
-
-def _make_head(answer: CodeAnswer) -> AnswerHead:
-    """What the handler has set, without what the server alone says. Raises Refused for what no head may hold.
-
-    INVARIANT: nothing that code sets ends a header's line, or says where the answer ends.
-    """
-    if not _is_value(answer.content_type):
-        raise _refuse_head(f"content type {answer.content_type[:80]!r} is no value of a header")
-    if not _is_value(answer.reason):
-        raise _refuse_head(f"reason {answer.reason[:80]!r} cannot stand in a status line")
-    kept, size = list[tuple[str, str]](), len(answer.content_type) + len(answer.reason)
-    for name, value in answer.headers.items():
-        if name.lower() in SERVERS_OWN or name.lower().startswith(SERVERS_PREFIXES):
-            continue
-        if _NAME.fullmatch(name) is None or not _is_value(value):
-            raise _refuse_head(f"header {name[:80]!r}: {value[:80]!r} is no header")
-        kept.append((name, value))
-        size += len(name) + len(value)
-    if size > MAX_SAID:
-        raise _refuse_head(f"headers have {size} bytes, {MAX_SAID} are allowed")
-    return AnswerHead(answer.status, answer.reason, answer.content_type, kept)
-
-
-def _refuse_head(what: str) -> Refused:
-    return Refused(Situation.MODEL_FAILED, f"the handler's {what}")
-
-
-def _is_value(value: str) -> bool:
-    """Whether code may put this into a header of ours: it can neither end the line nor fail to be encoded."""
-    return value.isascii() and (value.isprintable() or not value)
-
-
-def _explain(answer: CodeAnswer) -> str:
-    """What an answer that is no success says: the handler's own body, where it has written one."""
-    text = answer.body[:2000].decode(errors="replace")
-    return text or answer.reason or f"the handler answered with status {answer.status}"
+        if self._residents.cache.used_bytes > self._residents.cache.budget_bytes:
+            self.lent.make_room()

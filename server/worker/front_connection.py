@@ -3,6 +3,7 @@
 Runs on the worker's event loop.
 """
 
+import asyncio
 import time
 
 import msgspec
@@ -10,8 +11,10 @@ import msgspec
 from server.errors import Refused, Situation
 from server.ipc.bodies import Inbox
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Partial, Request, Response, WireError
+from server.ipc.frames import CHUNK, Cancel, Credit, Data, Held, Partial, Request, Response, WireError
+from server.ipc.lends import find_peer
 from server.ipc.part_streams import PartStreams
+from server.worker.lent_children import LentChildren
 from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 
@@ -20,10 +23,14 @@ class FrontConnection(FrameConnection):
     """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself.
 
     `max_unsent_bytes`: of large answers that wait here for slow clients; further ones are refused as overload.
+    `lent`: lends children of code archives to the front; None where none are.
     """
 
-    def __init__(self, steps: StepLoop, max_body_bytes: int, max_unsent_bytes: int) -> None:
+    def __init__(
+        self, steps: StepLoop, max_body_bytes: int, max_unsent_bytes: int, lent: LentChildren | None = None
+    ) -> None:
         super().__init__()
+        self._lent = lent
         self._steps = steps
         self._max_body_bytes, self._max_unsent_bytes = max_body_bytes, max_unsent_bytes
         self._inbox = Inbox()
@@ -34,7 +41,13 @@ class FrontConnection(FrameConnection):
         """For example `<FrontConnection 12 jobs, 1 bodies in, <Outbox 0 bodies, 0 bytes>>`."""
         return f"<FrontConnection {len(self._jobs)} jobs, {len(self._inbox)} bodies in, {self._outbox!r}>"
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Both ends are connected."""
+        super().connection_made(transport)
+        if self._lent is not None:
+            self._lent.note_front(self, find_peer(transport.get_extra_info("socket")))
+
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
         """A request, a part of its body, or its end."""
         if isinstance(frame, Request):
             self._receive_request(frame)
@@ -42,11 +55,15 @@ class FrontConnection(FrameConnection):
             self._receive_part(frame)
         elif isinstance(frame, Cancel):
             self._cancel(frame.id)
+        elif isinstance(frame, Held) and self._lent is not None:
+            self._lent.note_held(self, frame.id)
         else:
             raise WireError(f"a front sends no {type(frame).__name__}")
 
     def handle_end(self) -> None:
         """The front is gone, and every client that waits through it."""
+        if self._lent is not None:
+            self._lent.forget_front(self)
         for job in self._jobs.values():
             self._steps.cancel(job)
         self._jobs.clear()
@@ -124,7 +141,8 @@ class FrontConnection(FrameConnection):
         self._jobs.pop(ident, None)
         version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        response = Response(ident, situation, job.cache, job.tier, version, content_type, *times, len(body), body, head)
+        said = (job.cache, job.tier, version, content_type, *times, len(body), body, head, *job.marks)
+        response = Response(ident, situation, *said)
         if self._streams.has(ident):
             for frame in self._streams.end(response):
                 self.send(frame)

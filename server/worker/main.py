@@ -23,12 +23,14 @@ from server.access_log import ArrivalBuffer
 from server.host import WorkerPlan
 from server.ipc.control import ChildChannel
 from server.ipc.frames import CHUNK
+from server.ipc.lends import listen_for_lends
 from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
 from server.ipc.pulse import Pulse
 from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
 from server.metrics import WorkerMetrics
 from server.settings import Settings
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.archive_facts import ArchiveReader
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
@@ -67,6 +69,7 @@ def build_steps(
     pulse: Pulse,
     store: ModelStore,
     code: CodeHost | None,
+    bands: AdaptiveBands | None = None,
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
     engine, budget, memory = open_memory(settings, plan, where)
@@ -92,6 +95,7 @@ def build_steps(
         probe=StoreProbe(store.probe, store.health),
         note_served=VersionKeeper(store).note,
         code=code,
+        bands=bands,
     )
 
 
@@ -165,19 +169,27 @@ async def main(control_fd: int) -> None:
     configure_logs(settings.log_level, settings.log_format, worker=plan.index)
     pin_process(plan)
     arrivals = ArrivalBuffer() if settings.access_log else None
+    bands = AdaptiveBands() if settings.actuals else None
     try:
         pulse = Pulse(assignment.pulse)
         store = open_archives(settings)
         code = open_code(settings, plan)
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code)
+        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code, bands)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
     steps.quarantine.report = lambda model, why: member.channel.tell(ReportOverrun(model, why))
     limit, unsent = largest_body(settings), int(settings.max_inflight_bytes)
-    listening = await listen_at(lambda: FrontConnection(steps, limit, unsent), assignment.socket, made_anew=pulse.link)
-    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s).handle)
+    lent = None if code is None else steps.lent
+    lends = None if lent is None else listen_for_lends(assignment.socket, lent.accept)
+    listening = await listen_at(
+        lambda: FrontConnection(steps, limit, unsent, lent), assignment.socket, made_anew=pulse.link
+    )
+    member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s, bands).handle)
     await member.released
+    if lends is not None:
+        asyncio.get_running_loop().remove_reader(lends.fileno())
+        lends.close()
     listening.cancel()  # the steps stay open: a request may still come while the process ends
 
 

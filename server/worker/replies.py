@@ -10,6 +10,7 @@ from model_store.cache.slots import Slot
 from model_store.names import split_version
 from server.access_log import LOST, REFUSED, ArrivalBuffer
 from server.errors import Refused, Situation
+from server.ipc.lends import Turn
 from server.metrics import WorkerMetrics
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
@@ -66,7 +67,11 @@ class Replies:
             queued_s = job.queued_s(began)
             if run_s and job.slot is not None:  # else nothing has run: a description was asked
                 job.slot.usage.note_answer(began, now - job.arrived, queued_s, run_s)
+            if job.marks.quality:
+                self._metrics.count_doubts(job.marks.quality)
             job.origin.answer(job, content_type, body, queue_s=queued_s, inference_s=run_s, head=head)
+            if job.answered and job.slot is not None and self._residents.bands is not None:
+                self._residents.bands.keep(job.slot, job.request.client, job.answered)
         self._release(job)
 
     def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:
@@ -131,6 +136,23 @@ class Replies:
                 self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request was queued"))
             else:
                 yield job
+
+    def count_lent(self, slot: Slot, turn: Turn) -> None:
+        """Count a request that a front had a lent child answer, as if it had gone through this worker."""
+        queued_s, run_s = max(0.0, turn.began - turn.arrived), turn.ended - turn.began
+        self._metrics.hits.inc()
+        self._metrics.queue.observe(queued_s)
+        if self._metrics.per_model:
+            self._metrics.model_request(slot.model)
+        if self._arrivals is not None:
+            self._arrivals.note(split_version(slot.model)[0], turn.arrived, slot.charge, turn.outcome)
+        if turn.outcome == REFUSED:
+            slot.usage.failures += 1
+            slot.usage.failed_s += turn.ended - turn.arrived
+        elif turn.outcome != LOST:
+            slot.usage.note_answer(turn.began, turn.ended - turn.arrived, queued_s, run_s)
+        self.count_batch(1, 1)
+        self.count_step(0.0, run_s, 0.0)
 
     def count_batch(self, rows: int, models: int) -> None:
         """Record a forward of so many rows of so many models."""

@@ -20,6 +20,7 @@ from model_store.cache.cache import Cache
 from model_store.cache.slots import Slot, Usage
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.engine.accelerator import DeviceEngine
 from server.worker.engine.cpu import Engine
 from server.worker.engine.device_errors import end_if_lost, ending_if_lost
@@ -56,6 +57,7 @@ class ResidentModels:
         self.children: dict[Slot, Replicas] = {}  #: as `rows`, those whose code runs in processes of its own
         self.note_death: Callable[[ModelName], None] = _ignore  #: called when such a process has ended by itself
         self.note_gone: Callable[[ModelName], None] = _ignore  #: called when no slot has a model any more
+        self.bands: AdaptiveBands | None = None  #: adapts bands to observed prices; None where that is off
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
@@ -78,6 +80,8 @@ class ResidentModels:
         old = self.cache.ready(slot, now)
         if isinstance(built.body, RowModel):
             self.rows[slot] = built.body
+            if self.bands is not None:
+                self.bands.equip(slot, built.body.codec)
             if isinstance(self.engine, DeviceEngine):
                 self.engine.expect(built.body.family)
         elif isinstance(built.body, SingleModel):
@@ -148,6 +152,8 @@ class ResidentModels:
         if not self.cache.retired(slot):
             return
         self.rows.pop(slot, None)
+        if self.bands is not None:
+            self.bands.forget(slot)
         self.singles.pop(slot, None)
         if (replicas := self.children.pop(slot, None)) is not None:
             replicas.close()

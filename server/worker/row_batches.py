@@ -150,6 +150,7 @@ class RowBatches:
             call = job.call or self._replies.decode(job, model.codec.decode, inputs.place)
             if call is None:
                 continue
+            job.marks = call.marks
             may_be_long = len(call.rows) > pace.short_rows or call.numbers > SHORT_NUMBERS
             if may_be_long and self._is_long_to_run(call, pace):
                 self._run_apart(job, model, _detach(call, inputs), pace, now)
@@ -165,7 +166,7 @@ class RowBatches:
             inputs.keep(call.rows)
             running.append(job)
             encoders.append(call.encode)
-            job.call = None
+            job.call, job.answered = None, call.answered
         return running, encoders
 
     def pace(self, model: RowModel) -> Pace:
@@ -249,7 +250,9 @@ def answer_rows(
     if call is None:
         with counts.timing("decode_s"):
             call = model.codec.decode(job.request.body, job.request.content_type, job.request.accept)
+            job.marks = call.marks
         yield
+    job.answered = call.answered
     found, at = [np.empty((0, *model.family.output_shape), np.float32)], 0
     while at < len(call.rows):
         if job.done or time.monotonic() > job.deadline:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from handlers.codecs.marks import NO_MARKS, Marks
 from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.contract import UNHALVED_JOBS
@@ -43,6 +44,8 @@ class Job:
     done: bool = False
     call: Any = None  #: the decoded request, where its batch had no time left for it
     accepted: float = 0.0
+    answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
+    marks: Marks = NO_MARKS  #: of a forecast, once its request is decoded
 
     def queued_s(self, began: float) -> float:
         """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""
@@ -85,6 +88,10 @@ class Scheduler:
     def has_work(self) -> bool:
         """Whether `next_batch` would return any job."""
         return bool(self._ready)
+
+    def count(self, model: ModelName) -> int:
+        """The model's jobs that wait or run."""
+        return self._counts.get(model, 0)
 
     def admit(self, job: Job) -> None:
         """Count the job. Raises QueueFull if the queue of its model or of the worker is full."""

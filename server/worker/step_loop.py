@@ -27,6 +27,7 @@ from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
+from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.code_batches import CodeBatches
 from server.worker.code_replicas import CodeReplicas
 from server.worker.engine.accelerator import DeviceEngine
@@ -60,7 +61,8 @@ class StepLoop:
     `batch`: most jobs of one batch. `patience_s`: how long a built model waits for memory. `arrivals`: rows of the
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
     known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
-    loaded. `code` runs code archives, None where none may run.
+    loaded. `code` runs code archives, None where none may run. `bands` adapts bands to observed prices, None where that
+    is off.
     """
 
     def __init__(
@@ -83,8 +85,10 @@ class StepLoop:
         probe: StoreProbe | None = None,
         note_served: Callable[[LoadedModel], None] = lambda _: None,
         code: CodeHost | None = None,
+        bands: AdaptiveBands | None = None,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
+        self._residents.bands = bands
         self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
             probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
@@ -107,8 +111,11 @@ class StepLoop:
             self.replicas,
             most_bytes=code.policy.memory_bytes if code else 0,
             most_disk_bytes=code.policy.disk_bytes if code else 0,
+            quarantine=self.quarantine,
             wake=self.wake,
+            now=now,
         )
+        self.lent = self._code.lent
         if code is not None:
             self._residents.note_death = code.note_death
             self._residents.note_gone = self._code.measures.drop
@@ -196,6 +203,8 @@ class StepLoop:
         """Place built models, then run one batch. Schedules another step if work is left."""
         self._woken = False
         placed = bool(self._loads.built) and self._loads.place_built()
+        if self._loads.built and not placed:
+            self.lent.make_room()
         self._code.end_collections(self._now())
         if self._scheduler.has_work:
             group, jobs = self._scheduler.next_batch(self._batch)
@@ -255,11 +264,14 @@ class StepLoop:
             future: asyncio.Future[str] = self._loop.create_future()
             future.set_exception(self.quarantine.error(model))
             return future
-        return self._loads.ask(model, revalidate=revalidate)
+        found = self._loads.ask(model, revalidate=revalidate)
+        self.lent.advance_time(self._now())  # none of a model that is loaded again is lent
+        return found
 
     def served(self, built: LoadedModel, now: float) -> None:
         """Lease and queue the jobs that waited for this model: it is resident now."""
         self._note_served(built)
+        self.lent.advance_time(now)  # a front may have the version that was replaced
         if built.runs_code:
             self.replicas.follow(built.model)
         for job in self._scheduler.take_waiting(built.model):
@@ -286,6 +298,7 @@ class StepLoop:
                 await self.load(model)  # joins the running load, so that the jobs that wait for it are served first
             except LoadError:
                 return False
+        await self.lent.take_back(model)
         return await self._residents.unload(model)
 
     def pin(self, model: ModelName) -> None:

@@ -1,15 +1,24 @@
 """Forecasters to serve for clients that send series: hourly, 48 steps of history, 24 of forecast."""
 
+from msgspec import UNSET, UnsetType
+
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler
+from model_store.archives.manifest import ForecastSpec, HistoryRules, InputChannel, Kind, Scaler
 
 HISTORY, HORIZON = 48, 24
 LEVELS = (0.005, 0.1, 0.5, 0.9, 0.995)
 
 
-def pack_hourly(seed: int, *, features: tuple[str, ...] = (), calendar: bool = False, products: int = 1) -> bytes:
-    """An archive of seeded random weights, with these covariates."""
+def pack_hourly(
+    seed: int,
+    *,
+    features: tuple[str, ...] = (),
+    calendar: bool = False,
+    products: int = 1,
+    history: HistoryRules | UnsetType = UNSET,
+) -> bytes:
+    """An archive of seeded random weights, with these covariates, and with rules for histories."""
     inputs = [InputChannel(source="target", product=i) for i in range(products)]
     inputs += [InputChannel(source="dynamic_feat", index=i, shift=HORIZON) for i in range(len(features))]
     if calendar:
@@ -32,6 +41,7 @@ def pack_hourly(seed: int, *, features: tuple[str, ...] = (), calendar: bool = F
         products=tuple(f"product{i}" for i in range(products)),
         scaler=Scaler(kind="linear", center=60.0, scale=20.0),
         tail="clamp",
+        history=history,
     )
     tensors = random_tensors(build_family("tcn", config), seed)
     parts = ArchiveParts(tensors=tensors, architecture="tcn", config=config, forecast=recipe)

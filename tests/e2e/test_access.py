@@ -131,6 +131,14 @@ def test_tokens_open_what_their_scopes_say(model: Model, serve: Serve, tmp_path:
                 reply = server.http.request(method, url, headers=headers)
                 assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
         assert all(server.http.get(f"{url}/ping").status_code == 200 for url in (server.url, management))
+        for page in ("/", "/console/console.js"):  # they hold no data; what they ask for needs the token
+            assert server.http.get(f"{management}{page}").status_code == 200
+            assert server.http.post(f"{management}{page}").status_code == 401
+        assert server.http.get(f"{management}/", headers={"Host": "evil.example"}).status_code == 403
+        assert ask_statuses("GET", f"{management}/fleet/overview") == {**only, "ops": 200, "all": 200}
+        trial = f"{management}/fleet/try/{model.name}"
+        assert ask_statuses("POST", trial, content=body) == {**only, "ops": 200, "au-ops": 200, "all": 200}
+        assert server.http.get(f"{management}/fleet/sample/{model.name}").status_code == 401
         refused = {("au-ops", "unload", "de/lu.mar", 403), ("-", "load", model.name, 401)}
         wait_until(lambda: refused <= {*audit(server)}, "the audit log has both")
         assert "-secret" not in server.said()

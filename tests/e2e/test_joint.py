@@ -12,6 +12,7 @@ import pytest
 from handlers.evaluation.correlation import estimate_gaussian
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
+from server.contract import HEADER_QUALITY, HEADER_WARNING
 from tests.e2e.models import Model, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
 from tests.e2e.test_many import TCN, make_item
@@ -72,7 +73,10 @@ def test_one_call_for_joint_scenarios(house: tuple[Server, list[Model]]) -> None
     found = read_samples(first)
     assert found.shape == (4, 100, STEPS)
     assert first.json()["failed"] == 0
-    assert set(first.json()["predictions"][0]) == {"start", "time_zone", "samples"}
+    assert set(first.json()["predictions"][0]) == {"start", "time_zone", "warnings", "samples"}
+    assert first.json()["predictions"][0]["warnings"] == ["narrow-levels"]
+    assert first.headers[HEADER_WARNING] == "narrow-levels=4"
+    assert HEADER_QUALITY not in first.headers
     ranks = found.argsort(axis=1).argsort(axis=1)
     moving = np.asarray(np.corrcoef(ranks[:, :, 2]))
     assert moving[0, 1] > 0.9

@@ -171,6 +171,20 @@ def test_the_time_is_needed_where_the_model_reads_the_clock(house: Server) -> No
     assert content["start_timestamp"] == "1970-01-03T00:00:00Z"
 
 
+@pytest.mark.parametrize(
+    ("field", "options", "given"),
+    [("options.quantile", {"quantile": [0.1]}, {}), ("inputs[0].dynamic_feats", {}, {"dynamic_feats": [[1.0]]})],
+)
+def test_a_misspelt_key_is_not_left_out(
+    house: Server, field: str, options: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """422 with the one that is meant; other unknown keys are let through, as KServe does."""
+    answer = post(house, make_input(**given), **options)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, field), answer.text
+    assert "did you mean" in answer.json()["error"]["message"]
+    assert post(house, make_input(other=1), more=2).status_code == 200
+
+
 def test_joint_scenarios_move_together(house: Server) -> None:
     """Sample s is the same scenario in both markets, and those of one call without a correlation are refused."""
     inputs = make_input(), make_input(target_model=OTHER)

@@ -227,6 +227,7 @@ def test_which_model_is_asked(house: Server) -> None:
         ({"dataframe_records": {"a": 1}}, "application/json", 400, "expected a list, not an object"),
         ({"dataframe_records": [{"a": 1}]}, "application/json", 400, "timestamp (or ds)"),
         ({"instances": INSTANCES, "params": {"h": 25}}, "application/json", 400, "forecasts 24 steps, not 25"),
+        ({"dataframe_records": make_rows(48), "param": {"h": 5}}, "application/json", 400, "did you mean params?"),
         ({"instances": INSTANCES, "params": {"horizon": 3}}, "application/json", 400, "horizon"),
         ({"instances": INSTANCES}, "application/json; charset=latin-1", 415, "charset=utf-8"),
         (b"x", "application/vnd.apache.arrow.stream", 415, "is not served"),

@@ -93,8 +93,16 @@ if version >= "0.9":
     said["job"] = bool(job.wait(0.05)["TimeGPT"].equals(made["TimeGPT"]))
     job = client.jobs.cross_validation(df, h=24, n_windows=2, level=[80], **given)
     said["backtest job"] = bool(job.wait(0.05)["TimeGPT"].equals(tested["TimeGPT"]))
+    asked = {"h": 24, "detection_size": 12, "level": 80, **given}
+    online = client.detect_anomalies_online(df, **asked)
+    said["online job"] = [len(online), bool(client.jobs.detect_anomalies(df, **asked).wait(0.05).equals(online))]
+    try:
+        client.detect_anomalies_online(df, threshold_method="multivariate", **asked)
+    except Exception as error:
+        said["multivariate"] = str(error)
     job = client.jobs.forecast(df, h=24, **given)
-    said["cancelled"] = job.cancel()
+    job.cancel()
+    said["cancelled"] = job.status.value
 said["models"] = client.list_models() if hasattr(client, "list_models") else None
 print(json.dumps(said))
 """
@@ -172,7 +180,9 @@ def test_an_unmodified_client_gets_what_its_user_asks(house: Server, version: st
         assert (said[name]["different"], said[name]["ordered"]) == (5, True)
     assert said["no paths"][0] == "ApiError"
     assert "fleetcast correlate" in said["no paths"][1]
-    assert (said["job"], said["backtest job"]) == (True, True)
+    assert (said["job"], said["backtest job"], said["cancelled"]) == (True, True, "cancelled")
+    assert said["online job"] == [2 * 12, True]
+    assert "leave out threshold_method" in said["multivariate"]
 
 
 def test_what_clients_sent_is_answered_as_they_need_it(house: Server) -> None:
@@ -272,6 +282,8 @@ def test_series_that_do_not_fit_a_correlation_are_refused(house: Server) -> None
         ({"series": {"y": [1.0] * 48, "sizes": [48], "X": [[1.0] * 48], "X_future": [[1.0] * 24]}}, 400, "series.X"),
         ({"series": {"y": ["a"], "sizes": [1]}}, 400, "series.y[0]: expected a number or null, not text"),
         ({"level": [100]}, 400, "level"),
+        ({"levels": [80]}, 400, "levels: there is no such key; did you mean level?"),
+        ({"series": {"y": [1.0] * 48, "sizes": [48], "start_datetimes": []}}, 400, "series.start_datetimes: there is"),
         ({"finetune_steps": 3}, 501, "not trained"),
         ({"finetuned_model_id": "x"}, 501, "not trained"),
         ({"model_parameters": {"seeds": 1}}, 400, "seeds"),
@@ -371,7 +383,7 @@ def test_a_base_url_may_have_a_path_and_other_paths_are_refused(house: Server) -
     assert house.http.get(f"{house.url}/nixtla/validate_api_key").json()["detail"]
     assert house.http.get(f"{house.url}/nixtla/v2/models").status_code == 200
     refused = {"finetune": "fleetcast train", "finetune/async": "fleetcast train", "explain/async": "not computed"}
-    refused |= {"simulate": "/v2/simulate/async", "anomaly_detection/async": "jobs of simulate, forecast"}
+    refused |= {"simulate": "/v2/simulate/async", "online_anomaly_detection/async": "jobs of simulate, forecast"}
     for path, words in refused.items():
         answer = house.http.post(f"{house.url}/v2/{path}", content=b"{}")
         assert (answer.status_code, words in answer.json()["detail"]) == (501, True), path

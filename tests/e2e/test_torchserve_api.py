@@ -45,6 +45,8 @@ def handle(data, context):
         time.sleep(0.01)
     return [{"pid": os.getpid(), "home": home}]
 """
+WARM = 30  #: requests in a row, after which a front asks a child itself
+AT_START = ["url=code/start.mar&model_name=first&initial_workers=1", "url=code/nowhere.mar"]
 #: Measures as TorchServe's documentation shows it, and prints what looks like one of TorchServe's lines of metrics.
 MEASURING = """
 class Dimension:
@@ -95,6 +97,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     folder = tmp_path_factory.mktemp("torchserve-api")
     archives = {
         "code/one.mar": pack_code("VERSION = 1\n" + HANDLER),
+        "code/start.mar": pack_code("VERSION = 0\n" + HANDLER),
         "code/two.mar": pack_code("VERSION = 2\n" + HANDLER),
         "code/waits.mar": pack_code(WAITER),
         "code/measured.mar": pack_code(MEASURING),
@@ -107,7 +110,7 @@ def server(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         path: Path = folder / "store" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    with run_server(s3, folder, str(folder / "store"), allow_code=["code/"]) as running:
+    with run_server(s3, folder, str(folder / "store"), allow_code=["code/"], register_models=AT_START) as running:
         yield running
 
 
@@ -120,6 +123,15 @@ def predict(server: Server, path: str, body: bytes = b"{}") -> httpx.Response:
     """A prediction."""
     url, headers = f"{server.url}/predictions/{path}", {"Content-Type": "application/json"}
     return server.http.post(url, content=body, headers=headers)
+
+
+def test_what_the_settings_name_is_registered_from_the_start(server: Server) -> None:
+    """It answers by its name, and is listed; what is not there is in the log."""
+    assert predict(server, "first/1.0").text == "version 0"
+    (described,) = manage(server, "GET", "/first").json()
+    assert (described["loadedAtStartup"], described["minWorkers"]) == (True, 1)
+    assert "not_registered_at_start" in server.said()
+    assert manage(server, "DELETE", "/first").status_code == 200
 
 
 def test_versions_from_registration_to_removal(server: Server) -> None:
@@ -154,9 +166,9 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
 
 def test_what_handlers_measure_is_shown_while_their_model_is_in_memory(server: Server) -> None:
     """Under its own name and the archive's, bounded; a printed line makes no metric, and no name of ours is taken."""
-    for _ in range(2):
+    for _ in range(WARM):
         assert predict(server, "code/measured").text == "ok"
-    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == 2
+    assert server.total("Asked", ModelName="code/measured", Kind="text", Level="Model") == WARM
     assert server.total("HandlerTime", ModelName="code/measured", Level="Model") == 1.5
     shown = server.exposition()
     for each in ("QueueTime{", "WorkerThreadTime{", "WorkerLoadTime{", 'ModelName="code/measured"', "PredictionTime{"):
@@ -181,6 +193,8 @@ def ask_parts(server: Server, asked: str) -> httpx.Request:
 def test_an_answer_in_parts_arrives_while_it_is_made(server: Server) -> None:
     """The first part is there while the handler waits, with the handler's headers. All of a large part comes."""
     pytest.importorskip("ts")
+    for _ in range(WARM):
+        assert server.http.send(ask_parts(server, "now")).text.endswith(";xend")
     answer = server.http.send(ask_parts(server, "wait"), stream=True)
     parts = answer.iter_raw()
     home = next(parts).decode().removesuffix(";")

@@ -10,7 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from model_store.errors import CodeNoMemory, LoadError, ModelNotFound
 from server import contract
 from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
+from server.settings import Settings
+from server.supervisor.actuals.market_metrics import MarketFamilies
+from server.supervisor.actuals.rollout import ActualsRollout
+from server.supervisor.actuals.service import ActualsService
 from server.supervisor.host_measures import HostMeasures
+from server.supervisor.workers import Workers
 from server.worker.prefetch.prefetcher import PrefetchOutcome
 from tests.server.contributing import copied_tree, read_steps, run_in
 
@@ -204,6 +209,9 @@ def test_the_metrics_are_those_of_the_contract() -> None:
     counted: dict[str, set[str]] = {}
     host = HostMetrics()
     host.registry.register(HostMeasures({}))
+    host.registry.register(
+        MarketFamilies(ActualsService(Settings.model_validate({"store": "x"}), ActualsRollout(Workers([], 1.0))))
+    )
     for process in (WorkerMetrics(0, "cpu", per_model=1), FrontMetrics(), host):
         for collector in list(process.registry._collector_to_names):
             for family in collector.collect():

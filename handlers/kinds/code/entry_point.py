@@ -20,6 +20,7 @@ from model_store.errors import ArchiveInvalid, UnsupportedKind
 #: Handlers in the package `torchserve`; `base_handler` has the class that others derive from, and runs as it is.
 TORCHSERVE_HANDLERS = ("base_handler", "image_classifier", "image_segmenter", "object_detector", "text_classifier")
 SAGEMAKER_FOLDER, SAGEMAKER_PROGRAM = "code", "inference.py"
+MOST_FOLDERS = 2  #: parts of the path of a script that SAGEMAKER_PROGRAM or SAGEMAKER_SUBMIT_DIRECTORY may name
 REQUIREMENTS = "requirements.txt"
 
 
@@ -64,7 +65,7 @@ def recognises_code(archive: Archive) -> bool:
     """Whether an archive without `fleetcast.json` has code of its own to run."""
     found = _find_in_mar(archive)
     is_own = found is not None and not found.from_package
-    return is_own or any(_is_sagemaker_code(name) for name in archive.container.members)
+    return is_own or any(_is_sagemaker_code(name, archive) for name in archive.container.members)
 
 
 def find_entry_point(archive: Archive, program: str = SAGEMAKER_PROGRAM) -> EntryPoint:
@@ -120,6 +121,8 @@ def _find_in_mar(archive: Archive) -> EntryPoint | None:
     return EntryPoint(CodeStyle.TORCHSERVE, named.name, function, from_package=True) if from_package else None
 
 
-def _is_sagemaker_code(name: str) -> bool:
+def _is_sagemaker_code(name: str, archive: Archive) -> bool:
+    """A script is in the folder `code`, or is the usual one; of a tar without a manifest it may be any script."""
     path = PurePosixPath(name)
-    return name == SAGEMAKER_PROGRAM or (path.suffix == ".py" and path.parts[0] == SAGEMAKER_FOLDER)
+    is_any = archive.mar is None and len(path.parts) <= MOST_FOLDERS
+    return name == SAGEMAKER_PROGRAM or (path.suffix == ".py" and (path.parts[0] == SAGEMAKER_FOLDER or is_any))

@@ -14,11 +14,13 @@ from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
 from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
 from server.ipc.operations import (
+    ActualsReply,
     KnownModel,
     ListKnownModels,
     LoadForClient,
     ManagementReply,
     ManageModels,
+    ObservedPrices,
     UnloadForClient,
 )
 from server.settings import Settings
@@ -79,6 +81,15 @@ class PermittedPlane(PlaneInFront):
         except Forbidden as error:
             raise Refused(Situation.FORBIDDEN, str(error)) from None
         return await self._plane.control(asked, deadline, permitted=True)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """Record observed prices of models of which the token may send them. Raises Refused(FORBIDDEN)."""
+        try:
+            for item in items:
+                self._token.require(Scope.ACTUALS, item.model)
+        except Forbidden as error:
+            raise Refused(Situation.FORBIDDEN, str(error)) from None
+        return await super().record_actuals(items, deadline)
 
     async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
         """The supervisor's answer. Raises Refused(FORBIDDEN) for a token that does not manage all models."""

@@ -5,6 +5,7 @@ A request goes to the first dialect that matches its method and path; the last o
 
 from collections.abc import Callable
 
+from server.front.dialects.actuals import Actuals
 from server.front.dialects.forecasts import Forecasts
 from server.front.dialects.health import Health
 from server.front.dialects.kserve_timeseries import KServeTimeSeries
@@ -23,6 +24,7 @@ MakeDialect = Callable[[Settings], Dialect]
 DIALECTS: tuple[MakeDialect, ...] = (
     SageMaker,
     Forecasts,
+    Actuals,
     Nixtla,
     MLflow,
     KServeTimeSeries,

@@ -17,6 +17,7 @@ from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
 from server.front.json_cutter import NotJson, cut_fields, cut_items
+from server.front.marks import add_marks
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
 from server.front.statuses import USUAL_STATUS
@@ -250,4 +251,6 @@ def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
         max((each.queue_us for each in stats), default=0),
         max((each.load_us or 0 for each in stats), default=0),
         max((each.inference_us for each in stats), default=0),
+        quality=add_marks(each.quality for each in stats),
+        warnings=add_marks(each.warnings for each in stats),
     )

@@ -22,6 +22,7 @@ from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequ
 from server.front.fan_out import Joint
 from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, list_known, parse_model
+from server.front.forecasting.misspelt_keys import cut_keys, refuse_misspelt
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_frequency, check_horizon
 from server.front.raw_json import MAX_ITEMS
 from server.front.statuses import USUAL_STATUS
@@ -62,7 +63,7 @@ class Options(msgspec.Struct):
 
 
 class Call(msgspec.Struct):
-    """The body. Unknown fields are let through everywhere."""
+    """The body. Unknown fields are let through everywhere, unless they look like one of these."""
 
     inputs: Annotated[list[Input], Meta(max_length=MAX_ITEMS)]
     options: Options
@@ -74,6 +75,7 @@ class Malformed(Refused):
 
 
 _decoder = msgspec.json.Decoder(Call)
+_cut_inputs = msgspec.json.Decoder(list[dict[str, msgspec.Raw]]).decode
 _FRACTION = re.compile(r"\.\d+")  # of a second
 
 
@@ -202,6 +204,7 @@ def _read_call(body: bytes) -> Call:
         if why.situation is not Situation.BAD_REQUEST:
             raise
         raise Malformed(why.situation, why.detail.message, None, why.detail.field) from None
+    _refuse_misspelt(body)
     options = asked.options
     if options.horizon < 1:
         message = f"at least 1 step is forecast, not {options.horizon}"
@@ -212,6 +215,18 @@ def _read_call(body: bytes) -> Call:
         message = "joint scenarios are samples: send num_samples, and correlation, the archive that correlates them"
         raise Refused(Situation.BAD_REQUEST, message, field="options.joint")
     return asked
+
+
+def _refuse_misspelt(body: bytes) -> None:
+    """Raises Malformed for a key that looks like one of the protocol's: others are let through, as KServe does."""
+    whole = cut_keys(body)
+    try:
+        refuse_misspelt(whole, (*Call.__struct_fields__, "metadata"))
+        refuse_misspelt(cut_keys(whole["options"]), Options.__struct_fields__, "options.")
+        for i, one in enumerate(_cut_inputs(whole["inputs"])):
+            refuse_misspelt(one, (*Input.__struct_fields__, "metadata"), f"inputs[{i}].")
+    except Refused as why:
+        raise Malformed(why.situation, why.detail.message, None, why.detail.field) from None
 
 
 def _choose_model(asked: Call, i: int) -> ModelName | Refused:

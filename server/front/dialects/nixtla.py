@@ -20,8 +20,9 @@ from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequ
 from server.front.finished_jobs import KEEP_S
 from server.front.forecasting.bodies import decode_body, say_place
 from server.front.forecasting.calls import ForecastCall, list_known, parse_model, require_forecasts
+from server.front.forecasting.misspelt_keys import cut_keys, refuse_misspelt
 from server.front.forecasting.nixtla_answers import ANSWERS, CUTS
-from server.front.forecasting.nixtla_series import OLD_CLIENT, SIMULATE, NixtlaRequest, Plan
+from server.front.forecasting.nixtla_series import OLD_CLIENT, SIMULATE, NixtlaRequest, Plan, Series
 from server.front.forecasting.nixtla_simulation import NoPaths, simulate_paths
 from server.front.forecasting.recipes import check_frequency
 from server.front.statuses import USUAL_STATUS
@@ -48,8 +49,18 @@ _REFUSED: Mapping[str, str] = {
     "simulate": "paths are drawn by a job: ask /v2/simulate/async, as NixtlaClient.simulate does",
     "execute_step": "preparing steps are not run here: send the prepared series",
 }
-_JOBS = {"simulate": "simulate", "forecast": "forecast_job", "cross_validation": "backtest_job"}  #: path -> operation
+_JOBS = {  #: by the path's word below /v2, the operation
+    "simulate": "simulate",
+    "forecast": "forecast_job",
+    "cross_validation": "backtest_job",
+    "anomaly_detection": "online_anomalies_job",  # the client's job has the newer form, unlike the call without one
+}
 _JOB, _CANCEL = re.compile(r"/v2/(\w+)/jobs/([^/]{1,100})"), re.compile(r"/v2/async/jobs/([^/]{1,100})/cancel")
+#: What clients send and no model here needs.
+IGNORED = (
+    "clean_ex_first", "feature_contributions_type", "finetune_depth", "finetune_loss", "full_history", "job_options",
+    "output_model_id", "quantiles", "refit",
+)  # fmt: skip
 _decoder = msgspec.json.Decoder(NixtlaRequest)
 #: Answers that take no model, by operation.
 _SIMPLE: Mapping[str, Callable[[InferencePlane], Mapping[str, object]]] = {
@@ -143,6 +154,7 @@ class Nixtla:
         if operation.name == "parameters":
             return await self._describe(call, request)
         asked, name = decode_body(_decoder, request.body), operation.name.removesuffix("_job")
+        _refuse_misspelt(request.body)
         try:
             found = await self._forecast(call, asked, name)
         except (NotDone, NoPaths) as refusal:
@@ -214,11 +226,20 @@ async def _answer_job(operation: NumberedJob, request: HttpRequest, plane: Infer
     raise NoJob(Situation.NOT_FOUND, message)
 
 
+def _refuse_misspelt(body: bytes) -> None:
+    """Raises Refused for a key that looks like one of the client's: others are let through, as they may be to come."""
+    whole = cut_keys(body)
+    refuse_misspelt(whole, (*NixtlaRequest.__struct_fields__, *IGNORED))
+    refuse_misspelt(cut_keys(whole["series"]), (*Series.__struct_fields__, "categorical_exog"), "series.")
+
+
 def _require_done(asked: NixtlaRequest, name: str) -> None:
     """Raises NotDone for what of a request is not done by any model here."""
     if asked.finetune_steps or asked.finetuned_model_id:
         raise NotDone("models are not trained by requests: leave out finetune_steps and finetuned_model_id")
     if asked.feature_contributions:
         raise NotDone("feature contributions are not computed: leave out feature_contributions")
+    if asked.threshold_method == "multivariate":
+        raise NotDone("anomalies are found in each series by itself: leave out threshold_method")
     if name == "online_anomalies" and asked.step_size not in (None, asked.h):
         raise NotDone(f"windows of the detection follow one another: leave out step_size, or set it to h ({asked.h})")

@@ -10,7 +10,7 @@ import msgspec
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.contract import JSON, OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, add_near_names
+from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
 from server.front.forecasting.recipes import (
@@ -22,6 +22,7 @@ from server.front.forecasting.recipes import (
     split_member,
     unite_recipes,
 )
+from server.front.marks import add_marks
 from server.front.slices import ITEM, Pacer
 
 AT_ONCE = 64  #: models that are asked at once what they are
@@ -113,6 +114,15 @@ class ForecastCall:
         takers = [Taker(name, find_series(name, recipes[name], members)) for name in dict.fromkeys(asked)]
         return Described(model, unite_recipes(recipes), takers)
 
+    def _note_marks(self, predictions: Sequence[Prediction | Refused]) -> None:
+        """Note what the answers are to be doubted for, for the headers of the reply."""
+        marked = [each.stats for each in predictions if isinstance(each, Prediction)]
+        if self._request.stats is not None:
+            marked.append(self._request.stats)
+        quality, warnings = add_marks(each.quality for each in marked), add_marks(each.warnings for each in marked)
+        if quality or warnings:
+            self._request.stats = InferStats(None, 0, None, 0, quality=quality, warnings=warnings)
+
     def _read(self, description: bytes, model: ModelName) -> Recipe:
         recipe = read_recipe(description, model)
         if len(self._plane.forecasters) < MOST_FORECASTERS:
@@ -167,6 +177,7 @@ class ForecastCall:
         found: list[Forecast | Refused] = []
         with FanOut(self._plane, call, self._limit, request.deadline, request.client_gone, *origin) as fan_out:
             predictions = await fan_out.infer()
+            self._note_marks(predictions)
             if joint is not None and any(isinstance(each, Prediction) for each in predictions):
                 scenarios = await fan_out.draw(joint, predictions, JSON)
                 predictions = await pacer.run(put_samples(predictions, scenarios))

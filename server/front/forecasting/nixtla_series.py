@@ -68,6 +68,7 @@ class NixtlaRequest(msgspec.Struct):
     step_size: Annotated[int, Meta(ge=1)] | None = None
     hist_exog: list[int | str] | None = None
     detection_size: Annotated[int, Meta(ge=1)] = 1
+    threshold_method: str = "univariate"
     n_paths: Annotated[int, Meta(ge=1, le=10_000)] = 100
     seed: int | None = None
 

@@ -27,6 +27,7 @@ from server.front.forecasting.frames import (
     read_csv,
     write_records,
 )
+from server.front.forecasting.misspelt_keys import refuse_misspelt
 from server.front.forecasting.parquet import MEDIA as PARQUET
 from server.front.forecasting.parquet import read_parquet
 from server.front.forecasting.recipes import check_horizon
@@ -98,6 +99,7 @@ class Scoring:
         return media
 
     async def _answer_form(self, form: str, fields: Mapping[str, msgspec.Raw]) -> HttpReply:
+        refuse_misspelt(fields, (*FORMS, "params", "configuration"))
         raw = bytes(fields[form])
         configuration, h = self._read_params(fields)
         if form == "dataframe_split":

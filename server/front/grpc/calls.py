@@ -328,6 +328,11 @@ def _list_trailers(call: Call, stats: InferStats | None) -> list[tuple[str, str]
     trailers.append((contract.HEADER_SERVER_TIMING.lower(), times))
     if stats.cache is not None:
         trailers.append((contract.HEADER_CACHE.lower(), stats.cache))
-    if stats.version:
-        trailers.append((contract.HEADER_MODEL_VERSION.lower(), stats.version))
+    for name, value in (
+        (contract.HEADER_MODEL_VERSION, stats.version),
+        (contract.HEADER_QUALITY, stats.quality),
+        (contract.HEADER_WARNING, stats.warnings),
+    ):
+        if value:
+            trailers.append((name.lower(), value))
     return trailers

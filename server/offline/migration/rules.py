@@ -9,11 +9,10 @@ from collections.abc import Callable, Mapping
 from server.offline.migration.addresses import MANAGEMENT_PORT, METRICS_PORT, make_address_rule, set_certificate
 from server.offline.migration.configuration import Configuration
 from server.offline.migration.model_servers import MMS
-from server.offline.migration.models import set_loaded_models, set_model_defaults
+from server.offline.migration.models import MOST_WORKERS, set_loaded_models, set_model_defaults
 from server.offline.migration.outcome import Outcome, Rule, always, become, hold, ignore, leave
 from server.offline.migration.timeouts import parse_whole_number, set_timeouts
 
-MOST_WORKERS = 64
 REQUEST_BYTES = 6_553_500  #: of both servers, where `max_request_size` is not given
 MAX_INFLIGHT_BYTES = 256 * 2**20  #: our default
 
@@ -62,6 +61,8 @@ def _set_device(config: Configuration) -> Outcome:
 def _set_workers(config: Configuration) -> Outcome:
     count = min(parse_whole_number(config.get("default_workers_per_model"), least=0), MOST_WORKERS)
     if config.server is not MMS:
+        if config.get("load_models") or config.get("model_snapshot"):
+            return become({}, "of models that are registered at the start: it is in register_models")
         return ignore(
             "an archive with code has one process, which answers requests that wait as one batch where its "
             "model-config.yaml says batchSize, until a client scales it; models without code need no process at all"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from server.offline.packing import pack as pack
     from server.sdk.async_client import AsyncClient as AsyncClient
     from server.sdk.client import Client as Client
+    from server.sdk.client import PairedPrices as PairedPrices
     from server.sdk.client import Reply as Reply
     from server.sdk.errors import AccessDenied as AccessDenied
     from server.sdk.errors import DeadlineExceeded as DeadlineExceeded
@@ -41,7 +42,7 @@ _PUBLIC = {
     "server.offline.local_model": ("LocalModel", "open_model"),
     "server.offline.packing": ("PackedArchive", "pack"),
     "server.sdk.async_client": ("AsyncClient",),
-    "server.sdk.client": ("Client", "Reply"),
+    "server.sdk.client": ("Client", "PairedPrices", "Reply"),
     "server.sdk.errors": (
         "AccessDenied", "DeadlineExceeded", "FleetcastError", "InvalidRequest", "ModelFailed", "ModelNotFound",
         "ServerFailed", "Unavailable", "Unreachable",

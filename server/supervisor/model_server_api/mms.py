@@ -153,7 +153,7 @@ class MultiModelApi:
             "maxWorkers": options.max_workers,
             "batchSize": options.batch_size,
             "maxBatchDelay": options.max_batch_delay_ms,
-            "loadedAtStartup": False,
+            "loadedAtStartup": found.at_start,
             "workers": _list_workers(found, await self._registrations.observe(found)),
         }
 

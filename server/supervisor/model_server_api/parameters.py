@@ -9,12 +9,16 @@ from starlette.requests import Request
 
 from model_store.archives.json_faults import FAULTS, explain_fault
 from server.model_server_api.bodies import JSON
-from server.supervisor.registrations.refusals import BadOption
+from server.settings import Settings
+from server.supervisor.registrations.refusals import BadOption, shorten_name
+from server.supervisor.registrations.service import RegisterRequest
+from server.supervisor.registrations.table import ServingOptions
 from server.supervisor.request_bodies import read_body
 
 MAX_BODY = 64 * 1024
 MAX_BATCH, MAX_BATCH_DELAY_MS = 4096, 60_000  #: as archives may have them
 MAX_NUMBER = 2**31 - 1
+RUNTIMES = ("", "python", "python2", "python3")
 
 
 class Parameters:
@@ -65,6 +69,29 @@ async def read_parameters(request: Request) -> Parameters:
             raise BadOption(f"the body is no JSON object: {explain_fault(error)}") from error
         values |= given
     return Parameters(values)
+
+
+def parse_registration(given: Parameters, settings: Settings, workers: int = 0) -> RegisterRequest:
+    """What a client of TorchServe's asks to register; `workers` where it says no number. Raises BadOption."""
+    url = given.get("url")
+    if url is None:
+        raise BadOption("Parameter url is required.")
+    runtime = given.get("runtime") or ""
+    if runtime not in RUNTIMES:
+        raise BadOption(f"Invalid RuntimeType value: {shorten_name(runtime)}")
+    workers = given.parse_number("initial_workers", workers, 0)
+    timeout_s = max(1, int(settings.code_timeout_s))  # nobody gets more
+    options = ServingOptions(
+        workers,
+        workers,
+        given.parse_number("batch_size", 1, 1, MAX_BATCH),
+        given.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
+        float(min(timeout_s, given.parse_number("response_timeout", timeout_s, 1))),
+        float(min(timeout_s, given.parse_number("startup_timeout", timeout_s, 1))),
+        says_batching=given.says_batching,
+    )
+    name, version = given.get("model_name") or "", given.get("model_version") or ""
+    return RegisterRequest(url, name, version, given.get("handler") or "", runtime, options)
 
 
 def parse_leniently(text: str | None) -> int | None:

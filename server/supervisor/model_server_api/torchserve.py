@@ -16,21 +16,14 @@ from starlette.routing import Route
 from server.model_server_api.bodies import encode_pretty, encode_status
 from server.model_server_api.torchserve_description import describe_management, describe_management_of
 from server.settings import Settings
-from server.supervisor.model_server_api.parameters import (
-    MAX_BATCH,
-    MAX_BATCH_DELAY_MS,
-    Parameters,
-    parse_leniently,
-    read_parameters,
-)
+from server.supervisor.model_server_api.parameters import parse_leniently, parse_registration, read_parameters
 from server.supervisor.model_server_api.torchserve_answers import guard, refuse, reply
 from server.supervisor.model_server_api.torchserve_versions import describe_version
-from server.supervisor.registrations.refusals import BadOption, ModelUnknown, VersionUnknown, shorten_name
-from server.supervisor.registrations.service import RegisterRequest, RegistrationService, ScaleRequest
-from server.supervisor.registrations.table import Registration, ServingOptions
+from server.supervisor.registrations.refusals import ModelUnknown, VersionUnknown, shorten_name
+from server.supervisor.registrations.service import RegistrationService, ScaleRequest
+from server.supervisor.registrations.table import Registration
 
 LIMIT = 100  #: models of one page by default, and at most
-RUNTIMES = ("", "python", "python2", "python3")
 CUSTOMIZED = "customized"
 CREDENTIALS = ("authorization", "proxy-authorization", "x-amz-security-token", "cookie")
 SET_DEFAULT, ALL_VERSIONS = "set-default", "all"
@@ -76,7 +69,7 @@ class TorchServeApi:
 
     async def _register(self, request: Request) -> Response:
         parameters = await read_parameters(request)
-        asked = self._parse_registration(parameters)
+        asked = parse_registration(parameters, self._settings)
         wait = parameters.parse_flag("synchronous") or not asked.options.min_workers
         found = await self._service.register(asked, wait=wait)
         if not wait:
@@ -87,27 +80,6 @@ class TorchServeApi:
         if not workers:
             text += ". Use scale workers API to add workers for the model."
         return reply(encode_status(text))
-
-    def _parse_registration(self, parameters: Parameters) -> RegisterRequest:
-        url = parameters.get("url")
-        if url is None:
-            raise BadOption("Parameter url is required.")
-        runtime = parameters.get("runtime") or ""
-        if runtime not in RUNTIMES:
-            raise BadOption(f"Invalid RuntimeType value: {shorten_name(runtime)}")
-        workers = parameters.parse_number("initial_workers", 0, 0)
-        timeout_s = max(1, int(self._settings.code_timeout_s))  # nobody gets more
-        options = ServingOptions(
-            workers,
-            workers,
-            parameters.parse_number("batch_size", 1, 1, MAX_BATCH),
-            parameters.parse_number("max_batch_delay", 100, 0, MAX_BATCH_DELAY_MS),
-            float(min(timeout_s, parameters.parse_number("response_timeout", timeout_s, 1))),
-            float(min(timeout_s, parameters.parse_number("startup_timeout", timeout_s, 1))),
-            says_batching=parameters.says_batching,
-        )
-        name, version = parameters.get("model_name") or "", parameters.get("model_version") or ""
-        return RegisterRequest(url, name, version, parameters.get("handler") or "", runtime, options)
 
     async def _describe_api(self, request: Request) -> Response:
         del request

@@ -48,7 +48,7 @@ def describe_version(
         "responseTimeout": int(options.response_timeout_s),
         "startupTimeout": int(options.startup_timeout_s),
         **_UNUSED,
-        "loadedAtStartup": False,
+        "loadedAtStartup": registration.at_start,
         "workers": [
             _describe_worker(registration, index + MOST_WORKERS * replica, state)
             for index, whole in observed or _list_absent(registration)

@@ -105,8 +105,10 @@ class RegistrationService:
         """For example `<RegistrationService of <RegistrationTable 12 names>>`."""
         return f"<RegistrationService of {self.table!r}>"
 
-    async def register(self, asked: RegisterRequest, *, wait: bool) -> Registration:
+    async def register(self, asked: RegisterRequest, *, wait: bool, at_start: bool = False) -> Registration:
         """Register a version, and load it where it is to have workers. `wait`: until it is loaded.
+
+        `at_start`: the settings ask for it, and no client.
 
         INVARIANT: what could not be loaded is not registered, if `wait` is False from the time that this is known.
         """
@@ -128,6 +130,7 @@ class RegistrationService:
             loaded_at=time.time() if loads else 0.0,
             has_code=facts.kind == Kind.CODE,
             is_loading=loads,
+            at_start=at_start,
         )
         self.table.require_free(registration)
         if asked.options.says_batching:

@@ -61,6 +61,7 @@ class Registration(Struct, frozen=True):
     loaded_at: float = 0.0  #: wall clock, when it was last given workers; 0: it has none
     has_code: bool = False  #: whether it is a code archive
     is_loading: bool = False  #: workers have been asked for, and are not there yet
+    at_start: bool = False  #: whether the settings have registered it
 
 
 class RegistrationTable:

@@ -55,12 +55,17 @@ class ChildOutput:
             self._rest = b""
         return True
 
+    def read_last(self) -> None:
+        """Log what a child that ends has said, at most LAST_READS pieces."""
+        for _ in range(LAST_READS):
+            before = self._bytes
+            if self.descriptor < 0 or not self.read(time.monotonic()) or self._bytes == before:
+                break
+
     def close(self) -> None:
-        """Log what is left, at most LAST_READS pieces, and close the descriptor."""
+        """Log what is left, and close the descriptor."""
         if self.descriptor >= 0:
-            for _ in range(LAST_READS):
-                if not self.read(time.monotonic()):
-                    break
+            self.read_last()
             if self._rest:
                 self._log(self._rest)
             self._tell_dropped()

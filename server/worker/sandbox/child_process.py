@@ -20,6 +20,7 @@ import structlog
 from model_store.errors import CodeFailed, CodeNoMemory
 from model_store.names import ModelName
 from server.code_messages import (
+    ENDED,
     MAX_ANSWER_BYTES,
     MAX_PARTS,
     RECEIVE_BYTES,
@@ -39,8 +40,9 @@ from server.code_messages import (
 from server.worker.sandbox.child_output import ChildOutput
 from server.worker.sandbox.memory_use import measure_memory
 
+SHOW_AND_END = signal.SIGXCPU  #: at which a child says where its code is, and ends, as where a limit sends it
+SHOW_S = 0.2  #: that it has for it
 TICK_S = 0.1  #: how often a loading child's output is looked at again after it has had its share
-ENDED = "its process ended by itself or by a limit (memory, processor time, a signal, os._exit)"
 
 log = structlog.get_logger()
 
@@ -77,12 +79,13 @@ class ChildProcess:
         self.ended = ""  #: why it has ended; empty while it lives
         self.load_s = 0.0  #: from its fork until its handler was loaded
         self.measures: list[Measure] = []  #: what its handler has measured until the last answer
-        self._forked = time.monotonic()
+        self._forked, self._late = time.monotonic(), ""
         self._model, self._pidfd, self._channel, self._timeout_s = model, pidfd, channel, timeout_s
         self._output, self._messages = ChildOutput(model, output), ChildMessages()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_end: Callable[[], None] = _ignore
         self._done: Callable[[Outcome], None] | None = None
+        self._note_lost: Callable[[str], None] | None = None  # told why a lent child has ended
         self._take_part: Callable[[int, CodeAnswer], None] = _ignore_part
         self._parts, self._part_bytes = 0, 0  # of the batch under way
         self._timer: asyncio.TimerHandle | None = None
@@ -99,8 +102,13 @@ class ChildProcess:
 
     @property
     def is_busy(self) -> bool:
-        """Whether it answers a batch now."""
-        return self._done is not None
+        """Whether it answers a batch now, or is lent to a front."""
+        return self._done is not None or self._note_lost is not None
+
+    @property
+    def timeout_s(self) -> float:
+        """What a batch may take."""
+        return self._timeout_s
 
     @property
     def is_gone(self) -> bool:
@@ -129,7 +137,19 @@ class ChildProcess:
                 return
             if self._pidfd in ready:  # what it has started may hold the channel open
                 raise CodeFailed(f"{self._model}: its code could not be loaded: {ENDED}")
-        raise CodeFailed(f"{self._model}: its code was not loaded within {self._timeout_s:g} s (code_timeout_s)")
+        self._show_where()
+        raise CodeFailed(
+            f"{self._model}: its code was not loaded within {self._timeout_s:g} s (code_timeout_s); the server's log "
+            "says where it was (code_said)"
+        )
+
+    def _show_where(self) -> None:
+        """Have a child that is to be ended say where its code is, and wait for that for a moment."""
+        _send_signal(self._pidfd, SHOW_AND_END)
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.poll(SHOW_S * 1e3)
+        self._output.read_last()
 
     def _take_loaded(self) -> bool:
         """Whether the child says that it has loaded its handler. Raises CodeFailed."""
@@ -182,20 +202,53 @@ class ChildProcess:
             return
         self._done, self._batch = done, len(requests)
         self._take_part, self._parts, self._part_bytes = take_part or _ignore_part, 0, 0
-        late = f"it took longer than {self._timeout_s:g} s for a batch (code_timeout_s)"
-        self._timer = self._loop.call_later(self._timeout_s, self.end, late)
+        self._timer = self._loop.call_later(self._timeout_s, self.tell_late)
         self._unsent = memoryview(frame(RunBatch(list(requests))))
         self._send()
 
+    def lend(self, note_lost: Callable[[str], None]) -> socket.socket:
+        """Leave the channel, on which nothing is under way, to who gets a copy of it, until `take_back`.
+
+        INVARIANT: a channel has one owner. `note_lost` is told why, should the child end meanwhile.
+        """
+        assert self._loop is not None, "a child is watched before it is lent"
+        assert not self.is_busy, "an idle child is lent"
+        assert not self.ended, "a living child is lent"
+        self._note_lost = note_lost
+        self._loop.remove_reader(self._channel.fileno())
+        return self._channel
+
+    def take_back(self) -> None:
+        """The channel is this object's again, and nothing is under way on it. No-op where the child has ended."""
+        self._note_lost = None
+        if self._loop is not None and not self.ended:
+            self._loop.add_reader(self._channel.fileno(), self._read_channel)
+
+    def tell_late(self) -> None:
+        """End it: a batch has taken too long. Before that it says where its code is."""
+        if self.ended or self._late:
+            return
+        assert self._loop is not None, "a child is watched before it is asked"
+        self._late = f"it took longer than {self._timeout_s:g} s for a batch (code_timeout_s)"
+        _send_signal(self._pidfd, SHOW_AND_END)
+        self._loop.call_later(SHOW_S, self.end, self._late)
+
     def end(self, why: str) -> None:
-        """Kill the child, and tell whoever waits for it why. No-op if it has ended."""
+        """Kill the child, and tell whoever waits for it why. No-op if it has ended.
+
+        Of one that was told that it is late this is why, however it ends.
+        """
         if self.ended:
             return
-        self.ended = why
+        self.ended = why = self._late or why
         log.warning("code_ended", model=self._model, pid=self.pid, why=why)
         self._stop_watching()
+        self._output.read_last()
         _kill(self._pidfd)
         self._finish(ChildEnded(why))
+        note_lost, self._note_lost = self._note_lost, None
+        if note_lost is not None:
+            note_lost(why)
         self._on_end()
 
     def close(self) -> None:
@@ -265,10 +318,13 @@ class ChildProcess:
             self._loop.add_reader(self._output.descriptor, self._read_output)
 
     def _note_end(self) -> None:
-        """The process has ended. What it has said before counts, up to the closed channel's end."""
+        """The process has ended. What it has said before counts, up to the closed channel's end.
+
+        Of a lent child the front reads it.
+        """
         poll = select.poll()
         poll.register(self._channel.fileno(), select.POLLIN)
-        while not self.ended and poll.poll(0):
+        while not self.ended and self._note_lost is None and poll.poll(0):
             self._read_channel()
         self.end(ENDED)
 
@@ -298,8 +354,12 @@ def _ignore() -> None:
 
 
 def _kill(pidfd: int) -> None:
+    _send_signal(pidfd, signal.SIGKILL)
+
+
+def _send_signal(pidfd: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, number)
 
 
 def _release(

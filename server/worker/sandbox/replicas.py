@@ -8,6 +8,8 @@ import asyncio
 from server.code_messages import HandlerLoaded
 from server.worker.sandbox.child_process import ChildProcess
 
+LEND_AFTER = 3  #: requests in a row from one front, at first
+
 
 class Replicas:
     """See the module. INVARIANT: one is listed at least; the last one stays listed when it has ended, and says why."""
@@ -16,6 +18,9 @@ class Replicas:
         self.children = [first]
         self.wanted = 1  #: how many there should be
         self.starts: set[asyncio.Task[None]] = set()  #: of those that are started now
+        self.asked_by: object = None  #: the front whose requests were answered last
+        self.asked = 0  #: how many of them in a row
+        self.lend_after = LEND_AFTER  #: so many in a row, and a front may ask the one child itself
         self.not_before = 0.0  #: monotonic; no further one is started before this time
         self._leaving: list[ChildProcess] = []  # that were closed and may not be gone yet
 

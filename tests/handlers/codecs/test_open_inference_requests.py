@@ -111,6 +111,8 @@ def test_binary_and_json_inputs_may_be_mixed() -> None:
         ([BINARY], {"behind": np.full(6, np.nan, "<f4").tobytes()}, "not finite"),
         ([X], {"outputs": [{"name": "w"}]}, "none of the model's: y"),
         ([X], {"outputs": [{"name": "y", "parameters": {"binary_data": 1}}]}, "must be true or false"),
+        ([X], {"output": [{"name": "y"}]}, "output: there is no such key; did you mean outputs?"),
+        ([X], {"parameter": {}}, "parameter: there is no such key; did you mean parameters?"),
         ([X], {"id": "a" * 1025}, "id: expected text of at most 1024 characters"),
     ],
 )

@@ -6,13 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from handlers.codecs.calibration import BandCalibration
-from handlers.evaluation.conformal import (
-    TooFewScores,
-    calibrate_rolling,
-    choose_band,
-    estimate_offsets,
-    shift_levels,
-)
+from handlers.evaluation.conformal import calibrate_rolling, estimate_offsets, shift_levels
+from handlers.training.tails import TooFewScores, choose_band
 from model_store.archives.manifest import ForecastSpec, InputChannel
 
 LEVELS = np.array([0.1, 0.25, 0.5, 0.75, 0.9])

@@ -20,6 +20,7 @@ from handlers.evaluation.scores import (
     find_outer_levels,
     interpolate_median,
     make_naive_forecast,
+    make_weekly_forecast,
     score_windows,
 )
 from handlers.training.time_series import read_csv
@@ -170,3 +171,28 @@ def test_published_forecasts_get_their_published_error() -> None:
     assert 2 * found.pinball == pytest.approx(1.683, abs=5e-4)  # of the median alone it is half the absolute error
     assert found.rmae == pytest.approx(0.532, abs=5e-4)
     assert found.observed == 17_472
+
+
+def test_point_scores_by_hand() -> None:
+    """MAE, RMSE, MAPE without prices of 0, sMAPE, and the rMAE of the naive forecast of a week before."""
+    y, median = np.array([[10.0, 0.0, -20.0, np.nan]]), np.array([[12.0, 3.0, -10.0, 5.0]])
+    q = np.stack([median - 1, median, median + 1], axis=-1)
+    naive, weekly = np.array([[11.0, 1.0, -21.0, 0.0]]), np.array([[5.0, np.nan, -10.0, 0.0]])
+    found = score_windows(y, q, np.array([0.1, 0.5, 0.9]), naive, np.array([1.0]), weekly)
+    assert found.mae == pytest.approx(15 / 3)
+    assert found.rmse == pytest.approx(np.sqrt((4 + 9 + 100) / 3))
+    assert found.mape == pytest.approx((0.2 + 0.5) / 2)
+    assert found.smape == pytest.approx((4 / 22 + 2 + 20 / 30) / 3)
+    assert (found.rmae, found.rmae_weekly) == pytest.approx((15 / 3, 12 / 15))
+    assert np.isnan(score_windows(y, q, np.array([0.1, 0.5, 0.9]), naive, np.array([1.0])).rmae_weekly)
+
+
+def test_the_weekly_forecast_is_the_value_a_week_before() -> None:
+    """Also on a Tuesday; beyond a week it repeats the last known one, and steps that do not divide a week have none."""
+    values = np.arange(24.0 * 30)
+    origins = np.array([24 * 20, 24 * 2])
+    found = make_weekly_forecast(values, 3600 * np.arange(len(values)), origins, 24 * 8)
+    np.testing.assert_array_equal(found[0, : 24 * 7], values[24 * 13 : 24 * 20])
+    np.testing.assert_array_equal(found[0, 24 * 7 :], values[24 * 13 : 24 * 14])
+    assert np.isnan(found[1, :24]).all()
+    assert np.isnan(make_weekly_forecast(values, 25_000 * np.arange(len(values)), origins, 3)).all()

@@ -39,6 +39,13 @@ CONFIGS = st.one_of(
     )
     .filter(lambda config: config["past"] + config["marks"] <= config["features"])
     .map(lambda config: ("lear", config)),
+    st.fixed_dictionaries(
+        SHAPES
+        | {"context_length": LONG_ENOUGH, "hidden": st.integers(1, 20), "past": st.integers(0, 1)}
+        | {"marks": st.integers(0, 1)}
+    )
+    .filter(lambda config: config["past"] + config["marks"] <= config["features"])
+    .map(lambda config: ("ddnn", config)),
     st.fixed_dictionaries(SHAPES | RECURRENT | DECODER | {"context_length": LONG_ENOUGH}).map(
         lambda config: ("mqrnn", config)
     ),
@@ -131,6 +138,7 @@ def test_batched_is_reference_for_any_configuration(
         ("deepstate", {"context_length": 50, "hidden": 16, "paths": 10}),
         ("esrnn", {"context_length": 50, "hidden": 16}),
         ("recursive", {"context_length": 50, "hidden": 16}),
+        ("ddnn", {"features": 4, "marks": 1, "members": 2}),
         ("mixture", {"parts": [{"architecture": "lear", "members": 2}, {"architecture": "tcn"}]}),
     ],
 )

@@ -61,6 +61,7 @@ def make_fit(count: int, fitting: Fitting = QUICK, architecture: str = "tcn") ->
         build_family("gru", {"features": 2, "context_length": 12, "hidden": 6, "layers": 2}),
         build_family("seq2seq", {"features": 3, "context_length": 26, "hidden": 6, "layers": 2}),
         build_family("lear", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1}),
+        build_family("ddnn", {"features": 4, "context_length": 30, "prediction_length": 4, "marks": 1, "hidden": 5}),
         build_family("mqcnn", {"features": 3, "channels": 5, "prediction_length": 6}),
         build_family("mqcnn", {"features": 3, "channels": 5, "kernel": 2, "layers": 2, "prediction_length": 6}),
         build_family("mqrnn", {"features": 3, "context_length": 26, "prediction_length": 6, "hidden": 6}),

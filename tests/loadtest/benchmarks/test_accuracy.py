@@ -104,7 +104,9 @@ def test_a_market_is_scored_by_what_was_reached(data: Path, tmp_path: Path) -> N
     assert (row["name"], row["every"]) == (LEAR.name, DAYS)
     assert 0 < row["rmae"] < 0.5
     assert 0.6 < row["coverage"] < 0.9
-    assert found["published"]["dnn_ensemble"] == {"rmae": 0, "mae": 0}
+    perfect = dict.fromkeys(("rmae", "rmae_weekly", "mae", "rmse", "smape"), 0)
+    assert found["published"]["dnn_ensemble"] == perfect
+    assert row["p_rival"] == 1, "a perfect rival is better on every day"
     assert found["published"]["lear_ensemble"]["mae"] == pytest.approx(1)
     results = {
         "test_days": DAYS,

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from handlers.evaluation.correlation import estimate_gaussian
 from handlers.evaluation.scores import score_windows
+from handlers.kinds import ArchiveParts, pack_model
 from handlers.training.time_series import read_csv
 from model_store.archives.archive import DEFAULT_LIMITS
+from model_store.archives.manifest import Kind, Tails
 from model_store.names import ModelName
 from server.offline.rolling_windows import InProcess, open_unpublished
 from tests.server.markets import HISTORY, HORIZON, fill, name_products, pack_market, run, write_prices
 
 MARKETS = name_products(3)
+WIDE = Tails(low=5, high=5, band=(0.1, 0.9))
 KNOWN: dict[str, Any] = {"dynamic_feat": ("load_M00",)}
 
 
@@ -38,7 +42,7 @@ def test_every_column_with_an_archive_is_scored(csv: Path, store: Path) -> None:
     result = run("backtest", str(csv), "--time", "hour", "--models", str(store))
     assert result.exit_code == 0, result.output
     rows = [line for line in result.output.splitlines() if line.startswith("│")]
-    assert [row.split("│")[1].strip() for row in rows] == ["M00", "M01", "mean"]
+    assert [row.split("│")[1].strip() for row in rows] == ["M00", "M01", "mean"] * 2
     assert rows[0].split("│")[-2].strip() == "28"
     assert "in 80%" in result.output
 
@@ -176,6 +180,33 @@ def test_a_market_of_which_nothing_is_observed_is_no_success(tmp_path: Path) -> 
     assert found["failed"]["M01"].startswith("M01: no price is observed in the 8 windows from 2024-03-22 00:00:00 to")
 
 
+def test_scenarios_are_scored(csv: Path, tmp_path: Path) -> None:
+    """The share of windows whose mean is outside all scenarios: with flat tails all of a flat forecast's are."""
+    found = {}
+    for tail, changes in {"clamp": {}, "exponential": {"tail": "exponential", "tails": WIDE}}.items():
+        store = fill(tmp_path / tail, MARKETS[:2], **changes)
+        store.joinpath("joint.mar").write_bytes(make_correlation([f"{each}.mar" for each in MARKETS[:2]]))
+        flags = ("--time", "hour", "--models", str(store), "--scenarios", "joint.mar")
+        result = run("backtest", str(csv), *flags)
+        assert result.exit_code == 0, result.output
+        assert "of the windows have a mean outside all 100 joint scenarios" in result.output
+        told = json.loads(run("backtest", str(csv), *flags, "--json").stdout)["markets"]
+        found[tail] = [each["outside_scenarios"] for each in told]
+    assert min(found["clamp"]) > 0.5
+    assert max(found["exponential"]) < 0.2
+    lacking = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--scenarios", "M00.mar")
+    assert "M00.mar is no correlation" in lacking.output
+
+
+def make_correlation(names: list[str]) -> bytes:
+    """An archive of products and steps that move together."""
+    numbers = np.random.default_rng(5)
+    errors = numbers.standard_normal((200, 1, 1)) + 0.1 * numbers.standard_normal((200, len(names), HORIZON))
+    estimate = estimate_gaussian(errors, tuple(names))
+    parts = ArchiveParts(correlation=estimate.record, tensors=estimate.tensors)
+    return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
 def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
     """The operator's column: errors by hand in JSON, a table of its own, a section of the page, and a wrong name."""
     csv = write_prices(tmp_path / "p.csv", MARKETS[:1])
@@ -205,3 +236,33 @@ def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
     wrong = run(*asked[:-1], "pre")
     assert wrong.exit_code == 2
     assert "p.csv has no column 'pre'" in wrong.stderr
+
+
+def test_adaptive_bands_are_replayed(csv: Path, store: Path) -> None:
+    """A second table with coverage as it is and as it would be; the same in the JSON; a server cannot replay."""
+    asked = ["backtest", str(csv), "--time", "hour", "--models", str(store), "--online"]
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
+    assert "adaptive bands" in result.output
+    assert " > " in result.output
+    found = json.loads(run(*asked, "--json").stdout)["markets"][0]["online"]
+    assert [band["nominal"] for band in found["bands"]] == [0.8]
+    assert found["pinball_adaptive"] > 0
+    refused = run(*asked, "--url", "http://127.0.0.1:1")
+    assert refused.exit_code != 0
+    assert "--online" in refused.output
+
+
+def test_prices_in_different_units_have_no_mean(csv: Path, tmp_path: Path) -> None:
+    """Relative scores have one; those in EUR and AUD have none, neither in the table nor in JSON."""
+    store = fill(tmp_path / "models", MARKETS[:2])
+    store.joinpath("M01.mar").write_bytes(pack_market(1, unit="AUD/MWh"))
+    told = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--json")
+    mean = json.loads(told.stdout)["mean"]
+    assert (mean["pinball"], mean["crps"]) == (None, None)
+    assert mean["rmae"] > 0
+    shown = run("backtest", str(csv), "--time", "hour", "--models", str(store)).output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    means = [row for row in rows if row[0] == "mean"]
+    assert [row[1] for row in means] == ["-", "-"]
+    assert "of the median" in shown

@@ -48,6 +48,7 @@ def test_calibrated_archives_are_published_and_stay_so(csv: Path, store: Path, t
     result = run("calibrate", str(csv), "--time", "hour", "--models", str(store), "--days", "40")
     assert result.exit_code == 1, result.output
     assert "covered before" in result.output
+    assert "note: M00.mar does not say until when it was trained" in " ".join(result.stderr.split())
     assert "error: M01: M01.mar: 0 actual values with a band" in " ".join(result.output.split())
     assert store.joinpath("M01.mar").read_bytes() == pack_market(1)
     record = read_calibration(store / "M00.mar")

@@ -327,6 +327,11 @@ def test_serve_and_invoke(desk: Path) -> None:
         mean = json.loads(answered.stdout)["predictions"][0]["mean"]
         called = run("invoke", name, "--url", url, "--body", "request.json", "--protocol", "forecasts")
         assert json.loads(called.stdout)["predictions"][0]["mean"] == mean
+        served = run("invoke", name, "--url", url, "--body", "request.json", "--protocol", "torchserve")
+        assert json.loads(served.stdout)["predictions"][0]["mean"] == mean
+        by_v2 = run("invoke", name, "--url", url, "--body", "request.json", "--protocol", "v2")
+        (text,) = json.loads(by_v2.stdout)["outputs"][0]["data"]
+        assert json.loads(text)["predictions"][0]["mean"] == mean
         grpc = said["grpc"].partition(",")[0]
         by_grpc = run("invoke", name, "--url", grpc, "--body", "request.json", "--protocol", "grpc", "-v")
         (text,) = json.loads(by_grpc.stdout)["outputs"][0]["data"]

@@ -95,6 +95,58 @@ def test_the_same_data_again_changes_nothing(csv: Path, store: Path, tmp_path: P
     assert before == {market: store.joinpath(f"{market}.mar").read_bytes() for market in MARKETS}
 
 
+def test_nothing_is_fitted_twice(csv: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was published and what was kept out are settled before any fit while nothing changes, and the log grows."""
+    log = tmp_path / "log.jsonl"
+    flags = ("--target", "M0[0-2]")
+    assert retrain(csv, store, log, "--epochs", "30", *flags)[0] == 0
+    assert retrain(csv, store, log, "--epochs", "0.1", *flags)[0] == 0
+    assert {each["result"] for each in read_outcomes(log).values()} == {"kept"}
+    with monkeypatch.context() as patched:
+        patched.setattr("server.offline.retraining.fit_forecasters", lambda *_, **__: pytest.fail("it was fitted"))
+        code, said = retrain(csv, store, log, "--epochs", "0.1", *flags)
+        assert (code, "3 kept" in said) == (0, True)
+        assert "nothing has changed since it was kept" in read_outcomes(log)["M00"]["message"]
+        code, said = retrain(csv, store, log, "--epochs", "30", *flags)
+        assert (code, "3 unchanged" in said) == (0, True)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [each["result"] for each in lines] == ["published"] * 3 + ["kept"] * 6 + ["unchanged"] * 3
+    assert all(re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d\+00:00", each["at"]) for each in lines)
+    changed = csv.read_text().splitlines()
+    cells = changed[100].split(",")
+    cells[2] = "61.5"
+    other = tmp_path / "prices.csv"
+    other.write_text("\n".join([*changed[:100], ",".join(cells), *changed[101:]]))
+    code, said = retrain(other, store, log, "--epochs", "30", *flags)
+    results = {market: each["result"] for market, each in read_outcomes(log).items()}
+    assert (results["M00"], results["M02"]) == ("unchanged", "unchanged")
+    assert results["M01"] != "unchanged", "one cell of one market has changed"
+
+
+def test_an_archive_that_train_made_of_the_same_rows_is_not_fitted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint is that of the fit, whichever command made it; another half-life is another fit."""
+    path = write_prices(tmp_path / "prices.csv", ["M00"], days=60)
+    made = run(
+        "train", str(path), "--time", "hour", "--target", "M00", "--half-life", "20", "--keep-worse",
+        "--out", str(tmp_path / "models"),
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    spec = read_spec(tmp_path / "models", "M00")
+    assert spec.trained_half_life == 20
+    words = ("retrain", str(path), "--time", "hour", "--store", str(tmp_path / "models"), "--keep-worse", "--log")
+    with monkeypatch.context() as patched:
+        patched.setattr("server.offline.retraining.fit_forecasters", lambda *_, **__: pytest.fail("it was fitted"))
+        result = run(*words, str(tmp_path / "1.jsonl"))
+    assert "1 unchanged" in result.output
+    result = run(*words, str(tmp_path / "2.jsonl"), "--half-life", "0", "--margin", "1e9")
+    assert "1 published" in result.output, result.output
+    again = read_spec(tmp_path / "models", "M00")
+    assert not again.trained_half_life
+    assert again.weights != spec.weights
+
+
 def test_a_worse_archive_is_kept_out(csv: Path, store: Path, tmp_path: Path) -> None:
     """After a good fit one of hardly any steps is worse: the store keeps what it has, and the log says by how much."""
     retrain(csv, store, tmp_path / "log.jsonl", "--epochs", "30")

@@ -8,18 +8,24 @@ import subprocess
 import sys
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import UNSET
 from typer.testing import Result
 
 from handlers.forecasters import ARCHITECTURES
-from handlers.training.time_series import Series
+from handlers.training.fit import fit_forecasters
+from handlers.training.tails import UNSEEN
+from handlers.training.time_series import Series, read_csv
 from model_store.archives.archive import Archive, open_archive, read_tensors
+from model_store.archives.manifest import Tails
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
+from server.offline import training
 from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
 from server.offline.training import choose_architecture
@@ -89,6 +95,25 @@ def test_the_default_levels_have_tails(prices: Path, tmp_path: Path) -> None:
     assert spec is not None
     assert spec.forecast is not None
     assert spec.forecast.quantile_levels == (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+def test_tails_are_learnt_and_shown(prices: Path, tmp_path: Path) -> None:
+    """By default samples go beyond the outer levels as far as the holdout's prices did; `--tail clamp` has none."""
+    asked = (str(prices), "--time", "hour", "--target", "VIC1", *QUICK)
+    for tail in ("exponential", "clamp"):
+        flags = () if tail == "exponential" else ("--tail", tail)
+        result = run(*asked, "--out", str(tmp_path / tail), *flags)
+        assert result.exit_code == 0, result.output
+    spec, flat = (open_stored(tmp_path / tail, "VIC1.mar").spec for tail in ("exponential", "clamp"))
+    assert spec is not None and spec.forecast is not None and flat is not None and flat.forecast is not None  # noqa: PT018
+    tails = spec.forecast.tails
+    assert tails
+    assert tails.band == (0.1, 0.9)
+    assert sum(tails.beyond) > 0
+    assert (flat.forecast.tail, flat.forecast.tails) == ("clamp", UNSET)
+    assert spec.forecast.tails != Tails(low=UNSEEN, high=UNSEEN, band=(0.1, 0.9))
+    shown = markets.run("inspect", str(tmp_path / "exponential" / "VIC1.mar"))
+    assert "exponential beyond the levels 0.01 and 0.99, by" in " ".join(shown.output.split())
 
 
 def test_the_same_seed_gives_the_same_bytes(prices: Path, tmp_path: Path) -> None:
@@ -344,3 +369,57 @@ def test_four_weeks_ahead(tmp_path: Path) -> None:
     for steps, code in ((int(least[1]) - 1, 2), (int(least[1]), 0)):
         until = str(markets.START + timedelta(hours=steps))
         assert run(str(path), "--time", "hour", *flags, "--train-until", until).exit_code == code, steps
+
+
+def test_targets_are_fitted_in_groups_of_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two, read in blocks: every archive is that of a fit of all at once, as lear's are independent."""
+    path = markets.write_prices(tmp_path / "p.csv", list("ABCDE"), days=60)
+    asked = (str(path), "--time", "hour", "--target", "[A-E]", "--keep-worse", "--out")
+    assert run(*asked, str(tmp_path / "whole")).exit_code == 0
+    sizes, reads = list[int](), list[list[str]]()
+
+    def count_fit(some: list[Series], *more: Any) -> Any:
+        sizes.append(len(some))
+        return fit_forecasters(some, *more)
+
+    def count_read(csv: Path, time: str, some: list[str], *more: Any) -> Any:
+        reads.append(some)
+        return read_csv(csv, time, some, *more)
+
+    monkeypatch.setattr(training, "GROUP", 2)
+    monkeypatch.setattr(training, "READ_BYTES", 1)
+    monkeypatch.setattr(training, "fit_forecasters", count_fit)
+    monkeypatch.setattr(training, "read_csv", count_read)
+    assert run(*asked, str(tmp_path / "groups")).exit_code == 0
+    assert (sizes, reads) == ([2, 2, 1], [["A", "B"], ["C", "D"], ["E"]])
+    for target in "ABCDE":
+        whole, group = ((tmp_path / each / f"{target}.mar").read_bytes() for each in ("whole", "groups"))
+        assert whole == group
+
+
+def test_a_killed_run_goes_on_after_its_last_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Archives of finished groups stay, and the same command fits only the others; other rows are fitted anew."""
+    path = markets.write_prices(tmp_path / "p.csv", list("ABC"), days=60)
+    asked = (str(path), "--time", "hour", "--target", "[A-C]", "--keep-worse", "--out", str(tmp_path / "store"))
+    done = list[str]()
+
+    def fit_some(some: list[Series], *more: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.extend(each.name for each in some)
+        return fit_forecasters(some, *more)
+
+    monkeypatch.setattr(training, "GROUP", 1)
+    monkeypatch.setattr(training, "fit_forecasters", fit_some)
+    run(*asked)
+    assert done == ["A", "B"]
+    before = (tmp_path / "store" / "A.mar").stat().st_mtime_ns
+    done[:] = ["A"]
+    result = run(*asked)
+    assert result.exit_code == 0, result.output
+    assert done == ["A", "C"]
+    assert "A, B: there already, of the same fit" in result.output
+    assert (tmp_path / "store" / "A.mar").stat().st_mtime_ns == before
+    done.clear()
+    run(*asked, "--half-life", "30")
+    assert done == ["A", "B"], "other terms are another fit"

@@ -179,8 +179,8 @@ def test_large_answers_stream() -> None:
         'fleetcast_inference_requests_total{code="499",protocol="sagemaker"} 1.0',
     ]
     assert repr(made).startswith(
-        "<App toy, sagemaker, forecasts, nixtla, mlflow, kserve, sagemaker_streams, v2, health, torchserve over "
-        "<DataPlane 1 links, 0 under way, 0 bytes"
+        "<App toy, sagemaker, forecasts, actuals, nixtla, mlflow, kserve, sagemaker_streams, v2, health, torchserve "
+        "over <DataPlane 1 links, 0 under way, 0 bytes"
     )
 
 

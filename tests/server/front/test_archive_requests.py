@@ -52,6 +52,21 @@ def test_a_key_is_found_without_its_suffix_and_remembered() -> None:
     assert ask_names(names, worker, "a") == ["a"]
 
 
+def test_a_name_that_is_like_a_served_one_is_told_it() -> None:
+    """With or without its suffix; the words that clients of TorchServe know stay at the beginning."""
+
+    async def ask_for() -> str:
+        plane, names = DataPlane(2**20), StoreNames()
+        attach(plane, Worker(lambda asked: b"1" if asked.model == "au/nsw1.mar" else MISSING))
+        await names.ask("au/nsw1", CallDetails({}), make_request(), plane, UNKNOWN)
+        unknown = Refused(Situation.NOT_FOUND, "Model not found: au/nsw2")
+        with pytest.raises(Refused) as caught:
+            await names.ask("au/nsw2", CallDetails({}), make_request(), plane, unknown)
+        return caught.value.detail.message
+
+    assert asyncio.run(ask_for()) == "Model not found: au/nsw2; names that are like it: au/nsw1.mar"
+
+
 def test_names_are_remembered_in_bounded_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are clients' to make up."""
     monkeypatch.setattr(archive_requests, "MAX_NAME_BYTES", 80_000)

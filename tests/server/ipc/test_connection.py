@@ -11,7 +11,19 @@ import uvloop
 from server.errors import Situation
 from server.ipc.bodies import WINDOW
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, CacheResult, Cancel, Credit, Data, Partial, Request, Response, Tier, WireError
+from server.ipc.frames import (
+    CHUNK,
+    CacheResult,
+    Cancel,
+    Credit,
+    Data,
+    Held,
+    Partial,
+    Request,
+    Response,
+    Tier,
+    WireError,
+)
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
@@ -23,10 +35,10 @@ class End(FrameConnection):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frames: asyncio.Queue[Request | Data | Response | Cancel | Partial] = asyncio.Queue()
+        self.frames: asyncio.Queue[Request | Data | Response | Cancel | Held | Partial] = asyncio.Queue()
         self.ended = asyncio.Event()
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
         """Keep the frame."""
         if frame.id == 13:
             raise WireError("thirteen")

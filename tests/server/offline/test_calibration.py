@@ -3,6 +3,7 @@
 import dataclasses
 from datetime import timedelta
 from hashlib import sha256
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,7 +15,7 @@ from handlers.kinds import ArchiveParts, pack_model
 from handlers.model import open_model
 from handlers.training.time_series import Series
 from model_store.archives.archive import DEFAULT_LIMITS, open_archive, read_offsets
-from model_store.archives.manifest import GoldenSample, Kind
+from model_store.archives.manifest import GoldenSample, Kind, Tails
 from model_store.archives.packing import save_tensors
 from model_store.errors import ArchiveInvalid, GoldenMismatch
 from model_store.names import ModelName
@@ -38,7 +39,7 @@ def make_series(days: int = DAYS) -> Series:
     return Series("M00", START, timedelta(hours=1), values, np.empty((0, len(hours))))
 
 
-def pack_narrow(*, trained_until: str | UnsetType = UNSET, floor: float | None = None, golden: bool = True) -> bytes:
+def pack_narrow(*, trained_until: str | UnsetType = UNSET, golden: bool = True, **changes: Any) -> bytes:
     """An archive that promises 80 % between 56 and 64, whatever it sees."""
     shapes = build_family("mlp", CONFIG).parameters
     tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -48,7 +49,7 @@ def pack_narrow(*, trained_until: str | UnsetType = UNSET, floor: float | None =
         tensors=tensors,
         architecture="mlp",
         config=CONFIG,
-        forecast=make_forecast(floor=floor),
+        forecast=make_forecast(**changes),
         trained_until=trained_until,
     )
     sample = None
@@ -181,3 +182,16 @@ def test_only_forecasts_by_quantiles_are_calibrated() -> None:
     drawing = dataclasses.replace(model.archive, spec=msgspec.structs.replace(model.archive.spec, forecast=paths))
     with pytest.raises(Unfit, match="draws sample paths"):
         calibrate_archive(dataclasses.replace(model, archive=drawing), {"M00": make_series(40)}, "M00")
+
+
+def test_a_calibration_learns_the_tails_of_its_own_levels() -> None:
+    """The narrow archive's tails are those of the calibrated levels, and a tenth of the prices lies beyond each."""
+    narrow = Tails(low=0.0, high=0.0, band=(0.1, 0.9))
+    model = open_packed(pack_narrow(tail="exponential", tails=narrow))
+    found = calibrate_archive(model, {"M00": make_series(LEARNT)}, "M00")
+    tails = open_packed(pack_calibrated(model.archive, found)).forecast.tails
+    assert tails
+    assert np.array(tails.beyond) / (6 * found.record.windows) == pytest.approx([0.1, 0.1], abs=0.02)
+    assert (tails.low, tails.high) == pytest.approx((0.2, 0.2), abs=0.1)
+    flat = open_packed(pack_narrow())
+    assert open_packed(pack_calibrated(flat.archive, found)).forecast.tails is UNSET

@@ -9,6 +9,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from starlette.routing import BaseRoute, Match
 
 from loadtest.driver.dialects import DIALECTS
+from server.contract import HEADER_QUALITY, HEADER_WARNING
 from server.errors import Refused
 from server.front.dialects import (
     choose_dialects,
@@ -169,3 +170,12 @@ def test_the_management_listener_has_the_routes_of_the_table(api: str, container
     for each in routes:
         scopes = [{"type": "http", "method": "GET", "path": path, "root_path": ""} for path in paths]
         assert any(each.matches(scope)[0] is not Match.NONE for scope in scopes), each
+
+
+def test_forecasting_routes_say_their_marks() -> None:
+    """Routes that take a forecast request have the headers of doubtful histories and warnings, probes have none."""
+    paths = build_document("1", [("http://a", choose_protocols("torchserve", "off"))])["paths"]
+    for path in ("/invocations", "/v1/forecasts", "/v1/timeseries/forecast", "/v2/forecast"):
+        headers = paths[path]["post"]["responses"]["200"]["headers"]
+        assert list(headers) == [HEADER_QUALITY, HEADER_WARNING], path
+    assert "headers" not in paths["/ping"]["get"]["responses"]["200"]

@@ -71,6 +71,25 @@ def test_other_variables() -> None:
     assert "code_program" not in module
 
 
+@pytest.mark.parametrize(
+    ("folder", "program", "expected"),
+    [
+        ("/opt/ml/model/code", "serve.py", "serve.py"),
+        ("/opt/ml/model/code", "", None),
+        ("/opt/ml/model/src", "serve.py", "src/serve.py"),
+        ("/opt/ml/model/src", "", "src/inference.py"),
+        ("/opt/ml/model", "serve.py", "serve.py"),
+        ("/elsewhere", "serve.py", "serve.py"),
+        ("s3://bucket/sourcedir.tar.gz", "serve.py", "serve.py"),
+    ],
+)
+def test_the_script_may_be_in_another_folder_of_the_model(folder: str, program: str, expected: str | None) -> None:
+    """SAGEMAKER_SUBMIT_DIRECTORY counts where it is below the model's folder: nothing is fetched from elsewhere."""
+    said = {"SAGEMAKER_SUBMIT_DIRECTORY": folder, "SAGEMAKER_PROGRAM": program}
+    found = read_sagemaker_environment({**MULTI, **said}, {}, has_model=False)
+    assert found.get("code_program") == expected
+
+
 def test_everything_else_wins_over_sagemakers_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flags, variables of Fleetcast and its file."""
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 
 from server.contract import HEADER_TARGET_MODEL
 from server.sdk.errors import InvalidRequest, ModelNotFound, Unavailable, error_from_reply
-from server.sdk.protocols import Protocol, write_request
+from server.sdk.protocols import Protocol, wrap_forecast, write_request
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,12 @@ def test_errors_of_each_protocol_are_read() -> None:
         "ModelNotFoundException",
     )
     assert isinstance(error_from_reply(503, "", {"code": 503, "message": "busy"}), Unavailable)
+
+
+def test_a_forecast_is_one_element_of_bytes() -> None:
+    """For the Open Inference Protocol; its own requests, tensors as bytes and what is no JSON go as they are."""
+    body = b'{"instances": [{"target": [1]}]}'
+    (given,) = json.loads(wrap_forecast(body))["inputs"]
+    assert given == {"name": "request", "shape": [1], "datatype": "BYTES", "data": [body.decode()]}
+    for other in (b'{"inputs": [], "instances": []}', b'{"x": [1]}', b"[1]", b"{", b"\xff\x00"):
+        assert wrap_forecast(other) == other

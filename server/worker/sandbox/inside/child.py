@@ -1,7 +1,9 @@
 """A child's life: confine itself, load the archive's handler, answer batches until the worker closes the channel."""
 
+import faulthandler
 import importlib
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -29,6 +31,7 @@ from server.worker.sandbox.inside.sagemaker_script import load_script
 from server.worker.sandbox.inside.torchserve_handler import load_handler
 from server.worker.sandbox.messages import ForkChild
 
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "cv2": "opencv-python-headless", "yaml": "pyyaml"}
 FAILED = 1  #: exit code of a child that could not load its handler
 
 
@@ -70,6 +73,7 @@ def run_child(asked: ForkChild, channel: int, output: int, *, use_landlock: bool
 
 def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool, keep_reading: bool) -> None:
     folder = Path(asked.folder)
+    _say_where_it_ends()
     try:
         confine(folder, asked.limits, use_landlock=use_landlock, keep_reading=keep_reading)
         module_space.enter(folder / "model", asked.entry.folder, asked.packages)
@@ -77,7 +81,7 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
         handler = LOADERS[asked.entry.style](asked, folder / "model")
     except BaseException as error:  # SystemExit of a module too
         traceback.print_exc()
-        worker.sendall(frame(LoadFailed(shorten(explain(error)), isinstance(error, MemoryError))))
+        worker.sendall(frame(LoadFailed(shorten(explain(error, folder / "model")), isinstance(error, MemoryError))))
         _end(FAILED)
     handler.connect(lambda part: worker.sendall(frame(part)))
     worker.sendall(frame(handler.loaded))
@@ -91,13 +95,33 @@ def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool
     _end(0)
 
 
-def explain(error: BaseException) -> str:
-    """The error as one line: its type, what it says, and where in the archive it was raised."""
+def explain(error: BaseException, model_dir: Path) -> str:
+    """The error as one line: its type, what it says, where in the archive it was raised, and what may mend it.
+
+    Where the archive's code has called other code that raised it, both places are said.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     ours = (str(Path(__file__).parent), str(Path(importlib.__file__).parent), "<frozen ")
     theirs = [each for each in frames if not each.filename.startswith(ours)]
-    where = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
-    return f"{type(error).__name__}: {error}{where}"
+    own = [each for each in theirs if Path(each.filename).is_relative_to(model_dir)]
+    places = [own[-1], theirs[-1]] if own and own[-1] is not theirs[-1] else theirs[-1:]
+    where = ", raised in ".join(_name_place(each, model_dir) for each in places)
+    return f"{type(error).__name__}: {error}{f' ({where})' if where else ''}{_advise(error)}"
+
+
+def _name_place(place: traceback.FrameSummary, model_dir: Path) -> str:
+    """For example `handler.py, line 3`; of a file of the archive its path in it."""
+    file = Path(place.filename)
+    name = file.relative_to(model_dir) if file.is_relative_to(model_dir) else file.name
+    return f"{name}, line {place.lineno}"
+
+
+def _advise(error: BaseException) -> str:
+    """What to do about a module that is missing: it can be of the archive itself, if its name says nothing else."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return ""
+    name = error.name.partition(".")[0]
+    return f"; pip install {PACKAGES.get(name, name)} beside the server, or pack the module into the archive"
 
 
 def refuse_large(answers: list[CodeAnswer]) -> list[CodeAnswer]:
@@ -107,6 +131,12 @@ def refuse_large(answers: list[CodeAnswer]) -> list[CodeAnswer]:
         return answers
     message = f"the answers of a batch have {size} bytes, {MAX_ANSWER_BYTES} are allowed"
     return [make_failure(503, message) for _ in answers]
+
+
+def _say_where_it_ends() -> None:
+    """Have the lines of code in the log at which the process crashes, or is ended for the time that it takes."""
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGXCPU, file=2, chain=True)
 
 
 def _set_threads(threads: int) -> None:

@@ -18,8 +18,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
-
 from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
@@ -33,6 +31,7 @@ from server.worker.sandbox.inside import torchserve_package
 from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
+from server.worker.sandbox.inside.json_answers import write_json
 from server.worker.sandbox.inside.partial_answers import SendPart
 from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
 from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
@@ -67,6 +66,8 @@ class Handler:
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
+        if len(requests) == 1:
+            return self._answer_one(requests)
         answers: dict[int, CodeAnswer] = {}  # an alias that is called, `dict[...]()`, would be built for each batch
         calls: dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]] = {}
         for i, request in enumerate(requests):
@@ -84,6 +85,16 @@ class Handler:
             self._parts.begin(places, asked_here)
             answers.update(zip(places, self._parts.end(self._run(list(data))), strict=True))
         return [answers[i] for i in range(len(requests))]
+
+    def _answer_one(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
+        """The same of one request, without sorting it."""
+        try:
+            parts, fields = read_request(requests[0])
+        except BadParts as error:
+            return [make_failure(BAD_REQUEST, str(error))]
+        self._context.begin([requests[0].id], [fields])
+        self._parts.begin((0,), requests)
+        return self._parts.end(self._run([parts]))
 
     def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
         """The answers to a call whose requests the context knows."""
@@ -109,7 +120,9 @@ class Handler:
         body, usual = write_body(value)
         status, phrase = self._context.get_response_status(idx)
         headers = self._context.get_response_headers(idx)
-        content_type = next((text for key, text in headers.items() if str(key).lower() == "content-type"), "")
+        content_type = ""
+        if headers:
+            content_type = next((text for key, text in headers.items() if str(key).lower() == "content-type"), "")
         return make_answer(status, body, content_type or "", headers, phrase or "", usual)
 
 
@@ -173,19 +186,6 @@ def write_body(value: Any) -> tuple[bytes, str]:
         torch.save(value, saved)
         return saved.getvalue(), BYTES
     return write_json(value), JSON
-
-
-def write_json(value: Any) -> bytes:
-    """What `json.dumps(value, indent=2)` gives, in half of its time. Raises TypeError, ValueError.
-
-    With an indent `json` writes in Python; so it writes without, and msgspec puts the lines in. That takes what is
-    strictly JSON.
-    """
-    plain = json.dumps(value)
-    try:
-        return msgspec.json.format(plain, indent=2).encode()
-    except msgspec.MsgspecError:  # NaN, Infinity
-        return json.dumps(value, indent=2).encode()
 
 
 def find_status(error: Exception) -> tuple[int, str]:

@@ -173,17 +173,32 @@ def test_envelopes_and_files_of_metrics_have_settings() -> None:
     assert (found["code_envelope"], found["code_metrics"]) == ("kserve", "/etc/metrics.yaml")
 
 
-def test_models_at_the_start_are_pinned() -> None:
-    """Under their keys; a name that is not the key's is said; so are those of a snapshot, and none of `all`."""
-    text = "load_models=a.mar, b=b.mar, c=other.mar"
-    assert settings_of(text)["pin"] == ["a.mar", "b.mar", "other.mar"]
-    assert reason(text, "load_models")[1] == (
-        "c is asked for by its key other.mar, unless it is registered after a start: curl -X POST "
-        "'http://127.0.0.1:8081/models?url=other.mar&model_name=c&initial_workers=1'"
+def test_models_at_the_start_are_registered_and_pinned() -> None:
+    """As `models` says of them; so are all versions of a snapshot, which goes before, and none of `all`."""
+    text = "load_models=a.mar, b=b.mar, c=other.mar\ndefault_workers_per_model=3"
+    found = settings_of(text)
+    assert found["pin"] == ["a.mar", "b.mar", "other.mar"]
+    assert found["register_models"] == [
+        "url=a.mar&initial_workers=3",
+        "url=b.mar&initial_workers=3",
+        "url=other.mar&model_name=c&initial_workers=3",
+    ]
+    assert reason(text, "default_workers_per_model")[1].endswith("in register_models")
+    models = (
+        '\nmodels={"c": {"1.0": {"marName": "other.mar", "batchSize": 4, "maxBatchDelay": 9, "minWorkers": 2}, '
+        '"2.0": {"marName": "other.mar", "defaultVersion": true, "responseTimeout": 7}}}'
     )
-    assert reason("load_models=a.tar.gz", "load_models")[1].startswith("a is asked for by its key a.tar.gz")
+    assert settings_of(text + models)["register_models"][2:] == [
+        "url=other.mar&model_name=c&model_version=1.0&initial_workers=2&batch_size=4&max_batch_delay=9",
+        "url=other.mar&model_name=c&model_version=2.0&initial_workers=3&response_timeout=7&default_version=true",
+    ]
+    assert reason(text + models, "models")[1].endswith("it is in register_models")
     assert reason("load_models=all", "load_models")[0] is Fate.HOLDS
-    assert settings_of(SNAPSHOT)["pin"] == ["noop.mar"]
+    snapshot = settings_of(f"{SNAPSHOT}\nload_models=a.mar")
+    assert snapshot["pin"] == ["noop.mar"]
+    assert snapshot["register_models"] == [
+        "url=noop.mar&model_version=1.0&initial_workers=1&response_timeout=200&default_version=true"
+    ]
 
 
 def test_the_longest_time_out_is_that_of_all() -> None:

@@ -13,11 +13,14 @@ import torch
 
 from model_store.archives.archive import Archive, open_archive
 from model_store.errors import CodeFailed
-from server.worker.sandbox.code_host import CodeHost
+from model_store.names import ModelName
+from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from tests.archives import make_mar_manifest, make_tar_gz, make_zip
 from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
 
 pytestmark = pytest.mark.slow
+
+MIB = 1024 * 1024
 
 PROBE = """
 import json
@@ -121,6 +124,24 @@ def test_a_function_gets_batches_and_its_failures_have_the_anchors_words(host: C
         await child.close()
 
     run(ask())
+
+
+def test_a_script_in_another_folder_is_found_by_its_path() -> None:
+    """As SAGEMAKER_SUBMIT_DIRECTORY names it; it imports what lies beside it."""
+    host = CodeHost(CodePolicy((EVERY_KEY,), 256 * MIB, 10.0, program="src/serve.py"))
+    members = {"src/serve.py": SCRIPT, "src/helper.py": "FACTOR = 3", "weights.bin": "w"}
+    archive = open_archive(make_tar_gz({name: text.encode() for name, text in members.items()}), "m.tar.gz")
+    assert host.runs(ModelName("m.tar.gz"), archive)
+
+    async def ask() -> None:
+        child = Asker(start(host, archive))
+        assert json.loads((await child.one("[2.0]", "application/json")).body) == [6.0]
+        await child.close()
+
+    try:
+        run(ask())
+    finally:
+        host.close()
 
 
 def test_bodies_come_as_torchserve_gives_them(host: CodeHost) -> None:
@@ -234,7 +255,14 @@ def test_a_scripts_own_functions_are_used(host: CodeHost) -> None:
         ),
         (make_code_archive("class A: pass\nclass B: pass"), "but A, B"),
         (make_code_archive("class A: pass"), "the class A of handler has no method `handle`"),
-        (make_code_archive("import nosuch"), r"ModuleNotFoundError: No module named 'nosuch' \(handler.py, line 1\)"),
+        (
+            make_code_archive("import nosuch"),
+            r"ModuleNotFoundError: No module named 'nosuch' \(handler.py, line 1\); pip install nosuch beside",
+        ),
+        (
+            make_code_archive("import json\n\nimport sub.deep", {"sub/deep.py": "import json\njson.loads('{')"}),
+            r"JSONDecodeError: .* \(sub/deep.py, line 2, raised in decoder.py, line \d+\)",
+        ),
         (make_code_archive("def handle(d, c):\n    raise KeyError('k')"), r"KeyError: 'k' \(handler.py, line 2\)"),
         (make_code_archive("import sys\nsys.exit(3)"), r"SystemExit: 3 \(handler.py, line 2\)"),
         (make_script("x = 1"), "inference.py has no function `model_fn"),

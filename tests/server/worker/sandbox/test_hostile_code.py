@@ -130,6 +130,46 @@ def test_an_attack_that_ends_the_child_is_told_and_costs_no_other(host: CodeHost
     run(ask())
 
 
+def record_output(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that children say from now on, as they are logged."""
+    texts: list[str] = []
+    said = SimpleNamespace(info=lambda _, **fields: texts.append(fields.get("text", "")))
+    monkeypatch.setattr(child_output, "log", said)
+    return texts
+
+
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import ctypes\ndef handle(d, c):\n    return d and ctypes.string_at(0)", "ended by itself"),
+        ("import time\ndef handle(d, c):\n    return d and time.sleep(60)", "took longer than 3 s"),
+    ],
+    ids=["crashes", "hangs"],
+)
+def test_the_line_at_which_a_process_ends_is_in_the_log(
+    host: CodeHost, monkeypatch: pytest.MonkeyPatch, code: str, why: str
+) -> None:
+    """Of a crash in a library, and of code that is ended because it takes too long."""
+    texts = record_output(monkeypatch)
+
+    async def ask() -> None:
+        child = Asker(start(host, make_code_archive(code)))
+        with pytest.raises(ChildEnded, match=why):
+            await child.one()
+        assert any('model/handler.py", line 3 in handle' in text for text in texts), texts
+        await child.close()
+
+    run(ask())
+
+
+def test_the_line_at_which_a_load_hangs_is_in_the_log(host: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error says to look there."""
+    texts = record_output(monkeypatch)
+    with pytest.raises(CodeFailed, match=r"not loaded within 3 s .* says where it was"):
+        start(host, make_code_archive("import time\ntime.sleep(60)"))
+    assert any('model/handler.py", line 2 in <module>' in text for text in texts), texts
+
+
 def list_bombs() -> list[int]:
     """Processes in a folder of a child that has been removed."""
     found = []

@@ -1,14 +1,16 @@
 """Forms, and headers by any case: pure, beside the recordings."""
 
 import json
+from enum import IntEnum
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.code_messages import CodeRequest
+from server.worker.sandbox.inside.json_answers import write_json
 from server.worker.sandbox.inside.request_parts import MAX_PARTS, BadParts, read_request
-from server.worker.sandbox.inside.torchserve_handler import write_json
 
 
 def make_request(content_type: str, body: bytes = b"", **headers: str) -> CodeRequest:
@@ -88,3 +90,29 @@ def test_an_answer_is_written_as_pythons_own_writer_would(value: object) -> None
     """To the byte, with its indent of two; also what is no strict JSON."""
     assert write_json(value) == json.dumps(value, indent=2).encode()
     assert write_json([float("nan"), value]) == json.dumps([float("nan"), value], indent=2).encode()
+
+
+@given(st.lists(st.floats(-1e17, 1e17) | st.floats(-2e-4, 2e-4) | st.floats(width=32), max_size=8))
+def test_the_digits_of_numbers_are_pythons(numbers: list[float]) -> None:
+    """Around the sizes too from which on a number is written with an exponent."""
+    for value in (numbers, {"predictions": [numbers, [1, *numbers]]}, tuple(numbers)):
+        assert write_json(value) == json.dumps(value, indent=2).encode()
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x", [object()], {(1, 2): 3}, Fraction(1, 2), 1j, [[{"a": {1}}]]])
+def test_an_answer_that_python_cannot_write_is_refused(value: object) -> None:
+    """Although another writer could."""
+    with pytest.raises(TypeError):
+        write_json(value)
+
+
+class Size(IntEnum):
+    """A number of a class of its own."""
+
+    LARGE = 3
+
+
+@pytest.mark.parametrize("value", [{1: 2, None: 3, False: 4, 1.5: 5}, Size.LARGE, [2**70], "\x7f\x1f\\ ü"])
+def test_an_answer_that_only_python_writes_so_is_written_by_it(value: object) -> None:
+    """Keys that are no texts, numbers that are of a class of their own or too large, and escapes."""
+    assert write_json(value) == json.dumps(value, indent=2).encode()

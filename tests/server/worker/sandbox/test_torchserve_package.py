@@ -1,6 +1,7 @@
 """Handlers that derive from the real `ts` wheel's, on each kind of file; and scikit-learn by a script."""
 
 import asyncio
+import importlib.util
 import io
 import json
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from model_store.archives.archive import Archive, open_archive
+from model_store.errors import CodeFailed
 from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from tests.archives import make_tar_gz, make_zip
@@ -193,6 +195,20 @@ def test_a_handler_is_asked_to_explain_and_to_describe(host: CodeHost) -> None:
         await child.close()
 
     run(answer())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_handlers_of_images_say_that_they_need_torchvision(host: CodeHost) -> None:
+    """TorchServe's own by its name, and one that derives from it; with the line of the archive, and what to install."""
+    named = {"modelName": "m", "handler": "image_classifier", "serializedFile": "net.pt"}
+    manifest = json.dumps({"runtime": "python", "model": named}).encode()
+    own = open_archive(make_zip({"MAR-INF/MANIFEST.json": manifest, "net.pt": save_script()}), "m.mar")
+    with pytest.raises(CodeFailed, match=r"image_classifier imports torchvision, .*: pip install torchvision"):
+        start(host, own)
+    text = "from ts.torch_handler.image_classifier import ImageClassifier\n\nclass Mine(ImageClassifier):\n    pass\n"
+    where = r"\(mine.py, line 1, raised in \w+.py, line \d+\); pip install torchvision beside the server"
+    with pytest.raises(CodeFailed, match=where):
+        start(host, pack(text, "net.pt", save_script()))
 
 
 def test_the_template_has_the_package_and_one_thread(host: CodeHost) -> None:

@@ -1,0 +1,1 @@
+"""What observed prices say of forecasts: adaptive bands, coverage and drift. Pure: standard library and msgspec."""
