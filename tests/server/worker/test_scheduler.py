@@ -87,6 +87,22 @@ def test_half_of_the_jobs_run_while_the_others_wait() -> None:
     assert not scheduler.has_work
 
 
+def test_waiting_jobs_are_counted_by_what_they_wait_for() -> None:
+    """For a load, and for a step, parked or not, of any client; those of a batch that was taken wait no more."""
+    scheduler = Scheduler(LARGE, LARGE)
+    assert scheduler.count_queued() == (0, 0)
+    for model in "xxy":
+        scheduler.add_waiting(make_job(model))
+    queue_ready(scheduler, "f", *"aab")
+    queue_ready(scheduler, "g", *"c")
+    scheduler.add_ready("g", make_job("c", client="desk"))
+    scheduler.park("g")
+    assert scheduler.count_queued() == (3, 5)
+    scheduler.next_batch(100)
+    scheduler.take_waiting(ModelName("x"))
+    assert scheduler.count_queued() == (1, 2)
+
+
 def test_a_parked_group_waits_and_then_runs_whole() -> None:
     """Its jobs are counted as far as is asked; the batch after it is of all of them, and the next of half again."""
     scheduler = Scheduler(LARGE, LARGE, few=1)
