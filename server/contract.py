@@ -65,6 +65,8 @@ LANES: Final = ("disk", "store")  #: in which loads wait and run
 LOAD_STATES: Final = ("running", "waiting")
 STEP_PARTS: Final = ("decode", "forward", "encode")
 WAITING_FOR: Final = ("load", "step")
+#: What histories are doubted for (docs/quality.md), and `fallback`, which then answered.
+DOUBT_CODES: Final = ("filled", "missing", "empty", "short", "flat", "stale", "shifted", "range", "fallback")
 
 #: The answer to a call for many models ends with the number of items that failed, within so many bytes: a client that
 #: only counts failures reads no more than that.

@@ -145,6 +145,8 @@ class WorkerMetrics:
             self.labelled(self.swaps, result=result)
         for result in contract.PREFETCH_RESULTS:
             self.labelled(self.prefetch, result=result)
+        for code in contract.DOUBT_CODES:
+            self.labelled(self._doubtful, code=code)
 
     def _counter(self, spec: MetricSpec) -> Counter:
         return _make_counter(spec, self.registry, contract.WORKER_LABELS)
@@ -184,7 +186,7 @@ class WorkerMetrics:
         self._model_requests.labels(**self._labels, model=model).inc(count)
 
     def count_doubts(self, quality: str) -> None:
-        """Count what `X-Fleetcast-Quality` says of an answer; its codes are those of `handlers.codecs.gaps`, nine."""
+        """Count what `X-Fleetcast-Quality` says of an answer; its codes are DOUBT_CODES."""
         for part in quality.split(", "):
             code, _, count = part.partition("=")
             self._doubtful.labels(**self._labels, code=code).inc(int(count))

@@ -41,10 +41,10 @@ WINDOW = "1m"  #: for Grafana's `$__rate_interval`
 _COMPARISON = re.compile(r"\s(?:<|>|==)\s[\d.]+")
 _SERIES = re.compile(rf"\b{METRIC_PREFIX}\w+")
 EXEMPLARS = "--enable-feature=exemplar-storage"
-#: Series of forecasts compared with observed prices, which this server is not given, and of doubtful histories.
+#: Series of forecasts compared with observed prices, which this server is not given.
 OF_ACTUALS = tuple(
     METRIC_PREFIX + name
-    for name in ("actuals", "forecasts_kept", "paired_prices", "band_", "pinball_", "forecast_drift", "doubtful_")
+    for name in ("actuals", "forecasts_kept", "paired_prices", "band_", "pinball_", "forecast_drift")
 )
 EMPTY_IN_HEALTH = {
     "Failed loads": "no load of this test's models fails",

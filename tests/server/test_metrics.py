@@ -7,6 +7,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from handlers.codecs.gaps import CODES
 from model_store.errors import CodeNoMemory, LoadError, ModelNotFound
 from server import contract
 from server.metrics import FrontMetrics, HostMetrics, MergedMetrics, WorkerMetrics
@@ -202,6 +203,15 @@ def test_series_of_single_models_die_with_their_worker() -> None:
     assert any("model=a" in series for series in scrape(merged))
     merged.retire("worker-0")
     assert not any("model=a" in series for series in scrape(merged))
+
+
+def test_the_codes_of_doubtful_histories_are_those_of_the_codec() -> None:
+    """A worker shows all from its start: of a series that appears with its first event nobody sees an increase."""
+    assert contract.DOUBT_CODES == CODES
+    text = WorkerMetrics(0, "cpu").text()
+    assert all(
+        f'{contract.METRIC_PREFIX}{contract.DOUBTFUL_HISTORIES.name}_total{{code="{each}"' in text for each in CODES
+    )
 
 
 def test_the_metrics_are_those_of_the_contract() -> None:
