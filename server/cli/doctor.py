@@ -1,4 +1,4 @@
-"""`fleetcast doctor` checks this machine and measures how fast it answers each kind of model, without a server.
+"""`fleetcast doctor` checks this machine and measures how fast it answers each kind of model; or what limits a server.
 
 It imports torch when it runs. The facts come from `server.offline.host_checks`, the times from
 `server.worker.engine.speed`.
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.access_log import read_rows
+from server.cli.fleet.watch import watch_server
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
 from server.host import Host, read_host
@@ -39,11 +40,21 @@ def doctor(
     access_log: Annotated[
         str, typer.Option(help="folder that `serve --access-log` wrote: advise on the cache size")
     ] = "",
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="management address of a running server: say what limits it")
+    ] = "",
+    seconds: Annotated[
+        float, typer.Option(min=1.0, metavar="SECONDS", help="how long the server at --url is watched")
+    ] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="print the facts and times as JSON")] = False,
 ) -> None:
     """Check this machine and advise on changes; then measure how fast models answer on one of its cores.
 
+    With --url it watches a running server for a minute instead, and says in words what limits it: each finding with its
+    numbers, the threshold and what to do. The exit code is 1 when there are findings.
+
     \b
+    fleetcast doctor --url http://127.0.0.1:8081  what limits that server
     fleetcast doctor                              without a store: the built-in architectures
     fleetcast doctor --store s3://models/prices   the families of up to 20 of its archives, each loaded once
     fleetcast doctor --access-log logs            the cache size that buys the next five points of hit ratio
@@ -56,6 +67,14 @@ def doctor(
     a matrix product and for its row at the rate of a copy from memory (once for a repeated row). The exit code is 1
     when the store cannot be read or an archive does not load.
     """  # noqa: D301 -- click's mark for "do not wrap"
+    if url:
+        watch_server(url, seconds, as_json=as_json)
+    else:
+        _check_machine(store, access_log, as_json=as_json)
+
+
+def _check_machine(store: str, access_log: str, *, as_json: bool) -> None:
+    """Print the machine's facts, and the speed of the store's families or of the built-in ones."""
     from server.offline import host_checks  # noqa: PLC0415 -- torch
     from server.offline.store_families import StoreFamilies, find_families, make_built_in_families  # noqa: PLC0415
     from server.worker.engine import speed  # noqa: PLC0415

@@ -80,6 +80,12 @@ def summarise_metrics(families: Iterable[Metric]) -> dict[str, object]:
         "step_seconds": _sum_by(find(contract.STEP_SECONDS), "part"),
         "store_checks": _sum_by(find(contract.STORE_CHECKS), "result"),
         "restarts": _sum_by(find(contract.WORKER_RESTARTS), "worker"),
+        "download_seconds": _sum_buckets(find(contract.DOWNLOADING)),
+        "eviction_age_seconds": _sum_buckets(find(contract.AGE_AT_EVICTION)),
+        "quarantined_models": _sum_by(find(contract.QUARANTINED), ""),
+        "process_cpu_seconds": _sum_by(find(contract.PROCESS_CPU), "process"),
+        "process_open_files": _sum_by(find(contract.PROCESS_OPEN_FILES), "process"),
+        "process_most_files": _sum_by(find(contract.PROCESS_MOST_FILES), "process"),
     }
 
 

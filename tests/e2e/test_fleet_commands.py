@@ -1,6 +1,7 @@
 """`fleetcast ls`, `load`, `pin`, `unload`, `reload`, `rollback`, `top`: an operator's commands on a real server."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def test_top_shows_what_the_server_does(house: tuple[Server, dict[str, Model]]) 
     """Counts of all processes, workers and fronts, and models that failed with the reason."""
     server, models = house
     run(server, "load", MARKED, "no/such.mar")
+    run(server, "top", "--once", "--interval", "1")  # a reading serves for a second: the next is younger than the load
     before = json.loads(run(server, "top", "--once", "--json").stdout)
     for _ in range(5):
         server.ask(models[MARKED].question(0))
@@ -91,6 +93,30 @@ def test_top_shows_what_the_server_does(house: tuple[Server, dict[str, Model]]) 
     assert now["cache_requests"]["hit"] - before["cache_requests"]["hit"] == 5
     for text in ("requests", "models resident", "worker 0", "front 0", "no/such.mar"):
         assert text in shown, shown
+
+
+def test_doctor_says_what_limits_the_server(house: tuple[Server, dict[str, Model]]) -> None:
+    """Of a server that nobody asks nothing; of one whose requests fail that they do, with what to do."""
+    server, _ = house
+    quiet = run(server, "doctor", "--seconds", "1")
+    assert quiet.exit_code == 0, quiet.output
+    assert "nothing limits the server" in quiet.stdout
+    done = threading.Event()
+
+    def ask_wrongly() -> None:
+        while not done.is_set():
+            server.post(MARKED, b"no JSON")
+
+    asking = threading.Thread(target=ask_wrongly)
+    asking.start()
+    try:
+        found = run(server, "doctor", "--seconds", "6", "--json")
+    finally:
+        done.set()
+        asking.join()
+    assert found.exit_code == 1
+    names = [each["name"] for each in json.loads(found.stdout)["findings"]]
+    assert "requests fail" in names
 
 
 def test_errors_say_what_to_do(house: tuple[Server, dict[str, Model]], tmp_path: Path) -> None:
