@@ -277,7 +277,7 @@ def test_kserves_runtime_is_this_server(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert asked["model"]["modelFormat"]["name"] in {each["name"] for each in runtime["spec"]["supportedModelFormats"]}
     assert asked["model"]["protocolVersion"] in runtime["spec"]["protocolVersions"]
     assert asked["terminationGracePeriodSeconds"] > settings.drain_s + LONGEST_END_S
-    assert not service["metadata"]["name"].startswith("fleetcast")  # else a service's variables look like settings
+    assert asked["enableServiceLinks"] is False
 
 
 # --- a server by these files ------------------------------------------------------------------------------------------
