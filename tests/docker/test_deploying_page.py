@@ -24,14 +24,15 @@ def list_blocks(language: str) -> list[str]:
 
 
 def list_commands() -> Iterator[list[str]]:
-    """Each line of a shell block in words, up to a pipe or redirection, without `sudo` and variables before it."""
+    """Each line of a shell block in words, up to a pipe or redirection, without `sudo` and variables."""
     for block in list_blocks("bash"):
         for line in block.splitlines():
             words = re.split(r"\s(?:\||>>?)\s", line)[0]
             found = shlex.split(words)
-            while found[0] == "sudo" or "=" in found[0]:
+            while found and (found[0] in ("sudo", "export") or "=" in found[0]):
                 found = found[1:]
-            yield found
+            if found:
+                yield found
 
 
 def test_commands_of_the_page_exist() -> None:
