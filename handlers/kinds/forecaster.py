@@ -48,7 +48,10 @@ class ForecasterKind:
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The shapes of its tensors, and the parts of a mixture. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
-        return describe_tensors(archive) | describe_mixture(get_family(archive.spec), read_tensors(archive))
+        found = describe_tensors(archive)
+        if archive.spec.architecture == "mixture":  # others are described too, also those that only later versions know
+            found |= describe_mixture(get_family(archive.spec), read_tensors(archive))
+        return found
 
     def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
         """The architecture, its configuration and `tensors`, the state dict of its reference network."""

@@ -23,6 +23,10 @@ def compute_fingerprint(
     if fitting.max_seconds < float("inf"):
         return ""
     stamps = (series.start.isoformat(), series.step.total_seconds(), series.zone, series.known_names)
+    if forecast.tails:  # what the fit before has learnt of them is no term of this one
+        forecast = msgspec.structs.replace(
+            forecast, tails=msgspec.structs.replace(forecast.tails, low=1.0, high=1.0, beyond=(0, 0))
+        )
     config = complete_config(architecture, dict(config), forecast)
     terms = (architecture, repr(replace(fitting, threads=1)), __version__)
     digest = sha256(repr((stamps, terms)).encode())

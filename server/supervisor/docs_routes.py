@@ -22,7 +22,7 @@ _FILES = {"docs.css": "text/css", "docs.js": "text/javascript"}
 #: Headers of a page that takes nothing from elsewhere.
 SAFE_PAGE = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }

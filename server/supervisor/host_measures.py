@@ -53,6 +53,8 @@ class HostMeasures(Collector):
         self._certificates = dict(certificates)
         self._ends: Mapping[str, float] = {}
         self._processes: Mapping[str, ProcessMeasure] = {}
+        self._last: dict[str, ProcessMeasure] = {}  #: of each name, also while no process has it
+        self._ended_s: dict[str, float] = {}  #: processor time of the processes that ended, by the name they had
 
     def __repr__(self) -> str:
         """For example `<HostMeasures of 5 processes, 1 certificates>`."""
@@ -61,6 +63,11 @@ class HostMeasures(Collector):
     def read(self, pids: Mapping[str, int]) -> None:
         """Measure these processes, and look at the certificates. What cannot be read keeps its last measure."""
         self._processes = measure_processes(pids)
+        for name, measure in self._processes.items():  # INVARIANT: no counter decreases when a process is replaced
+            last = self._last.get(name)
+            if last is not None and last.started != measure.started:
+                self._ended_s[name] = self._ended_s.get(name, 0.0) + last.cpu_s
+            self._last[name] = measure
         ends = dict(self._ends)
         for setting, path in self._certificates.items():
             with suppress(OSError, ValueError):  # it is being replaced; the listener logs a file that is bad
@@ -73,7 +80,8 @@ class HostMeasures(Collector):
             make = CounterMetricFamily if spec.kind == "counter" else GaugeMetricFamily
             family = make(METRIC_PREFIX + spec.name, spec.help, labels=spec.labels)
             for name, measure in self._processes.items():
-                family.add_metric([name], measure[at])
+                ended_s = self._ended_s.get(name, 0.0) if spec is contract.PROCESS_CPU else 0.0
+                family.add_metric([name], measure[at] + ended_s)
             yield family
         spec = contract.CERTIFICATE_EXPIRY
         expiry = GaugeMetricFamily(METRIC_PREFIX + spec.name, spec.help, labels=spec.labels)

@@ -32,6 +32,8 @@ FILES = {
     "icon.svg": "image/svg+xml",
 }
 _FOLDER = Path(__file__).parent
+_POLICY = "content-security-policy"
+_SAFE = {**SAFE_PAGE, _POLICY: f"{SAFE_PAGE[_POLICY]}; img-src 'self'"}  #: its icon is a file of its own
 
 
 def list_console_routes(workers: Workers, operations: FleetOperations) -> list[Route]:
@@ -40,13 +42,13 @@ def list_console_routes(workers: Workers, operations: FleetOperations) -> list[R
     files = {name: (_FOLDER / name).read_bytes() for name in FILES}
 
     async def console(_: Request) -> Response:
-        return Response(page, media_type="text/html", headers=SAFE_PAGE)
+        return Response(page, media_type="text/html", headers=_SAFE)
 
     async def file(request: Request) -> Response:
         name = request.path_params["file"]
         if name not in files:
             raise ControlError(f"the console has no file {name[:100]!r}", Situation.NOT_FOUND)
-        return Response(files[name], media_type=FILES[name], headers=SAFE_PAGE)
+        return Response(files[name], media_type=FILES[name], headers=_SAFE)
 
     async def sample(request: Request) -> Response:
         model = parse_model_name(request.path_params["model"])

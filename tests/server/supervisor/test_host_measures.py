@@ -64,3 +64,18 @@ def test_a_certificate_that_cannot_be_read_keeps_its_end(tmp_path: Path) -> None
     path.write_text("half a file")
     measures.read({})
     assert read_values(measures)[series] == before
+
+
+@linux
+def test_processor_time_does_not_decrease_when_a_process_is_replaced() -> None:
+    """Its successor of the same name goes on counting where it ended, also after a reading without either."""
+    measures = HostMeasures({})
+    key = (f"{contract.METRIC_PREFIX}{contract.PROCESS_CPU.name}_total", "front-0")
+    measures.read({"front-0": os.getpid()})
+    first = read_values(measures)[key]
+    assert first > 0
+    measures.read({})
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as successor:
+        measures.read({"front-0": successor.pid})
+        assert read_values(measures)[key] >= first
+        successor.communicate(b"\n")

@@ -260,7 +260,8 @@ def test_no_value_breaks_out_of_its_comment_or_its_text() -> None:
 def test_the_command_line_says_the_same() -> None:
     """As `fleetcast serve` takes it, quoted for a shell."""
     command = render_command(move("model_store=/a b\nload_models=a.mar,b.mar\nnumber_of_gpu=0"))
-    assert command.startswith("fleetcast serve --store '/a b' --pin a.mar --pin b.mar --device cpu --allow-code '*'")
+    assert command.startswith("fleetcast serve --store '/a b' --register-models 'url=a.mar&initial_workers=1' ")
+    assert " --pin a.mar --pin b.mar --device cpu --allow-code '*'" in command
 
 
 def test_settings_are_the_servers_own() -> None:
