@@ -27,7 +27,7 @@ class History(NamedTuple):
     fallback: Floats | None = None
 
 
-def complete(values: Floats, center: float, season: int) -> Floats:
+def complete_history(values: Floats, center: float, season: int) -> Floats:
     """Return values [T] without NaN: gaps of up to SHORT_GAP steps on a line between their neighbours, longer ones as
     the nearest season before or after, what is left as the last known value, else the center.
 
@@ -71,4 +71,4 @@ def complete_plainly(values: Floats, center: float) -> History:
     if not np.isnan(values).any():
         return History(values)
     empty = bool(np.isnan(values).all())
-    return History(complete(values, center, 0), (EMPTY,) if empty else ())
+    return History(complete_history(values, center, 0), (EMPTY,) if empty else ())

@@ -23,7 +23,7 @@ from handlers.codecs.gaps import (
     STALE,
     Flags,
     History,
-    complete,
+    complete_history,
 )
 from model_store.archives.manifest import Fallback, ForecastSpec, HistoryRules, Scaler
 
@@ -76,7 +76,7 @@ class HistoryReader:
             fallback = self._fall_back(sure, self.rules.fallback, first_hour)
             codes.append(FALLBACK)
         if gone or (len(values) > self.needed and np.isnan(values).any()):
-            values = complete(values, self.scaler.center, self.season if self.rules.fill == "seasonal" else 0)
+            values = complete_history(values, self.scaler.center, self.season if self.rules.fill == "seasonal" else 0)
         return History(values, tuple(dict.fromkeys(codes)), fallback)
 
     def judge_rows(self, rows: Float64, first_hours: Sequence[int]) -> list[list[str]] | None:

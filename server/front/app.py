@@ -319,7 +319,7 @@ def parse_timeout(raw: bytes) -> float:
 
 def _add_marks(head: Headers, stats: InferStats | None) -> None:
     """Headers that say what an answer is to be doubted for."""
-    if stats is not None:
+    if stats is not None and (stats.quality or stats.warnings):
         marks = ((_QUALITY, stats.quality), (_WARNING, stats.warnings))
         head += [(name, value.encode()) for name, value in marks if value]
 

@@ -25,8 +25,8 @@ from server.supervisor.grpc_port import require_grpcio
 LOOPBACK = "127.0.0.1"
 OPEN_PATHS = ("/ping", "/ready")
 ACCURACY_PATHS = (ACCURACY_PATH, ACCURACY_PAGE_PATH)
-#: Pages that need no token to be read: they hold no data, and a browser sends no token when it opens one.
-OPEN_PAGES = ("/", "/console/console.css", "/console/console.js", "/console/shapes.js", "/console/icon.svg")
+#: The console and its files need no token: they hold no data, and a browser sends no token when it opens a page.
+CONSOLE_PATH, CONSOLE_FILES = "/", "/console/"
 #: The listeners that only operators use, with the scope that a token needs there.
 PROTECTED = {"management": Scope.MANAGE, "metrics": Scope.METRICS}
 READING = ("GET", "HEAD", "OPTIONS")  #: methods that change nothing
@@ -132,7 +132,7 @@ class AccessControl:
         """The token that the request shows; None where none is needed. Raises WrongSite, Unauthorized."""
         headers = dict(scope["headers"])
         self._sites.check(headers, reached_at=(scope.get("server") or ("",))[0])
-        if self._scope is Scope.MANAGE and scope["method"] == "GET" and scope["path"] in OPEN_PAGES:
+        if self._scope is Scope.MANAGE and scope["method"] == "GET" and _is_console(scope["path"]):
             return None
         return None if self._tokens is None else self._tokens.current.find(headers.get(b"authorization"))
 
@@ -150,6 +150,10 @@ class AccessControl:
         token.require(self._scope, model or None)
         if not model or (found and found[1] == "alias"):  # an alias may stand for any model
             token.require_all_models(path[:200])
+
+
+def _is_console(path: str) -> bool:
+    return path == CONSOLE_PATH or path.startswith(CONSOLE_FILES)
 
 
 def error_reply(situation: Situation, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

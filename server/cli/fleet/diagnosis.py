@@ -6,9 +6,9 @@ A rule looks at what happened between the readings. It says nothing where too li
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from server.cli.fleet.rates import Change
+from server.cli.fleet.rows import Row, count_answers
 
 LEAST_REQUESTS = 100  #: of an interval, by which shares are judged
 BUSY = 0.7  #: of a core, from which on a process has little left for bursts
@@ -21,8 +21,6 @@ SLOW_STORE_S = 1.0  #: median time of a load's requests to the store
 NEAR_LIMIT = 0.8  #: of descriptors, and of the disk tier's room
 FAILURES = 0.01  #: a share of failed requests that is worth a look
 LATE = 0.1  #: a share of prefetched models whose request came first
-
-Row = Mapping[str, Any]  #: of `GET /fleet/models`
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,6 @@ class Observation:
         names = [name for name in self.change.now["process_cpu_seconds"] if name.startswith(kind)]
         return {name: self.change.rate("process_cpu_seconds", name) for name in sorted(names)}
 
-    def answers(self) -> dict[str, int]:
-        """The answers of each model. One that was loaded meanwhile began at zero."""
-        counts = {name: (_count_answers(self.before.get(name)), _count_answers(row)) for name, row in self.now.items()}
-        return {name: now - (before if before <= now else 0) for name, (before, now) in counts.items()}
-
 
 Rule = Callable[[Observation], Finding | None]
 
@@ -71,7 +64,7 @@ def diagnose(seen: Observation) -> Iterator[Finding]:
 
 def find_failures(seen: Observation) -> Finding | None:
     """Requests that are not answered with success."""
-    codes = {code: seen.change.count("requests", code) for code in seen.change.now["requests"] if int(code) >= 400}  # noqa: PLR2004
+    codes = seen.change.list_failed()
     failed = sum(codes.values())
     if seen.requests < LEAST_REQUESTS or failed / seen.requests < FAILURES:
         return None
@@ -235,7 +228,7 @@ def find_many_families(seen: Observation) -> Finding | None:
 
 def find_hot_model(seen: Observation) -> Finding | None:
     """One model that is most of the load."""
-    answers = seen.answers()
+    answers = count_answers(seen.before, seen.now)
     whole = sum(answers.values())
     if whole < LEAST_REQUESTS or len(answers) < 2:  # noqa: PLR2004 -- of one model nothing is remarkable
         return None
@@ -317,10 +310,6 @@ RULES: Sequence[Rule] = (
 def list_families(rows: Mapping[str, Row]) -> set[str]:
     """The families of the resident models."""
     return {str(each["family"]) for row in rows.values() for each in row["holders"] if each.get("family")}
-
-
-def _count_answers(row: Row | None) -> int:
-    return sum(each["usage"]["answers"] for each in row["holders"] if "usage" in each) if row else 0
 
 
 def _find_most(found: Mapping[str, float]) -> tuple[str, float]:

@@ -17,10 +17,10 @@ from server.cli.fleet.management import (
     print_wide,
     shorten_version,
 )
+from server.cli.fleet.rows import BAD_STATES, find_reason, find_state, sum_usage
 from server.cli.terminal import fail, verbatim
 from server.settings import format_bytes
 
-BAD_STATES = ("failed", "quarantined")
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -60,26 +60,6 @@ def ls(
         else:
             rows = _select_rows(management, prefix, failed=failed, pinned=pinned)
             _print_models(rows, names=names, as_json=as_json)
-
-
-def find_state(row: Mapping[str, Any]) -> str:
-    """The state of a model by its row: quarantined, else ready where one holder is, else that of its holders."""
-    states = [holder["state"] for holder in row["holders"]]
-    if "state" in row:
-        return str(row["state"])
-    if "ready" in states:
-        return "ready"
-    return states[0] if states else "not loaded"
-
-
-def find_reason(row: Mapping[str, Any]) -> str:
-    """Why a model failed or is in quarantine; empty where it did not fail."""
-    return str(row.get("reason") or next((each["error"] for each in row["holders"] if "error" in each), ""))
-
-
-def sum_usage(row: Mapping[str, Any], counted: str) -> int:
-    """What the holders counted of a model, such as `answers`, since each loaded it."""
-    return sum(holder["usage"][counted] for holder in row["holders"] if "usage" in holder)
 
 
 def format_age(seconds: float) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+FIRST_FAILURE = 400  #: the least status of a failure
+
 Reading = Mapping[str, Any]  #: an answer of `GET /fleet/overview`
 
 
@@ -61,6 +63,11 @@ class Change:
     def rate(self, family: str, *keys: str) -> float:
         """The same a second."""
         return self.count(family, *keys) / self.seconds
+
+    def list_failed(self) -> dict[str, float]:
+        """How many requests failed, by the status that they were answered with."""
+        counts = {code: self.count("requests", code) for code in sorted(self.now["requests"])}
+        return {code: count for code, count in counts.items() if int(code) >= FIRST_FAILURE and count}
 
     def buckets(self, family: str, key: str = "") -> Buckets:
         """The observations of a histogram between the answers; `key`: of one of several, such as a tier."""

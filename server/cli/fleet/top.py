@@ -6,24 +6,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import count
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from server.cli.fleet.ls import BAD_STATES, find_reason, find_state, sum_usage
 from server.cli.fleet.management import DEFAULT_URL, Management, Url, make_table, open_management, print_wide
 from server.cli.fleet.rates import Change, Reading
+from server.cli.fleet.rows import BAD_STATES, Row, count_answers, find_reason, find_state, sum_usage
 from server.cli.terminal import verbatim
 from server.settings import format_bytes
 
 SHOWN_MODELS, SHOWN_FAILURES = 10, 5
 NOTHING = "-"  #: what stands where nothing was observed
-FIRST_FAILURE = 400  #: the least status of a failure
 MANY = 10  #: from here on numbers need no decimals
-
-Row = Mapping[str, Any]
 
 
 def top(
@@ -108,15 +105,9 @@ def make_summary(change: Change) -> RenderableType:
 
 
 def _describe_requests(change: Change) -> str:
-    failed = [f"{_number(change.rate('requests', code))}/s {code}" for code in _list_failed_codes(change)]
+    failed = [f"{_number(change.rate('requests', code))}/s {code}" for code in change.list_failed()]
     under_way = _number(sum(change.now["under_way"].values()))
     return ", ".join([f"{_number(change.rate('requests'))}/s", *failed, f"{under_way} under way"])
-
-
-def _list_failed_codes(change: Change) -> list[str]:
-    """The statuses of the interval's failures."""
-    codes = sorted(change.now["requests"])
-    return [code for code in codes if int(code) >= FIRST_FAILURE and change.count("requests", code)]
 
 
 def _describe_times(change: Change) -> str:
@@ -178,19 +169,13 @@ def make_processes(now: Reading) -> RenderableType:
 
 def make_busiest(earlier: Mapping[str, Row], rows: Mapping[str, Row], seconds: float) -> RenderableType:
     """The models that were asked most in the interval."""
-    asked = {name: sum_usage(row, "answers") - _answered_before(earlier.get(name), row) for name, row in rows.items()}
+    asked = count_answers(earlier, rows)
     most = sorted((name for name in asked if asked[name] > 0), key=lambda name: (-asked[name], name))[:SHOWN_MODELS]
     table = make_table("busiest model", ">answers/s", ">batches", ">failures")
     for name in most:
         usage = [str(sum_usage(rows[name], counted)) for counted in ("batches", "failures")]
         table.add_row(verbatim(name), _number(asked[name] / seconds), *usage)
     return table
-
-
-def _answered_before(row: Row | None, now: Row) -> int:
-    """The answers at the interval's start; 0 for a model that was loaded anew since."""
-    before = sum_usage(row, "answers") if row is not None else 0
-    return before if before <= sum_usage(now, "answers") else 0
 
 
 def make_failed(rows: Mapping[str, Row]) -> RenderableType:

@@ -14,15 +14,15 @@ from server.ipc.control import ControlError
 from server.supervisor.actuals.page import render_page
 from server.supervisor.actuals.report import list_reports
 from server.supervisor.actuals.service import ActualsService
+from server.supervisor.docs_routes import SAFE_PAGE
 
 MOST_LISTED = 1000
 PAGE_ROWS = 100  #: archives of the page, which draws each
 CSS = "accuracy.css"
 _SAFE = {
+    **SAFE_PAGE,  # but for its policy: this page has no script at all
     "content-security-policy": "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
     "cache-control": "no-store",
 }
 

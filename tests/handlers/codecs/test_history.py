@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from handlers.codecs.deepar import DeepAr
-from handlers.codecs.gaps import complete
+from handlers.codecs.gaps import complete_history
 from handlers.codecs.history import compute_shift_gains, measure_courses, turn_profile
 from handlers.errors import RequestError
 from handlers.training.history_rules import learn_history_rules
@@ -192,7 +192,7 @@ def test_the_network_reads_the_season_where_steps_are_missing() -> None:
 def test_completed_histories_have_no_gaps_and_keep_what_is_known(values: list[float], season: int) -> None:
     """Each gap takes a value of the same phase where one is known, else the last known one, else the center."""
     history = np.array(values)
-    found = complete(history, 7.0, season)
+    found = complete_history(history, 7.0, season)
     known = ~np.isnan(history)
     assert not np.isnan(found).any()
     np.testing.assert_array_equal(found[known], history[known])
