@@ -239,6 +239,7 @@ class FrontMetrics:
         counted = _make_counter(contract.ASYNC_INVOCATIONS, self.registry)
         accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
         self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
+        self.forwarded = _make_counter(contract.FORWARDED, self.registry)
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 

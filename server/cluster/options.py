@@ -1,0 +1,58 @@
+"""What a replica is told when it starts: the settings of a server, and what of a host it may take. Pure.
+
+It travels as plain values in Ray's `user_config`, so that a change of them is a rolling update of Ray's own.
+"""
+
+import math
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from server.settings import Settings
+
+MAX_ONGOING = 512  #: requests at one replica through Ray's proxy; the front's own bounds refuse before
+
+
+class ReplicaOptions(Struct, frozen=True, forbid_unknown_fields=True):
+    """See the module. `settings` are those of `Settings.to_wire`. `secret`: by which the nodes know each other.
+
+    `cpus` is Ray's share of a host for one replica; `per_host` the most replicas on one.
+    """
+
+    settings: dict[str, Any]
+    secret: str
+    cpus: float = 1.0
+    gpus: float = 0.0
+    per_host: int = 1
+    host: str = ""  #: at which other nodes reach this one; empty: the address by which Ray knows its host
+
+    def settings_of(self, slot: int, folder: str, address: str) -> dict[str, Any]:
+        """The settings of the server in this slot of its host, without the names of the cluster's files.
+
+        The first replica of a host has the ports of the settings; further ones have free ports, and all share the
+        host's memory and cores.
+        """
+        wire = {**self.settings, "disk_cache": folder, "node_host": address}
+        if slot:
+            wire |= {name: 0 for name in _PORTS if wire.get(name)}
+        if not wire.get("workers") and not self.gpus:
+            wire["workers"] = max(1, math.floor(self.cpus))
+        if not wire.get("model_cache_bytes"):
+            wire["model_cache_bytes"] = 0
+        return wire
+
+    def to_config(self) -> dict[str, Any]:
+        """As it travels."""
+        config: dict[str, Any] = msgspec.to_builtins(self)
+        return config
+
+
+_PORTS = ("inference_port", "management_port", "metrics_port", "node_port", "grpc_port", "grpc_management_port")
+
+
+def parse_options(config: Any) -> ReplicaOptions:
+    """The options of a `user_config`. Raises ValueError that says what is wrong."""
+    options = msgspec.convert(config, ReplicaOptions)
+    Settings.from_wire(options.settings)
+    return options
