@@ -70,10 +70,8 @@ def cluster(**flags: Any) -> None:
 
 def _make_options(settings: Settings, own: dict[str, Any]) -> "ReplicaOptions":
     """What the replicas are told. Raises ValueError."""
-    from server.cluster.options import ReplicaOptions  # noqa: PLC0415
+    from server.cluster.options import ReplicaOptions, parse_options  # noqa: PLC0415
 
-    if own["gpus"] != int(own["gpus"]):
-        raise ValueError("--gpus takes whole GPUs: a server shares one among its own workers (workers_per_device)")
     if own["replicas"] < 1:
         raise ValueError("--replicas must be 1 or more")
     wire = settings.to_wire()
@@ -84,7 +82,8 @@ def _make_options(settings: Settings, own: dict[str, Any]) -> "ReplicaOptions":
             wire[name] = str(Path(wire[name]).absolute())
     secret = settings.node_key_file.read_text().strip() if settings.node_key_file else secrets.token_hex(32)
     given = (float(own["cpus"]), float(own["gpus"]), int(own["replicas_per_host"]))
-    return ReplicaOptions(wire, secret, *given, host=settings.node_host if not own["address"] else "")
+    options = ReplicaOptions(wire, secret, *given, host="" if own["address"] else settings.node_host)
+    return parse_options(options.to_config())
 
 
 def _run(options: "ReplicaOptions", own: dict[str, Any]) -> None:

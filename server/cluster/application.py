@@ -6,7 +6,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.deployment import Application
 
-from server.cluster.options import MAX_ONGOING, ReplicaOptions, parse_options
+from server.cluster.options import MAX_ONGOING, ReplicaOptions, read_arguments
 from server.cluster.replica import EngineReplica, make_app
 from server.settings import Settings
 
@@ -53,7 +53,5 @@ def build(arguments: dict[str, Any]) -> Application:
     `args` are the fields of `ReplicaOptions`, where `settings` may leave out what has a default, and beside them
     `replicas` and `most_replicas`. Raises ValueError that says what is wrong.
     """
-    given = dict(arguments)
-    counts = {name: int(given.pop(name)) for name in ("replicas", "most_replicas") if name in given}
-    given["settings"] = Settings(**given.get("settings", {})).to_wire()
-    return build_application(parse_options(given), **counts)
+    options, counts = read_arguments(arguments)
+    return build_application(options, **counts)

@@ -21,6 +21,7 @@ from server.cluster.passing import Passing, Receive, Scope, Send
 from server.cluster.request_router import NODE
 from server.cluster.slots import Slot, claim_slot
 from server.front.nodes.membership import Node
+from server.host import read_host
 from server.settings import Settings
 
 HEALTH_S = 5.0  #: how long the server may take to say that it is well
@@ -97,7 +98,8 @@ class EngineReplica:
             if self._follower is None:
                 self._follower = DirectoryFollower(Directory(self._context.app_name), nodes)
             address = options.host or ray.util.get_node_ip_address()
-            wire = options.settings_of(slot.index, str(slot.folder / "cache"), address)
+            memory = read_host().memory_bytes
+            wire = options.settings_of(slot.index, str(slot.folder / "cache"), address, memory)
             wire |= {"node_name": slot.name, "nodes_file": str(nodes), "node_key_file": str(secret)}
             engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock)
             actor = self._context.replica_id.to_full_id_str()
