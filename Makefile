@@ -35,7 +35,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs bench bench-code bench-peers gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ bench-code: $(READY) ## archives with code beside Multi Model Server, a record; 
 
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
+
+bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour
+	@$(BIN)/fleetcast-load bench ray $(ARGS)
 
 gpu: ## the first ten minutes on a real GPU: checks, suites, benchmark, a record (makes .venv-cuda)
 	@ls /dev/nvidia[0-9]* /dev/dxg >/dev/null 2>&1 || { \

@@ -61,6 +61,11 @@ class Engine:
         """For example `<Engine 4711 at http://127.0.0.1:8080>`."""
         return f"<Engine {self._process.pid} at {self.addresses.get('inference')}>"
 
+    @property
+    def pid(self) -> int:
+        """Of the server's first process."""
+        return self._process.pid
+
     def check(self, patience_s: float) -> None:
         """Raises EngineFailed where the server has ended, or does not say that it takes requests.
 
@@ -77,15 +82,19 @@ class Engine:
 
     def stop(self) -> None:
         """Drain and end it; what is still there after its own time limit is killed."""
-        with contextlib.suppress(BrokenPipeError):
-            assert self._process.stdin is not None, "it has a pipe"
-            self._process.stdin.close()
+        self._let_go()
         try:
             self._process.wait(self._settings.drain_s + END_S)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+    def _let_go(self) -> None:
+        """Close the pipe, by whose end the server knows that it is to end."""
+        assert self._process.stdin is not None, "it has a pipe"
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
     def _ask_ready(self, patience_s: float) -> int:
         at = urlsplit(self.addresses["inference"])
@@ -114,6 +123,7 @@ class Engine:
         return addresses
 
     def _describe_end(self) -> str:
+        self._let_go()
         code = self._process.wait()
         said = self._log.read_bytes()[-KEPT_LOG:].decode(errors="replace").strip()
         return f"the server ended with {code}; its log ends with: {said}"

@@ -56,7 +56,8 @@ _PORTS = ("inference_port", "management_port", "metrics_port", "node_port", "grp
 def read_arguments(arguments: dict[str, Any]) -> tuple[ReplicaOptions, dict[str, int]]:
     """The options, and the counts of replicas, of a Serve config file. Raises ValueError that says what is wrong."""
     given = dict(arguments)
-    counts = {name: int(given.pop(name)) for name in ("replicas", "most_replicas") if name in given}
+    names: list[str] = [name for name in ("replicas", "most_replicas") if name in given]
+    counts = {name: int(given.pop(name)) for name in names}
     given["settings"] = Settings(**given.get("settings", {})).to_wire()
     return parse_options(given), counts
 
