@@ -79,14 +79,15 @@ def main(
                     if not name.startswith("ray"):
                         raise
                     lost[name] = " ".join(str(error).split())[:500]
+    measured = {name: summarise_rounds(each) for name, each in found.items() if each}
     results = {
         "ray": parse_pins(find_requirements("ray").read_text())["ray"],
         "rounds": rounds,
         "models": {"warm": WARM_MODELS, "cold": COLD_MODELS, "tick": TICK_MODELS},
-        "contenders": {name: summarise_rounds(each) for name, each in found.items() if each},
+        "contenders": measured,
         "unavailable": lost,
     }
-    CONSOLE.print(build_table(results["contenders"]))
+    CONSOLE.print(build_table(measured))
     for name, why in lost.items():
         CONSOLE.print(f"{name}: {why}", highlight=False)
     if rounds >= RECORDED:
@@ -186,7 +187,7 @@ def _make_starter(name: str, models: Models) -> Start:
 def start_cluster(store: Path, *, by_proxy: bool) -> Iterator[PeerServer]:
     """`fleetcast cluster` of one replica, in the peer's environment, which finds our packages behind its own."""
     python = make_environment("ray", CONSOLE.print) / "bin" / "python"
-    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     site = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     (site / "fleetcast-behind.pth").write_text(sysconfig.get_path("purelib") + "\n")
     with tempfile.TemporaryDirectory(prefix="peer-") as text:

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from server.cluster.options import ReplicaOptions
 
 INSTALL = "fleetcast cluster needs Ray Serve, which is not installed: pip install 'fleetcast[ray]'"
-SESSION_HEADER = "RAY_SERVE_SESSION_ID_HEADER_KEY"  #: Ray's variable: by which header its proxies keep to a replica
+#: Ray's own: the header by which its proxies choose a replica, and the priority of its workers, whose default of 15
+#: lets any other program of the host come first; servers inherit it.
+RAY_VARIABLES = {"RAY_SERVE_SESSION_ID_HEADER_KEY": HEADER_TARGET_MODEL, "RAY_worker_niceness": "0"}
 
 _FLAGS: dict[str, tuple[Any, Any, str]] = {
     "address": (str, "", "existing Ray cluster (auto, or HOST:PORT of its head); empty: a new one on this host"),
@@ -87,7 +89,8 @@ def _make_options(settings: Settings, own: dict[str, Any]) -> "ReplicaOptions":
 
 
 def _run(options: "ReplicaOptions", own: dict[str, Any]) -> None:
-    os.environ.setdefault(SESSION_HEADER, HEADER_TARGET_MODEL)  # before Ray is imported, which reads it then
+    for name, value in RAY_VARIABLES.items():  # before Ray is imported, which reads them then
+        os.environ.setdefault(name, value)
     try:
         from server.cluster.running import run_cluster  # noqa: PLC0415
     except ModuleNotFoundError as error:

@@ -148,6 +148,7 @@ class ClusterPlane(DataPlane):
 
     async def keep(self) -> None:
         """Follow the table of nodes, their beats and the deadlines, for as long as the front lives."""
+        self.expected = self._local.expected
         look_at = beat_at = 0.0
         while True:
             now = time.monotonic()
