@@ -89,7 +89,8 @@ def run_ray(s3: S3Server, folder: Path, mark: str) -> Iterator[RayCluster]:
                 "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0",
                 "RAY_SERVE_SESSION_ID_HEADER_KEY": "X-Amzn-SageMaker-Target-Model", "NO_PROXY": "*",
                 "RAY_PORT": str(port), "RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(folder / "gcs"),
-                "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "180", "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
+                "RAY_worker_niceness": "0", "RAY_raylet_start_wait_time_s": "180",
+                "RAY_gcs_rpc_server_reconnect_timeout_s": "300",
             },
         )  # fmt: skip
     http = httpx.Client(timeout=PATIENCE_S, trust_env=False)
