@@ -12,35 +12,40 @@ import ray
 from ray import serve
 from ray.cluster_utils import Cluster
 
-from loadtest.observe.processes import find_free_port
 from server.cluster.application import build_application
 from server.cluster.directory import Directory
 from server.cluster.options import parse_options
 
 NAME = "fleetcast"
 STORE = 80 * 2**20
-#: Ports that Ray's agents are told: a raylet waits 15 s for those that they choose, and a busy machine takes longer.
-AGENT_PORTS = ("metrics_agent_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+HEAD_CPUS = 4  #: for as many replicas
+STARTS = 3  #: a raylet ends itself where its agents take longer than 15 s to start, as on a busy machine
 
 
-def describe_node() -> dict[str, Any]:
-    """A small node, whose agents have ports that are free now."""
-    ports = {name: find_free_port() for name in AGENT_PORTS}
-    return {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False, **ports}
+def describe_node(cpus: int) -> dict[str, Any]:
+    """A small node."""
+    return {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False}
 
 
 class Driver:
     """The cluster: a head, and nodes that come and go."""
 
     def __init__(self) -> None:
-        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=describe_node())
+        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=describe_node(HEAD_CPUS))
         self._nodes: list[Any] = []
         ray.init(address=self._cluster.address, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["RAY_PORT"])})
 
     def add_node(self) -> None:
-        """One more node."""
-        self._nodes.append(self._cluster.add_node(**describe_node()))
+        """One more node, with room for one replica."""
+        for left in reversed(range(STARTS)):
+            try:
+                self._nodes.append(self._cluster.add_node(**describe_node(1)))
+            except Exception:  # Ray raises no other
+                if not left:
+                    raise
+            else:
+                return
 
     def remove_node(self, index: int) -> None:
         """A node ends with all that runs on it."""
