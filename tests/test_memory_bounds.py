@@ -187,7 +187,7 @@ def test_answers_count_as_held_until_they_are_sent() -> None:
         sent.clear()
         body = np.random.default_rng(1).bytes(size)
         request: Any = type("", (), {"headers": {}, "id": b""})()
-        await app._send(HttpReply(200, "a/b", body), request, send)
+        await app._send(HttpReply(200, "a/b", body), request, {}, send)
         assert b"".join(sent) == body
         return body
 
