@@ -22,10 +22,16 @@ configure_logs("warning", "json")  # structlog's default draws tracebacks with e
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks the S3 server or opens a page in a browser is slow: those are processes."""
+    """What asks the S3 server or opens a page is slow: those are processes. Files with slow tests come first.
+
+    Several test processes take a file each from the front of this order. So the last files are short ones, and no
+    process works alone on a long file after the others have ended. Among their like, files keep their random order.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and not PROCESSES.isdisjoint(item.fixturenames):
             item.add_marker("slow")
+    slow = {item.path for item in items if any(item.get_closest_marker(mark) for mark in ("e2e", "slow"))}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)
