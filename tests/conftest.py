@@ -1,7 +1,8 @@
 """The environment of every test: its own home, no AWS settings of the machine, and the S3 server of the run."""
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,6 +20,20 @@ settings.load_profile("patient")
 PROCESSES = frozenset({"s3", "reader"})  #: fixtures that start one
 
 configure_logs("warning", "json")  # structlog's default draws tracebacks with every local variable, for seconds
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """No garbage is looked for while tests are collected, and none later among what stays until the end: every module.
+
+    It was a quarter of a collection's processor time, in each process, and a twentieth of what the tests take.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
