@@ -273,6 +273,14 @@ WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restar
 ACCESS_LOG_ROWS: Final = MetricSpec(
     "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
 )
+TRACES: Final = MetricSpec(
+    "counter",
+    "traces",
+    "Sampled traces by result: exported, failed (the collector did not take them), dropped (too many wait for it) or "
+    "skipped (more than traces_per_s)",
+    ("result",),
+)
+TRACE_RESULTS: Final = ("exported", "failed", "dropped", "skipped")
 ACTUALS: Final = MetricSpec(
     "counter", "actuals", "Observed prices by result: paired, repeated or unmatched", ("result",)
 )
