@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from server.access_log import Row, read_rows
 from tests.e2e.collector import Collector, Seen, run_collector
-from tests.e2e.models import SMALL_TCN, pack_forecaster
+from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
 from tests.patience import wait_until
 from tests.s3 import S3Server
@@ -19,10 +20,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 COLD, WARM, RPC = (pack_forecaster(f"t/{name}.mar", i) for i, name in enumerate("abc"))
-MANY, OTHER = (
-    pack_forecaster(f"t/{name}.mar", i, config={**SMALL_TCN, "features": 1}, forecast=True)
-    for i, name in enumerate("de")
-)
+MANY, OTHER = (pack_forecaster(f"t/{name}.mar", i, config=FORECAST_TCN, forecast=True) for i, name in enumerate("de"))
 BROKEN = "t/broken.mar"
 NUMBERS = itertools.count(1)
 SERVER, INTERNAL = 2, 1
@@ -47,7 +45,13 @@ def house(s3: S3Server, collector: Collector, tmp_path_factory: pytest.TempPathF
         "OTEL_SERVICE_NAME": "prices",
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",  # the flag wins
     }
-    flags = {"otlp_endpoint": collector.url, "traces_per_s": 1000, "grpc_port": 0, "workers": 1}
+    flags = {
+        "otlp_endpoint": collector.url,
+        "traces_per_s": 1000,
+        "grpc_port": 0,
+        "workers": 1,
+        "access_log": folder / "rows",
+    }
     with run_server(s3, folder, f"s3://{bucket}", environment=variables, **flags) as server:
         yield server
 
@@ -80,6 +84,11 @@ def find_span(spans: Sequence[Seen], name: str) -> Seen:
     return found
 
 
+def find_rows(house: Server, trace_id: str) -> list[Row]:
+    """The trace's rows of the access log."""
+    return [row for row in read_rows(house.log.parent / "rows") if row.trace_id == trace_id]
+
+
 def test_a_cold_request_is_one_tree_from_its_head_to_its_step(house: Server, collector: Collector) -> None:
     """The store's part of the load, with its bytes, is below it; the client's span above, with its state."""
     header, trace_id, above = make_parent()
@@ -102,6 +111,8 @@ def test_a_cold_request_is_one_tree_from_its_head_to_its_step(house: Server, col
     assert list_names(spans, find_span(spans, "load.store")) == ["load.store.get", "load.store.keep"]
     assert find_span(spans, "load.store.get").attributes["fleetcast.bytes"] == len(COLD.data)
     assert find_span(spans, "forward").attributes == {"fleetcast.rows": 1, "fleetcast.models": 1}
+    rows = wait_until(lambda: find_rows(house, trace_id), "its row is in the access log")
+    assert [(row.model, row.outcome) for row in rows] == [(COLD.name, "miss")]
     assert collector.resources[0]["service.name"] == "prices"
     assert collector.headers[0]["x-key"] == "secret"
 

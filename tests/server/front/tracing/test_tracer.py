@@ -1,6 +1,8 @@
 """A front's tracer: what it begins, counts, and hands to the exporter; and the app that it traces."""
 
 import asyncio
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -124,6 +126,13 @@ def test_a_client_that_leaves_is_noted() -> None:
 
     asyncio.run(scenario())
     assert [trace.status for trace in taken.traces] == [499]
+
+
+def test_a_front_that_does_not_trace_imports_nothing_of_it() -> None:
+    """OpenTelemetry's modules take a third of a second and megabytes: only the exporter's thread imports them."""
+    code = "import sys, server.front.main, server.front.grpc.main; print(*(m for m in sys.modules if 'opentelem' in m))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not found.stdout.strip()
 
 
 def test_names_of_spans_are_few() -> None:
