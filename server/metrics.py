@@ -226,6 +226,15 @@ class AsyncSeries(NamedTuple):
     under_way: Gauge
 
 
+class TraceSeries(NamedTuple):
+    """What became of sampled traces, see `contract.TRACES`. Any thread may count."""
+
+    exported: Counter
+    failed: Counter
+    dropped: Counter
+    skipped: Counter
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -239,6 +248,8 @@ class FrontMetrics:
         counted = _make_counter(contract.ASYNC_INVOCATIONS, self.registry)
         accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
         self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
+        traced = _make_counter(contract.TRACES, self.registry)
+        self.traces = TraceSeries(*map(traced.labels, contract.TRACE_RESULTS))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 

@@ -15,6 +15,7 @@ from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUnavailable
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
+from model_store.stores.load_parts import timing_part
 from model_store.stores.object_store import Fetched, Listed, Source
 from model_store.stores.store_health import PROBE, StoreHealth
 
@@ -170,7 +171,9 @@ class ModelStore:
         """`Source.get`, whose outcome says whether the store is there."""
         asked_at = self._now()
         try:
-            found = self._source.get(name, unless=unless)
+            with timing_part("get") as part:
+                found = self._source.get(name, unless=unless)
+                part.size = 0 if found is None else len(found.data)
         except StoreUnavailable:
             self.health.note_failure(asked_at)
             raise
@@ -229,7 +232,8 @@ class ModelStore:
         """Open, then publish. INVARIANT: an invalid archive is never written to disk."""
         fetched, archive = self._open_sound(name, fetched)
         if disk:
-            disk.publish(name, fetched.data, fetched.version, asked_at)
+            with timing_part("keep"):
+                disk.publish(name, fetched.data, fetched.version, asked_at)
         return FetchedArchive(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
 
     def _open_sound(self, name: ModelName, fetched: Fetched) -> tuple[Fetched, Archive]:

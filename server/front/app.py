@@ -30,6 +30,10 @@ from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
+from server.front.tracing.descriptions import describe_http
+from server.front.tracing.request_trace import RequestTrace
+from server.front.tracing.traced_plane import trace_plane
+from server.front.tracing.tracer import Tracer
 from server.front.worker_client import WorkerLost
 from server.http_listener import BODY_FOLLOWS, CLOSE, HEADERS_BY_NAME, REASON, WHOLE_BODY
 from server.metrics import AnswerSeries, FrontMetrics
@@ -60,6 +64,7 @@ class App:
     ) -> None:
         self.plane = open_plane(settings, metrics)
         self.releases = Releases(metrics)
+        self.tracer: Tracer | None = None
         self._settings = settings
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
@@ -83,6 +88,8 @@ class App:
         headers = scope.get(HEADERS_BY_NAME) or dict(scope["headers"])
         request = HttpRequest(scope["method"], scope["path"], headers, receive, scope["query_string"])
         dialect = self._dialects[0]
+        reply: HttpReply | None
+        statuses: Sequence[int]
         try:
             for dialect in self._dialects:
                 operation = dialect.match(request.method, request.path, request.query)
@@ -98,11 +105,13 @@ class App:
                 request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
                 plane = make_plane(self.plane, token, self.releases)  # as they are now: a body may have taken long
+                plane = plane if request.trace is None else trace_plane(plane, request.trace, request.arrived)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
-            statuses: Sequence[int] = (CLIENT_GONE,)
+            reply, statuses = None, (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
-            statuses = await self._send(self._refuse(dialect, request, error), request, scope, send)
+            reply = self._refuse(dialect, request, error)
+            statuses = await self._send(reply, request, scope, send)
         else:
             reply.marked = request.stats
             statuses = await self._send(reply, request, scope, send)
@@ -111,6 +120,25 @@ class App:
             self._count(dialect.name, statuses[0], seconds, request.id)
         else:
             await self._count_many(dialect.name, statuses, seconds, request.id)
+        if request.trace is not None:
+            self._end_trace(request.trace, dialect, request, reply, statuses)
+
+    def _end_trace(
+        self,
+        trace: RequestTrace,
+        dialect: Dialect,
+        request: HttpRequest,
+        reply: HttpReply | None,
+        statuses: Sequence[int],
+    ) -> None:
+        """Hand over the trace of a request; `statuses` are those that were counted of it."""
+        assert self.tracer is not None, "it has begun the trace"
+        status = CLIENT_GONE if reply is None or statuses == (CLIENT_GONE,) else reply.status
+        describe_http(trace, request.method, request.path, dialect.routes, request.id, status, statuses)
+        self.tracer.end(trace, status)
+        for counted in statuses[:1]:
+            series = self._answered[dialect.name, counted]
+            series.seconds.show_trace(time.monotonic() - trace.began, request.id, trace.trace_id)
 
     async def _count_many(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
@@ -157,6 +185,8 @@ class App:
         The deadline counts from the head's arrival, the queue from that of the body's end. Raises Refused, ClientGone.
         """
         headers, longest = request.headers, self._settings.request_timeout_s
+        if self.tracer is not None:
+            request.trace = self.tracer.begin(headers, request.arrived)
         request.id = self._identify(headers)
         wanted = headers.get(_TIMEOUT_MS)
         request.deadline = request.arrived + (longest if wanted is None else min(parse_timeout(wanted), longest))
@@ -233,6 +263,8 @@ class App:
         else:
             log.error("request_failed", exc_info=error)
             why = Refused(Situation.INTERNAL, "the server failed; its log says why")
+        if request.trace is not None:
+            request.trace.note_error(error)
         request.id = request.id or self._identify(request.headers)  # it may be refused before its body is read
         reply = dialect.refused(why, request)
         if isinstance(why, RefusedByWorker):

@@ -23,6 +23,7 @@ from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
 from server.front.suspects import Suspects
+from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Partial, Response, Tier
@@ -83,6 +84,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     `client`: the name of its token, access key or certificate. Clients take turns where they are known. Empty where the
     server is open to all: then there is one.
     `call`: what an archive's code is told of it; None where the server runs no code, or the dialect tells nothing.
+    `question`: of a traced request; None for all others.
     """
 
     model: ModelName
@@ -95,6 +97,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     request_id: bytes = b""  #: as its client knows it
     client: str = ""
     call: CallDetails | None = None
+    question: Question | None = None
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
@@ -560,6 +563,7 @@ class DataPlane:
             alone,
             client,
             told,
+            request.question,
         )
         self._watched[call] = (now, request.client_gone, link)
         try:

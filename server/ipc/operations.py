@@ -219,12 +219,16 @@ class ScrapeMetrics(Operation[str]):
 
 
 class Exemplar(Struct, frozen=True):
-    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted."""
+    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted.
+
+    `trace_id`: of its trace, where it was sampled.
+    """
 
     labels: dict[str, str]
     request_id: str
     seconds: float
     at: float
+    trace_id: str = ""
 
 
 class ListExemplars(Operation[list[Exemplar]]):

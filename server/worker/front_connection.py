@@ -11,11 +11,24 @@ import msgspec
 from server.errors import Refused, Situation
 from server.ipc.bodies import Inbox
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Held, Partial, Request, Response, WireError
+from server.ipc.frames import (
+    CHUNK,
+    CacheResult,
+    Cancel,
+    Credit,
+    Data,
+    Held,
+    Partial,
+    Request,
+    Response,
+    Stages,
+    WireError,
+)
 from server.ipc.lends import find_peer
 from server.ipc.part_streams import PartStreams
 from server.worker.lent_children import LentChildren
 from server.worker.scheduler import Job
+from server.worker.stage_times import StageTimes
 from server.worker.step_loop import StepLoop
 
 
@@ -47,7 +60,7 @@ class FrontConnection(FrameConnection):
         if self._lent is not None:
             self._lent.note_front(self, find_peer(transport.get_extra_info("socket")))
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
         """A request, a part of its body, or its end."""
         if isinstance(frame, Request):
             self._receive_request(frame)
@@ -143,8 +156,16 @@ class FrontConnection(FrameConnection):
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
         said = (job.cache, job.tier, version, content_type, *times, len(body), body, head, *job.marks)
         response = Response(ident, situation, *said)
+        if job.times is not None:
+            self._tell_stages(job, job.times)
         if self._streams.has(ident):
             for frame in self._streams.end(response):
                 self.send(frame)
         else:
             self.send(response)
+
+    def _tell_stages(self, job: Job, times: StageTimes) -> None:
+        """Say how long the stages of a traced request took, before its response."""
+        has_waited = job.cache in (CacheResult.MISS, CacheResult.COALESCED)
+        now = time.monotonic()
+        self.send(Stages(job.request.id, times.list_stages(job.arrived, job.accepted, now, has_waited=has_waited)))

@@ -122,6 +122,8 @@ class RowBatches:
         rows = inputs.rows
         pace.ran(rows, ended - started)
         for job, encode, answer in zip(running, encoders, answers, strict=True):
+            if job.times is not None:
+                job.times.note_batch(began, started, ended, (rows, len(models)))
             self._replies.encode(job, encode, answer, now, ended - started)
         self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
@@ -197,7 +199,10 @@ class RowBatches:
         counts, started = RunCounts(), time.perf_counter()
 
         def end(outcome: Any) -> None:
-            self._long.end_job(self._replies, job, outcome, now, time.perf_counter() - started)
+            ended = time.perf_counter()
+            if job.times is not None:
+                job.times.note_apart(started, ended, counts.decode_s, counts.encode_s)
+            self._long.end_job(self._replies, job, outcome, now, ended - started)
             counts.count(self._replies)
 
         self._long.start([job], answer_rows(job, model, self._make_run(job, model), call, pace, counts), end)

@@ -21,6 +21,7 @@ from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.contract import UNHALVED_JOBS
 from server.ipc.frames import CacheResult, Request, Tier
+from server.worker.stage_times import StageTimes
 
 FEW = UNHALVED_JOBS
 
@@ -46,6 +47,7 @@ class Job:
     accepted: float = 0.0
     answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
     marks: Marks = NO_MARKS  #: of a forecast, once its request is decoded
+    times: StageTimes | None = None  #: of a traced request
 
     def queued_s(self, began: float) -> float:
         """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""
