@@ -164,7 +164,7 @@ def test_every_item_and_the_correlation_need_the_token(model: Model, serve: Serv
 
 
 def sent_with(server: Server, token: str, **more: Any) -> Any:
-    """Boto3 as the README shows it for servers with tokens."""
+    """Boto3 as docs/security.md shows it for servers with tokens."""
     client = boto3.client(
         "sagemaker-runtime",
         endpoint_url=server.url,
