@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from fnmatch import fnmatch
-from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,7 +284,9 @@ class Reader:
 
     def _run_ours(self, command: Command, block: Block) -> None:
         words = shlex.split(self._place(shlex.join(command.words)))[1:]
-        expanded = [each for word in words for each in (sorted(glob(word)) if "*" in word else []) or [word]]
+        expanded = [
+            each for word in words for each in (sorted(map(str, Path().glob(word))) if "*" in word else []) or [word]
+        ]
         done = CliRunner().invoke(app, expanded)
         assert done.exit_code == 0, f"{block.place}\n{done.output[-3000:]}"
 
