@@ -105,6 +105,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ho
     trained = ("--target", "NSW1", "--target", "VIC1", "--train-until", "2024-07-01", "--out", str(start / "models"))
     done = CliRunner().invoke(app, ["train", str(start / "prices.csv"), "--time", "hour", *trained])
     assert done.exit_code == 0, done.output
+    shutil.copytree(start / "models", store, dirs_exist_ok=True)
     folder = tmp_path_factory.mktemp("house")
     settings = {"grpc_port": 0, "actuals": folder / "actuals", "model_cache_bytes": "64MiB"}
     with run_server(s3, folder, str(store), **settings) as server:
