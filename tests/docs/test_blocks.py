@@ -35,7 +35,7 @@ from tests.e2e.clients import INSTALL_S, keep_variables, make_environment
 from tests.e2e.forecasters import pack_hourly
 from tests.e2e.server import Server, run_server
 from tests.handlers.kinds.test_onnx import make_doubling
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(INSTALL_S + PATIENCE_S)]
@@ -310,8 +310,9 @@ class Reader:
 
     def _read_version(self, model: str) -> str:
         self._server.fleet("load", model).raise_for_status()
-        answer = self._server.http.get(f"{self._server.addresses['management']}/fleet/versions/{model}")
-        version: str = answer.raise_for_status().json()["versions"][0]["version"]
+        url = f"{self._server.addresses['management']}/fleet/versions/{model}"
+        versions = wait_until(lambda: self._server.http.get(url).json()["versions"], "the version is on record")
+        version: str = versions[0]["version"]
         return version
 
     def _environment(self) -> dict[str, str]:
