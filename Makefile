@@ -36,7 +36,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs bench bench-code bench-peers gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs docs-site bench bench-code bench-peers gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,7 +86,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py
+	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -125,9 +125,13 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
-docs: $(READY) ## the README's tables of settings, metrics and architectures, and Grafana's dashboard
-	$(BIN)/fleetcast settings-table README.md
+docs: $(READY) ## the generated pages of docs/reference, and Grafana's dashboard
+	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docker/dashboard.py > docker/grafana/dashboards/fleetcast.json
+
+docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it is read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "read it: site/index.html"
 
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
 	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto
@@ -136,5 +140,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build site *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

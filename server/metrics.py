@@ -343,7 +343,7 @@ class MergedMetrics:
 
 
 def render_metrics_table() -> str:
-    """Every metric as a row of Markdown, for the README."""
+    """Every metric as a row of Markdown, for the reference."""
     rows = ["| metric | what it is |", "|---|---|"]
     for spec in contract.METRICS:
         labels = f"{{{','.join(spec.labels)}}}" if spec.labels else ""

@@ -39,7 +39,6 @@ COMMANDS = {
     "follow": "Let models follow the store again.",
     "release": "Let models in quarantine run again.",
     "token": "Make a token for a client or an operator.",
-    "settings-table": "",
 }
 #: Commands that speak to a running server's management listener -> their file in `server.cli.fleet`.
 FLEET = {
@@ -47,7 +46,6 @@ FLEET = {
     "ls": "ls",
     **dict.fromkeys(("load", "unload", "pin", "unpin", "reload", "rollback", "follow", "release"), "actions"),
 }
-HIDDEN = {"settings-table"}  #: for `make docs`, not for users
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -85,7 +83,7 @@ def _stand_in() -> None:
 
 
 for _name, _help in COMMANDS.items():
-    app.command(_name, cls=LazyCommand, short_help=_help, hidden=_name in HIDDEN)(_stand_in)
+    app.command(_name, cls=LazyCommand, short_help=_help)(_stand_in)
 
 
 def main() -> None:

@@ -178,7 +178,7 @@ def test_every_item_and_the_correlation_need_the_token(guarded: tuple[Server, Mo
 
 
 def sent_with(server: Server, token: str, **more: Any) -> Any:
-    """Boto3 as the README shows it for servers with tokens."""
+    """Boto3 as docs/security.md shows it for servers with tokens."""
     client = boto3.client(
         "sagemaker-runtime",
         endpoint_url=server.url,

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 
+from model_store.names import VERSION_MARK
 from server.cli.fleet.management import (
     DEFAULT_URL,
     Management,
@@ -77,7 +78,9 @@ def _select_rows(management: Management, prefix: str, *, failed: bool, pinned: b
 def _print_models(rows: Iterator[Mapping[str, Any]], *, names: bool, as_json: bool) -> None:
     if names or as_json:
         for row in rows:
-            print(row["model"] if names else json.dumps(row))  # noqa: T201 -- the answer
+            # A version that an alias or a rollback holds has a row of its own, but no command takes its name.
+            if not (names and VERSION_MARK in row["model"]):
+                print(row["model"] if names else json.dumps(row))  # noqa: T201 -- the answer
         return
     table = make_table("model", "state", "workers", ">size", "version", ">answers", ">used", ">loaded")
     reasons = make_table("failed model", "why")

@@ -122,7 +122,7 @@ class Permissions:
             return None
         if signed:
             message = "this server takes bearer tokens, not signatures: send the header Authorization: Bearer TOKEN"
-            raise Refused(Situation.UNAUTHORIZED, f"{message} in the place of boto3's (README, Security)")
+            raise Refused(Situation.UNAUTHORIZED, f"{message} in the place of boto3's (docs/security.md)")
         try:
             token = self._tokens.current.find(authorization)
         except Unauthorized as error:

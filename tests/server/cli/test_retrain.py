@@ -334,7 +334,7 @@ def test_what_is_published_was_fitted_to_every_row(tmp_path: Path) -> None:
 
 
 def test_a_weekly_retraining_publishes_what_train_would(tmp_path: Path) -> None:
-    """The README's figures of weekly fits are those of `train --train-until` weekly: `retrain` gives that archive."""
+    """Weekly fits of docs/backtests.md are those of `train --train-until` weekly: `retrain` gives that archive."""
     whole = write_prices(tmp_path / "prices.csv", ["M00"], days=67)
     recipe = ("--time", "hour", "--target", "M00", "--known-future", "load_M00", "--architecture", "lear")
     for folder, until in (("weekly", "2024-05-03"), ("fresh", "2024-05-10")):
