@@ -58,8 +58,6 @@ MARKETS: Mapping[str, tuple[str, str]] = {
     ),
 }
 
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-
 
 # --- the plan -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +205,6 @@ def _show_fitting(bar: Progress, task: Any, done: int, most: int, _: float) -> N
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-@app.command()
 def main(
     where: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="where to: a folder, or s3://bucket/prefix")],
     *,
@@ -224,19 +221,20 @@ def main(
 ) -> None:
     """Make a fleet of archives for tests, in a folder or in an S3 bucket.
 
-    [bold]--families tcn:7,mlp-64:2,trained:1[/] gives the kinds and their shares:
-    the networks tcn, gru, seq2seq and mlp with random weights, also with
-    another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a
-    synthetic market of its own (20 a second); onnx, graphs that take tensors.
+    \b
+    fleetcast-load fleet models --models 200
+    fleetcast-load fleet s3://bucket/models --families tcn:7,mlp-64:2,trained:1 --create-bucket
 
-    [bold]--sizes 70KB:1[/] draws lognormal sizes instead: 70 KB of weights in the
-    middle, a third of all beyond a factor of e either way, rounded to five
-    widths of tcn, since models of one family share memory and batches.
+    --families gives the kinds and their shares: the networks tcn, gru, seq2seq and mlp with random weights, also with
+    another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a synthetic market of its own (20 a second);
+    onnx, graphs that take tensors.
 
-    The same seed makes the same bytes, and a larger fleet begins with the
-    smaller one. The same command continues an interrupted run: existing
-    archives are compared and kept. For S3, boto3's settings apply.
-    """
+    --sizes 70KB:1 draws lognormal sizes instead: 70 KB of weights in the middle, a third of all beyond a factor of e
+    either way, rounded to five widths of tcn, since models of one family share memory and batches.
+
+    The same seed makes the same bytes, and a larger fleet begins with the smaller one. The same command continues an
+    interrupted run: existing archives are compared and kept. For S3, boto3's settings apply.
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         if create_bucket:
             _create_bucket(where)

@@ -101,19 +101,16 @@ def plan(asked: PlanFlags) -> None:
     the targets, and the cost of one endpoint per model. Prefetch is not
     simulated: a fleet that is requested at regular times does better.
 
-    [bold]fleetcast-load calibrate --out costs.json[/]
-      measure a hit, a step and a load on this machine
-
-    [bold]fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html[/]
-      a fleet of 5,000 models under Zipf popularity
-
-    [bold]fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99[/]
-      plan for real requests, which `fleetcast serve --access-log` recorded
-
-    [bold]fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7[/]
-      [bold]--loader-threads 16 --lose-at 150[/]
-      plan for several machines and the loss of one
-    """
+    \b
+    fleetcast-load calibrate --out costs.json
+        measure a hit, a step and a load on this machine
+    fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html
+        a fleet of 5,000 models under Zipf popularity
+    fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99
+        plan for real requests, which `fleetcast serve --access-log` recorded
+    fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7 --loader-threads 16 --lose-at 150
+        plan for several machines and the loss of one
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         found = _simulate_plan(asked)
     except EXPECTED as error:
@@ -152,8 +149,10 @@ def calibrate_server(
     """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
     Run it on the machine and with the archives and the store that you plan for:
-    [bold]fleetcast-load calibrate --store s3://bucket/models[/]
-    """
+
+    \b
+    fleetcast-load calibrate --store s3://bucket/models
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         if url is None and (ca or client_cert or client_key or token_file):
             raise ValueError("--ca, --client-cert, --client-key and --token-file are for the server at --url")

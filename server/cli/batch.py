@@ -8,7 +8,8 @@ import msgspec
 import typer
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, make_progress_bar, one_line_errors
+from server.cli.terminal import BAD, one_line_errors
+from server.shell.progress import make_progress_bar
 
 
 def batch(

@@ -16,9 +16,10 @@ from server.cli import architecture_flags, price_flags
 from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, verbatim
 from server.cli.train import match_markets
-from server.logs import escape_text
+from server.shell.escaping import escape_text
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
     from server.offline.retraining import Outcome, RetrainingPlan

@@ -16,7 +16,7 @@ from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.terminal import one_line_errors, verbatim
 from server.cli.train import QUANTILES, TrainFlags, make_training_plan
-from server.logs import escape_text
+from server.shell.escaping import escape_text
 
 if TYPE_CHECKING:
     from server.offline.tuning import Candidate, Tuned, TuningPlan

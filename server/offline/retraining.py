@@ -50,7 +50,7 @@ from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_token
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 GROUP = 64  #: most markets that are fitted together
 

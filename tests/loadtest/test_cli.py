@@ -394,7 +394,7 @@ def test_the_groups_list_their_commands(group: str, commands: Mapping[str, Comma
     """Every entry of the tables is a command, listed with its line, in the order of the table."""
     listed = CliRunner().invoke(app, [group, "--help"], env={"COLUMNS": "200"})
     assert listed.exit_code == 0
-    assert re.findall(r"^│ ([a-z][a-z-]+) {2,}", listed.output, re.MULTILINE) == list(commands)
+    assert re.findall(r"^  ([a-z][a-z-]+) {2,}", listed.output, re.MULTILINE) == list(commands)
     assert all(lazy.about in listed.output for lazy in commands.values())
 
 

@@ -7,6 +7,7 @@ import pytest
 import urllib3
 from typer.testing import CliRunner
 
+from loadtest.cli import app
 from loadtest.driver.dialects import find_fault
 from loadtest.driver.request_bodies import read_request_bodies
 from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts, make_progress_bar
@@ -15,7 +16,6 @@ from loadtest.fleets.fleet import (
     TOGETHER,
     Fleet,
     FleetMember,
-    app,
     list_fleet_names,
     make_fleet,
     make_trained_fleet,
@@ -207,19 +207,19 @@ def test_the_command_tells_what_it_made(tmp_path: Path) -> None:
     """A table by kind, and the range of names; again, that all was there; otherwise why not, and 1."""
     flags = [str(tmp_path / "models"), "--models", "5"]
     mixed = [*flags, "--families", "tcn-8:1,onnx:1"]
-    first, again = (CliRunner().invoke(app, mixed) for _ in range(2))
+    first, again = (CliRunner().invoke(app, ["fleet", *mixed]) for _ in range(2))
     assert first.exit_code == again.exit_code == 0, first.output
     assert "tcn-8" in first.output
     assert "5 archives in" in first.output
     assert "from au/nsw1/energy.mar to au/nsw1/raisereg.mar\n" in first.output
     assert "raisereg.mar, 5 of them there before\n" in again.output
-    refused = CliRunner().invoke(app, [*flags, "--sizes", "70KB:1"])
+    refused = CliRunner().invoke(app, ["fleet", *flags, "--sizes", "70KB:1"])
     assert refused.exit_code == 1
     assert "no fleet: au/nsw1/" in refused.output
-    assert CliRunner().invoke(app, [*flags, "--sizes", "70KB:1", "--over"]).exit_code == 0
-    both = CliRunner().invoke(app, [*mixed, "--sizes", "70KB:1"])
+    assert CliRunner().invoke(app, ["fleet", *flags, "--sizes", "70KB:1", "--over"]).exit_code == 0
+    both = CliRunner().invoke(app, ["fleet", *mixed, "--sizes", "70KB:1"])
     assert (both.exit_code, both.output) == (1, "no fleet: give either --families or --sizes\n")
-    folder = CliRunner().invoke(app, [*flags, "--create-bucket"])
+    folder = CliRunner().invoke(app, ["fleet", *flags, "--create-bucket"])
     assert "--create-bucket is for s3:// URLs" in folder.output
 
 
@@ -227,6 +227,6 @@ def test_the_command_makes_a_bucket(s3: S3Server, bucket: str) -> None:
     """It is made, and that it is there already is no error."""
     where = f"s3://{bucket}-made/demo"
     for _ in range(2):
-        made = CliRunner().invoke(app, [where, "--models", "2", "--create-bucket"])
+        made = CliRunner().invoke(app, ["fleet", where, "--models", "2", "--create-bucket"])
         assert made.exit_code == 0, made.output
     assert len(list(open_source(where).list())) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.cli.terminal import ProgressLines
+from server.shell.progress import ProgressLines
 
 
 def test_lines_are_few_and_estimate_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
