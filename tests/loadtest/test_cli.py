@@ -395,7 +395,7 @@ def test_the_groups_list_their_commands(group: str, commands: Mapping[str, Comma
     listed = CliRunner().invoke(app, [group, "--help"], env={"COLUMNS": "200"})
     assert listed.exit_code == 0
     assert re.findall(r"^  ([a-z][a-z-]+) {2,}", listed.output, re.MULTILINE) == list(commands)
-    assert all(lazy.about in listed.output for lazy in commands.values())
+    assert all(lazy.about in " ".join(listed.output.split()) for lazy in commands.values())
 
 
 @pytest.mark.parametrize(
