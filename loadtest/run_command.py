@@ -32,6 +32,7 @@ from loadtest.flags import with_flags
 from loadtest.report import render_page, write_report
 from loadtest.run_flags import RunFlags
 from model_store.names import ModelName
+from server.shell.errors import describe_error
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
 
@@ -56,7 +57,7 @@ def run(asked: RunFlags) -> None:
         asked.check()
         found, ran, names = _load_server(asked)
     except EXPECTED as error:
-        raise SystemExit(f"no load: {error}") from error
+        raise SystemExit(f"no load: {describe_error(error)}") from error
     _show_results(found)
     if asked.trace_out is not None:
         write_trace(asked.trace_out, make_trace(ran, names))
@@ -74,7 +75,7 @@ def report(
     try:
         write_report(runs, html)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"no report: {error}") from error
+        raise SystemExit(f"no report: {describe_error(error)}") from error
     console.print(f"report: {html}")
 
 

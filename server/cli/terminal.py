@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from model_store.errors import LoadError
+from server.shell.errors import describe_error
 from server.shell.escaping import escape_text
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def one_line_errors(*more: type[Exception]) -> Iterator[None]:
     try:
         yield
     except known as error:
-        fail(str(error))
+        fail(describe_error(error))
 
 
 def parse_moment(flag: str, text: str) -> datetime | None:

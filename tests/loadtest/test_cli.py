@@ -257,7 +257,9 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "tick", "--rate", "3"], "tick takes no rate"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--profile", "replay"], "give it a trace"),
         (["--url", "http://127.0.0.1:1", "--names", "names.txt"], "give a --request"),
-        (["--store", "empty"], "no model of empty can be asked"),
+        (["--store", "empty"], "no model of empty can be asked: it has no archive"),
+        (["--rate", "-5"], "rate"),
+        (["--store", ".", "--request", "names.txt", "--url", "http://no.such.host.invalid"], "not known here"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
         (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "do not go with calls for many"),
         (

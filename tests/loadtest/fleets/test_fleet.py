@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from loadtest.cli import app
 from loadtest.driver.dialects import find_fault
 from loadtest.driver.request_bodies import read_request_bodies
-from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts, make_progress_bar
+from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts
 from loadtest.fleets.fleet import (
     SEEDS_APART,
     TOGETHER,
@@ -27,6 +27,7 @@ from loadtest.observe.local_server import run_local_server
 from model_store.errors import StoreDenied
 from model_store.names import parse_model_name
 from model_store.stores.object_store import open_source
+from server.shell.progress import follow_tasks
 from tests.s3 import Fault, S3Server
 
 ALL = {"tcn": 3.0, "tcn-8": 1.0, "mlp-8": 1.0, "gru": 1.0, "seq2seq": 1.0, "onnx": 1.0, "trained": 1.0}
@@ -34,8 +35,8 @@ ALL = {"tcn": 3.0, "tcn-8": 1.0, "mlp-8": 1.0, "gru": 1.0, "seq2seq": 1.0, "onnx
 
 def write(fleet: Fleet, where: str, *, over: bool = False) -> WriteCounts:
     """Without a look at the progress."""
-    with make_progress_bar() as bar:
-        return write_fleet(fleet, where, bar, over=over)
+    with follow_tasks() as tasks:
+        return write_fleet(fleet, where, tasks, over=over)
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
