@@ -33,6 +33,7 @@ from loadtest.observe.server_access import ServerAccess, open_access
 from loadtest.plan.cli import make_unloader
 from tests.e2e.models import FORECAST_TCN, pack_forecaster
 from tests.loadtest.peer import Peer, run_peer
+from tests.loadtest.runs import PROGRESS_LINE
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +55,8 @@ def test_a_fleet_of_its_own(tmp_path: Path) -> None:
     outputs = ["--out", "run.json", "--html", "run.html", "--trace-out", "run.csv"]
     found = fleetcast_load(tmp_path, "run", *flags, *outputs, "--hit-ratio", "0.01")
     valid = "valid the driver kept its schedule" in found.stdout
-    assert (found.returncode, found.stderr) == (0 if valid else 1, "")
+    assert found.returncode == (0 if valid else 1), found.stderr
+    assert all(re.match(PROGRESS_LINE, line) for line in found.stderr.splitlines()), found.stderr
     rows = {name: int(n) for name, n in re.findall(r"│ (all|hit|miss|coalesced) +│ +(\d+) │", found.stdout)}
     assert rows["all"] == sum(rows.values()) - rows["all"] > 50
     assert rows["miss"] > 10
