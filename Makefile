@@ -120,7 +120,7 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 	@echo "$(TORCH)+cpu" > $(TOOLS)/torch.txt
 	$(LOCK) --extra cpu --extra load --extra grpc --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
 	@echo "$(TORCH)" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cuda --extra grpc -o docker/requirements-cuda.lock $(ARGS)
+	$(LOCK) --extra cuda --extra load --extra grpc -o docker/requirements-cuda.lock $(ARGS)
 
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)

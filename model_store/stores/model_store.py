@@ -63,6 +63,7 @@ class ModelStore:
         self._revalidate_s = revalidate_s
         self._clock, self._now = clock, now
         self.health = StoreHealth(now)
+        self._trouble: LoadError | None = None  #: what the last probe found
 
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
@@ -164,8 +165,17 @@ class ModelStore:
 
     def probe(self) -> None:
         """Ask the store for something that it does not have, so that `health` learns whether it answers."""
-        with self.health.probing(), contextlib.suppress(LoadError):
-            self._ask(PROBE)
+        trouble: LoadError | None = None
+        with self.health.probing():
+            try:
+                self._ask(PROBE)
+            except ModelNotFound:
+                pass  # as it should be
+            except LoadError as error:
+                trouble = error
+        if type(trouble) is not type(self._trouble) and trouble is not None:  # said once, not at each probe
+            log.warning("store_does_not_serve", reason=trouble.reason, error=str(trouble))
+        self._trouble = trouble
 
     def _ask(self, name: ModelName, unless: str | None = None) -> Fetched | None:
         """`Source.get`, whose outcome says whether the store is there."""

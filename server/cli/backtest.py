@@ -13,10 +13,11 @@ from model_store.names import parse_model_name
 from server.cli import price_flags
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim
 from server.cli.train import match_markets
-from server.logs import escape_text
 from server.offline.measures import COMPARED, HEADINGS, MEASURES, POINTS, format_score, list_comparison
+from server.shell.escaping import escape_text
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
@@ -55,6 +53,8 @@ def plan_traces(settings: Settings) -> TracingPlan | None:
 
 def warn_of_flag() -> None:
     """Say that a flag's secret is no secret any more."""
+    import structlog  # noqa: PLC0415 -- a tenth of a second that help need not take
+
     structlog.get_logger().warning(
         "secret_on_command_line", why="every user of this host reads --access-keys by ps: use --access-keys-file"
     )

@@ -39,7 +39,7 @@ from server.offline.rolling_windows import (
 )
 from server.offline.scenario_scores import measure_outside
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 Progress = Callable[[int, int], None]  #: takes how many are newly done, and how many there are in all
 

@@ -14,15 +14,12 @@ from handlers import kinds
 from handlers.base import Family, Float32
 from handlers.kinds import RowModel, RunRow, SingleModel, Target
 from handlers.work import SessionLimits, WorkLimits
-from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
 from model_store.errors import ArchiveInvalid, LoadError, NoRoom
 from model_store.names import ModelName, split_version
 from model_store.stores.load_parts import timing_part
 from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
-from model_store.stores.object_store import Source
 from server.settings import Settings
-from server.store_access import open_settings_store
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost, PreparedCode
 
@@ -245,14 +242,6 @@ def target_of(settings: Settings, device: str, threads: int) -> Target:
         settings.onnx_device,
         tf32=settings.precision == "tf32",
     )
-
-
-def open_store(settings: Settings) -> tuple[Source, Limits]:
-    """The settings' store and the limits of what it may give. Raises InvalidStoreUrl, StoreDenied."""
-    limits = Limits(
-        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
-    )
-    return open_settings_store(settings), limits
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:

@@ -20,7 +20,6 @@ from server.cli.fleet.management import (
 )
 from server.cli.fleet.rows import BAD_STATES, find_reason, find_state, sum_usage
 from server.cli.terminal import fail, verbatim
-from server.settings import format_bytes
 
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -99,6 +98,8 @@ def _print_models(rows: Iterator[Mapping[str, Any]], *, names: bool, as_json: bo
 
 def _describe_row(row: Mapping[str, Any]) -> Iterator[Any]:
     """The cells of one model."""
+    from server.settings import format_bytes  # noqa: PLC0415 -- pydantic, which help need not import
+
     state, held = find_state(row), [holder for holder in row["holders"] if "bytes" in holder]
     yield verbatim(row["model"])
     yield verbatim(state + (", pinned" if row["pinned"] else ""), "red" if state in BAD_STATES else "")
@@ -144,6 +145,8 @@ def _print_versions(found: Mapping[str, Any], as_json: bool) -> None:
     if not found["versions"]:
         print_wide("this host keeps no version: the model has not been served since the disk tier was made")
         return
+    from server.settings import format_bytes  # noqa: PLC0415 -- pydantic, which help need not import
+
     table = make_table("version", ">size", "served at", "")
     for each in found["versions"]:
         at = datetime.fromtimestamp(each["served_at"], UTC).isoformat(sep=" ", timespec="seconds")

@@ -103,7 +103,7 @@ def test_an_archive_of_another_frequency_is_named(csv: Path, store: Path) -> Non
     ("flags", "said"),
     [
         (["--from", "yesterday"], "--from: expected a date such as 2024-01-01, not 'yesterday'"),
-        (["--target", "X9"], "0 columns 'X9'"),
+        (["--target", "X9"], "there is no column 'X9'"),
         (["--name-template", "no/{target}.mar"], "has no archive no/{target}.mar of any column"),
         (["--models", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
