@@ -158,6 +158,11 @@ class FamilyCodec:
         """What adapts its bands to observed prices; None where it answers tensors, or has no band of one product."""
         return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
 
+    @property
+    def forecaster(self) -> DeepAr | None:
+        """What reads and writes its forecasts; None where it answers tensors."""
+        return self._deepar
+
     def describe(self, *, whole: bool = False) -> dict[str, object]:
         """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
 

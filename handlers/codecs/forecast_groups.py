@@ -142,6 +142,11 @@ class ForecastGroup:
         """The requested levels."""
         return self._levels.names
 
+    @property
+    def numbers(self) -> int:
+        """About the number of values in one answer."""
+        return self._first.forecast.prediction_length * (1 + len(self._levels.names))
+
     def get_zone(self, at: int) -> str:
         """The time zone of a forecast."""
         return self._codecs[at].forecast.time_zone

@@ -40,6 +40,7 @@ class Worker:
     waiting: list[WorkerCall] = field(default_factory=list)
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
+    lent: None = None
 
     def call(
         self,
