@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.clock import (
@@ -110,6 +111,7 @@ class Inputs:
         Raises RequestError that names the field.
         """
         forecast = self._forecast
+        instance = self.sort_named(instance)
         moment = parse_start(instance.start)
         self._check_grid(moment)
         if moment.tzinfo is not None:
@@ -154,6 +156,23 @@ class Inputs:
             raise RequestError("the numbers are too large: scaled for the model they are not finite")
         codes = tuple(dict.fromkeys(code for each in histories for code in each.codes))
         return Filled(first, histories[0]._replace(codes=codes))
+
+    def sort_named(self, instance: Instance[Any]) -> Instance[Any]:
+        """Bring the covariates and categories of an instance into the archive's order, by their names.
+
+        Raises RequestError for names that are not the archive's.
+        """
+        if instance.names is None:
+            return instance
+        forecast, asked = self._forecast, instance.names
+        known = (*forecast.dynamic_feat, *forecast.cat)
+        rows = [*(instance.dynamic_feat or []), *(instance.cat or [])]
+        if sorted(known) != sorted(asked) or len(rows) != len(asked):
+            message = f"the model needs the columns{quote_names(known) or ' of no covariates'}, not{quote_names(asked)}"
+            raise RequestError(message, field="dynamic_feat")
+        by_name = dict(zip(asked, rows, strict=True))
+        series, numbers = ([by_name[name] for name in names] for names in (forecast.dynamic_feat, forecast.cat))
+        return replace(instance, dynamic_feat=series or None, cat=numbers or None, names=None)
 
     def start_regular(self, text: str, steps: int) -> tuple[datetime, FirstStep] | None:
         """Check a start without an offset and a history that needs no padding; None for others.

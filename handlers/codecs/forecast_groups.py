@@ -15,12 +15,13 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds
 from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Levels
 from handlers.codecs.deepar_schema import Configuration, Instance
-from handlers.codecs.features import Float64
+from handlers.codecs.features import Float64, Inputs
 from handlers.codecs.history import measure_courses
 from handlers.codecs.tensors import check_finite
 from handlers.errors import RequestError, RunFailed
@@ -156,6 +157,7 @@ class ForecastGroup:
     def decode(self, instances: Sequence[Instance[Any]]) -> list[DecodedForecast | RequestError | None]:
         """Decode all; None for a forecast that is not regular."""
         inputs, steps = self._first.inputs, len(instances[0].target)
+        instances = [_sort_named(inputs, each) for each in instances]
         try:
             started = inputs.start_regular(instances[0].start, steps)
             self._levels = self._first.check_configuration(self._configuration, 1)
@@ -325,6 +327,16 @@ class ForecastGroup:
             if codec.tails is not None:  # a tail reaches beyond floor and cap, and the mean with it
                 means[i] = codec.tails.bound(means[i])
         return means.astype(np.float32)
+
+
+def _sort_named(inputs: Inputs, instance: Instance[Any]) -> Instance[Any]:
+    """Sort covariates that have names; where these are wrong, there are none then, which is refused alone."""
+    if instance.names is None:
+        return instance
+    try:
+        return inputs.sort_named(instance)
+    except RequestError:
+        return replace(instance, dynamic_feat=[[]], cat=None)
 
 
 def _explain_failure(outputs: Float32) -> RunFailed:

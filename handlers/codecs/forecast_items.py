@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from handlers.base import Float32
 from handlers.codecs.codec import JSON, DecodedCall, Encoded
 from handlers.codecs.deepar import DeepAr, Encode
-from handlers.codecs.deepar_schema import Configuration
+from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.forecast_groups import (
     AskedForecast,
     ForecastNumbers,
@@ -14,7 +15,7 @@ from handlers.codecs.forecast_groups import (
     decode_together,
     encode_together,
 )
-from handlers.codecs.forecast_texts import read_instance, write_predictions
+from handlers.codecs.forecast_texts import write_predictions
 from handlers.codecs.tensors import check_finite
 from handlers.errors import RequestError, RunFailed
 
@@ -22,11 +23,19 @@ Encoder = Callable[[Float32], Encoded]
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """How predictions that are encoded together are written: their media type, and what packs one; None: as JSON."""
+
+    media: str
+    pack: Callable[[Sequence[str], ForecastNumbers], bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ItemEncode:
-    """The encoder of one item, which `encode_items` runs with others. `media`: the type of its answer."""
+    """The encoder of one item, which `encode_items` runs with others."""
 
     encode: GroupEncode
-    media: str
+    form: AnswerForm
 
     def __call__(self, outputs: Float32) -> Encoded:
         """Encode alone. Raises RunFailed."""
@@ -49,23 +58,14 @@ class _Ready:
 
 
 def decode_items(
-    codecs: Sequence[DeepAr], texts: Sequence[bytes | memoryview], configuration: Configuration, media: str
-) -> list[DecodedCall | None]:
-    """Decode instances in JSON; None for an item that has to be decoded alone, which also says what is wrong with it.
-
-    `media`: the type of a prediction that is encoded with others; those that are not are answered as JSON.
-    """
-    found: list[DecodedCall | None] = [None] * len(codecs)
-    asked, places = list[AskedForecast](), list[int]()
-    for i, (codec, text) in enumerate(zip(codecs, texts, strict=True)):
-        instance = read_instance(text)
-        if instance is not None:
-            asked.append(AskedForecast(codec, instance))
-            places.append(i)
-    for i, each in zip(places, decode_together(asked, configuration), strict=True):
-        if not isinstance(each, RequestError):
-            found[i] = _make_call(each.rows, each.encode, media)
-    return found
+    codecs: Sequence[DeepAr], instances: Sequence[Instance[Any]], configuration: Configuration, form: AnswerForm
+) -> list[DecodedCall | RequestError]:
+    """Decode instances that have been read. One that is encoded alone is answered as JSON, whatever the form."""
+    asked = [AskedForecast(codec, each) for codec, each in zip(codecs, instances, strict=True)]
+    return [
+        each if isinstance(each, RequestError) else _make_call(each.rows, each.encode, form)
+        for each in decode_together(asked, configuration)
+    ]
 
 
 def encode_items(encoders: Sequence[Encoder], outputs: Sequence[Float32]) -> list[Encoder]:
@@ -79,20 +79,25 @@ def encode_items(encoders: Sequence[Encoder], outputs: Sequence[Float32]) -> lis
         items = [each for each in (encoders[i] for i in places) if isinstance(each, ItemEncode)]
         numbers = encode_together([each.encode for each in items], [outputs[i] for i in places])
         both = list(zip(items, numbers, strict=True))
-        texts = iter(_write_all([(item.encode, each) for item, each in both if not isinstance(each, RunFailed)]))
+        good = [(item.encode, each) for item, each in both if not isinstance(each, RunFailed)]
+        texts = iter(_write_all(good, items[0].form))
         for i, (item, number) in zip(places, both, strict=True):
-            found[i] = _Ready(number if isinstance(number, RunFailed) else (next(texts), item.media))
+            found[i] = _Ready(number if isinstance(number, RunFailed) else (next(texts), item.form.media))
     return found
 
 
-def _write_all(good: Sequence[tuple[GroupEncode, ForecastNumbers]]) -> list[bytes]:
-    return write_predictions([encoder for encoder, _ in good], [numbers for _, numbers in good]) if good else []
+def _write_all(good: Sequence[tuple[GroupEncode, ForecastNumbers]], form: AnswerForm) -> list[bytes]:
+    """Write the predictions of one group."""
+    if not good:
+        return []
+    if form.pack is not None:
+        return [form.pack(encoder.group.names, numbers) for encoder, numbers in good]
+    return write_predictions([encoder for encoder, _ in good], [numbers for _, numbers in good])
 
 
-def _make_call(rows: Float32, encode: GroupEncode | Encode, media: str) -> DecodedCall:
+def _make_call(rows: Float32, encode: GroupEncode | Encode, form: AnswerForm) -> DecodedCall:
     if isinstance(encode, GroupEncode):
-        numbers = encode.group.numbers
-        return DecodedCall(rows, ItemEncode(encode, media), numbers, encode.answered)
+        return DecodedCall(rows, ItemEncode(encode, form), encode.group.numbers, encode.answered)
     alone = encode
     write: Encoder = lambda outputs: (alone(check_finite("predictions", outputs)), JSON)  # noqa: E731
     return DecodedCall(rows, write, alone.numbers, alone.answered, alone.marks)

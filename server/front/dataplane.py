@@ -208,7 +208,8 @@ class TogetherItem(NamedTuple):
 class TogetherRequest(msgspec.Struct, frozen=True):
     """Items that may be asked together. `hold` is told of each answer before it is read; it may raise Refused.
 
-    `most_bytes`: of all answers together. `deadline` and `arrived` are on the monotonic clock (s).
+    `most_bytes`: of all answers together. `numbers`: predictions are wanted as packed numbers. `deadline` and `arrived`
+    are on the monotonic clock (s).
     """
 
     items: Sequence[TogetherItem]
@@ -218,6 +219,7 @@ class TogetherRequest(msgspec.Struct, frozen=True):
     arrived: float
     client: str
     hold: Callable[[InferResponse], None]
+    numbers: bool = False
 
 
 class TogetherAnswer(NamedTuple):

@@ -36,6 +36,7 @@ from server.front.raw_json import (
     split_samples,
 )
 from server.front.slices import ITEM, Pacer, Slices
+from server.ipc.packed import NUMBERS, is_packed, pack_json_prediction, write_instance
 from server.ipc.together import PREDICTION
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
@@ -48,7 +49,7 @@ class Item:
     """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
 
     model: ModelName
-    instance: msgspec.Raw
+    instance: msgspec.Raw | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class MultiModelCall:
     configuration: bytes
     joint: Joint | None
     size: int  #: bytes of the body that the items lie in
+    numbers: bool = False  #: whether predictions are wanted as packed numbers: see `server.ipc.packed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,9 @@ class FanOut:
             items = [TogetherItem(item.model, item.instance) for _, item in wave]
             arrived, _, client = self._origin
             limits = (self._call.configuration, self._limit.bytes, self._deadline, arrived, client)
-            found = await self._plane.infer_together(TogetherRequest(items, *limits, self._hold_answer))
+            found = await self._plane.infer_together(
+                TogetherRequest(items, *limits, self._hold_answer, self._call.numbers)
+            )
             for (i, item), each in zip(wave, found, strict=True):
                 if isinstance(each, TogetherAnswer):
                     results[i] = await self._take_answer(each)
@@ -212,11 +216,10 @@ class FanOut:
 
     async def _take_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
         marginal = self._call.joint is not None
-        if answer.content_type == PREDICTION and not marginal:
+        if answer.content_type in (PREDICTION, NUMBERS) and not marginal:
             return Prediction(cast("bytes", answer.body), answer.stats)  # not copied: all that read it take any buffer
         try:
-            found = extract_prediction(bytes(answer.body), marginal=marginal)
-            return Prediction(await self._pacer.run(found), answer.stats)
+            return await self._read_prediction(bytes(answer.body), answer.stats)
         except Refused as refused:
             return _without_frames(refused)
 
@@ -230,8 +233,8 @@ class FanOut:
             self._room.set()
 
     async def _predict(self, item: Item) -> Prediction | Refused:
-        body = build_request(item.instance, self._call.configuration)
         try:
+            body = build_request(self._write_instance(item.instance), self._call.configuration)
             request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, *self._origin)
             response = await self._plane.infer(request)
         except Refused as refused:
@@ -239,10 +242,30 @@ class FanOut:
             return _without_frames(refused)
         self._hold_answer(response)
         try:
-            found = extract_prediction(await response.read(), marginal=self._call.joint is not None)
-            return Prediction(await self._pacer.run(found), response.stats)
+            return await self._read_prediction(await response.read(), response.stats)
         except Refused as refused:
             return _without_frames(refused)
+
+    @staticmethod
+    def _write_instance(instance: msgspec.Raw | bytes) -> msgspec.Raw | bytes:
+        """The instance as JSON. Raises Refused."""
+        if not is_packed(instance):
+            return instance
+        try:
+            return write_instance(instance)
+        except ValueError as error:
+            raise Refused(Situation.BAD_REQUEST, str(error), field="target") from None
+
+    async def _read_prediction(self, answer: bytes, stats: InferStats) -> Prediction:
+        """The prediction in a model's answer, packed where that is wanted. Raises Refused."""
+        body = await self._pacer.run(extract_prediction(answer, marginal=self._call.joint is not None))
+        if not self._call.numbers:
+            return Prediction(body, stats)
+        try:
+            return Prediction(pack_json_prediction(body), stats)
+        except (msgspec.MsgspecError, ValueError) as error:
+            message = f"the answer has no place in a table, ask by JSON: {error}"
+            raise Refused(Situation.BAD_REQUEST, message) from None
 
     def _hold_answer(self, response: InferResponse) -> None:
         """Count an answer before it is read. Raises Refused, the whole call's, where all are too large."""

@@ -103,6 +103,7 @@ class TogetherPlane(DataPlane):
         asked = [request.items[each.place] for each in items]
         sizes = [len(memoryview(item.instance)) for item in asked]
         head = AskedTogether([item.model for item in asked], sizes, request.configuration, request.most_bytes)
+        head.numbers = request.numbers
         body = write_asked(head, [item.instance for item in asked])
         answers: list[tuple[ItemAnswer, memoryview]] | None = None
         try:

@@ -29,13 +29,14 @@ Head = TypeVar("Head", bound=Struct)
 class AskedTogether(Struct, array_like=True, forbid_unknown_fields=True):
     """The head of a request: the items' models and the bytes of their instances, and what all items share.
 
-    `most_bytes`: of all answers together; beyond it the call is refused.
+    `most_bytes`: of all answers together; beyond it the call is refused. `numbers`: predictions are wanted packed.
     """
 
     models: list[str]
     sizes: list[Count]
     configuration: bytes
     most_bytes: Count
+    numbers: bool = False
 
 
 class ItemAnswer(Struct, array_like=True, forbid_unknown_fields=True, gc=False):

@@ -141,7 +141,7 @@ class RowBatches:
 
         Nothing else keeps their rows: on a device these lie in memory that the next batch uses.
         """
-        decode_calls(jobs[: pace.slice_rows], self._residents.rows, pace.quick_bytes)
+        jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
         running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
         for at, job in enumerate(jobs):
             slot = job.slot

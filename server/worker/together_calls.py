@@ -14,6 +14,7 @@ from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
 from server.ipc.frames import CHUNK, Request
+from server.ipc.packed import is_packed
 from server.ipc.together import ItemAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
 
@@ -59,11 +60,6 @@ class TogetherCall:
         return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._instances)} items are not answered>"
 
     @property
-    def is_ended(self) -> bool:
-        """Whether its response has been given."""
-        return self._ended
-
-    @property
     def jobs(self) -> Iterator[Job]:
         """The jobs of its items that are not done."""
         return (job for job in self._jobs if not job.done)
@@ -90,9 +86,18 @@ class TogetherCall:
             steps.cancel(job)
         self._jobs.clear()
 
+    @property
+    def wants_numbers(self) -> bool:
+        """Whether predictions are wanted as packed numbers."""
+        return self._head.numbers
+
+    def wrap_instance(self, instance: bytes | memoryview) -> bytes:
+        """The body of a request for one instance in JSON."""
+        return b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
+
     def _make_request(self, place: int, model: str, instance: memoryview) -> Request:
-        """The request that the item would be alone."""
-        body = b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
+        """The request that the item would be alone; a row of a table gets its body when it is needed."""
+        body = b"" if is_packed(instance) else self.wrap_instance(instance)
         whole = self._request
         return Request(
             place,
