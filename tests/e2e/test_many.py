@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -216,3 +217,18 @@ def test_a_call_as_a_table(s3: S3Server, one_worker: tuple[Server, str]) -> None
             assert np.array_equal(np.array([row[level] for row in mine], np.float32), np.array(values, np.float32))
     wrong = httpx.post(f"{server.url}/v1/forecasts", content=b"no arrow", headers={"Content-Type": ARROW})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "bad_request")
+
+
+def test_the_example_of_the_page(
+    s3: S3Server, one_worker: tuple[Server, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program of docs/tables.md runs as it is written, and prints a first step for both models."""
+    pytest.importorskip("pyarrow")
+    server, bucket = one_worker
+    upload(s3, bucket, [pack_forecaster(name, 1, config=TCN, forecast=True) for name in ("au/NSW1.mar", "au/VIC1.mar")])
+    page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    exec(compile(program, "docs/tables.md", "exec"), {"url": server.url})
+    told = capsys.readouterr().out
+    assert told.count("au/NSW1.mar") == told.count("au/VIC1.mar") == 1
+    assert "error: [[null,null]]" in "".join(told.split()).replace("error:", "error: ")
