@@ -32,6 +32,8 @@ from server.worker.scheduler import Job
 from server.worker.step_loop import StepLoop
 from server.worker.together_calls import TogetherCall
 
+SUBMIT_S = 0.03  #: of the step thread that a call for many models takes at once to make its items jobs
+
 
 class FrontConnection(FrameConnection):
     """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself.
@@ -115,7 +117,16 @@ class FrontConnection(FrameConnection):
         end = lambda situation, body: self._end_together(ident, situation, body)  # noqa: E731
         call = TogetherCall(request, end, self._has_room)
         self._together[ident] = call
-        call.submit(self._steps)
+        self._submit_items(call)
+
+    def _submit_items(self, call: TogetherCall) -> None:
+        """Take the call's items for a slice of time, and the others after the step loop has had its turn.
+
+        A thousand loads that begin at once take so long that the worker would be taken for silent.
+        """
+        until = time.perf_counter() + SUBMIT_S
+        if call.submit(self._steps, lambda: time.perf_counter() > until):
+            self._loop.call_soon(self._submit_items, call)
 
     def _end_together(self, ident: int, situation: Situation, body: bytes) -> None:
         """Send the response to a call for many models; items that are not answered are given up."""

@@ -47,6 +47,7 @@ class TogetherCall:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
         self._head, self._instances = read_asked(request.body)
+        self._begun = 0  # items that have been made jobs
         self._jobs: list[Job] = []
         self._answers: list[ItemAnswer | None] = [None] * len(self._instances)
         self._bodies: list[bytes] = [b""] * len(self._instances)
@@ -64,17 +65,25 @@ class TogetherCall:
         """The jobs of its items that are not done."""
         return (job for job in self._jobs if not job.done)
 
-    def submit(self, steps: Submits) -> None:
-        """Make a job of each item."""
-        for i, (model, instance) in enumerate(zip(self._head.models, self._instances, strict=True)):
-            job = steps.submit(self._make_request(i, model, instance), self)
+    def submit(self, steps: Submits, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Make a job of each item, until time is over. Returns whether some are left: then it is to be called again."""
+        while self._has_more():
+            place = self._begun
+            self._begun += 1
+            instance, self._instances[place] = self._instances[place], memoryview(b"")  # the job has it now
+            job = steps.submit(self._make_request(place, self._head.models[place], instance), self)
             if self._ended:
                 steps.cancel(job)
-                return
-            if not job.done:
+            elif not job.done:
                 job.together, job.instance = self, instance
                 self._jobs.append(job)
-        self._instances = [memoryview(b"")] * len(self._instances)  # the jobs have them now
+            if is_over():
+                break
+        return self._has_more()
+
+    def _has_more(self) -> bool:
+        """Whether items are left that shall become jobs."""
+        return self._begun < len(self._instances) and not self._ended
 
     def cancel(self, steps: Submits) -> None:
         """Give up all items that are not answered; there is no response then."""

@@ -102,3 +102,20 @@ def test_a_body_that_is_none_breaks_the_wire() -> None:
     """Only a front of this version speaks this."""
     with pytest.raises(WireError):
         TogetherCall(Request(1, 0, "", "", "", 3, b"abc"), lambda *_: None)
+
+
+def test_items_are_taken_in_slices_of_time() -> None:
+    """One item for each slice where time is always over; a call that is cancelled in between takes no more."""
+    call, ended = make_call()
+    steps = Steps()
+    assert [call.submit(steps, lambda: True) for _ in range(3)] == [True, True, False]
+    assert [job.model for job in steps.jobs] == ["a", "b", "c"]
+    for job in steps.jobs:
+        answer(call, job, b"x")
+    assert len(ended) == 1
+    other, _ = make_call()
+    steps = Steps()
+    assert other.submit(steps, lambda: True)
+    other.cancel(steps)
+    assert not other.submit(steps)
+    assert [job.done for job in steps.jobs] == [True]
