@@ -31,7 +31,7 @@ from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limi
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
 from server.front.worker_client import WorkerLost
-from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
+from server.http_listener import BODY_FOLLOWS, CLOSE, HEADERS_BY_NAME, REASON, WHOLE_BODY
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -80,7 +80,8 @@ class App:
         if scope["type"] != "http":
             return
         started = time.monotonic()
-        request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive, scope["query_string"])
+        headers = scope.get(HEADERS_BY_NAME) or dict(scope["headers"])
+        request = HttpRequest(scope["method"], scope["path"], headers, receive, scope["query_string"])
         dialect = self._dialects[0]
         try:
             for dialect in self._dialects:
@@ -101,20 +102,28 @@ class App:
         except ClientGone:
             statuses: Sequence[int] = (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
-            statuses = await self._send(self._refuse(dialect, request, error), request, send)
+            statuses = await self._send(self._refuse(dialect, request, error), request, scope, send)
         else:
             reply.marked = request.stats
-            statuses = await self._send(reply, request, send)
-        await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
+            statuses = await self._send(reply, request, scope, send)
+        seconds = time.monotonic() - started
+        if len(statuses) == 1:
+            self._count(dialect.name, statuses[0], seconds, request.id)
+        else:
+            await self._count_many(dialect.name, statuses, seconds, request.id)
 
-    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
+    async def _count_many(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
         for i, status in enumerate(statuses):
-            answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
-            answered.answers.inc()
-            answered.seconds.observe_request(seconds, request_id)
+            self._count(protocol, status, seconds, request_id)
             if i % STATUSES_AT_ONCE == STATUSES_AT_ONCE - 1:
                 await asyncio.sleep(0)
+
+    def _count(self, protocol: str, status: int, seconds: float, request_id: bytes) -> None:
+        """Count one answer of a request."""
+        answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
+        answered.answers.inc()
+        answered.seconds.observe_request(seconds, request_id)
 
     def _bind_answers(self, protocol: str, status: int) -> AnswerSeries:
         """The series of answers with this status, found once."""
@@ -240,12 +249,13 @@ class App:
         places = ", ".join(f"{each.routes.main_path} ({each.routes.title})" for each in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
-    async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:
+    async def _send(self, reply: HttpReply, request: HttpRequest, scope: Scope, send: Send) -> Sequence[int]:
         """Send the reply; a large one part by part, as fast as the client takes it (the listener bounds how slow).
 
         Returns the status codes to count.
         """
-        stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
+        held, stream = len(reply.body), reply.stream
+        size = held if stream is None else stream.body_bytes
         head: Headers = [
             (b"content-length", b"%d" % size),
             (_REQUEST_ID, request.id or self._identify(request.headers)),
@@ -258,32 +268,23 @@ class App:
         _add_marks(head, reply.stats or reply.marked)
         if reply.chunks is not None:
             return await self._send_chunks(reply, reply.chunks, head[1:], send)
-        more, held = len(reply.body) < size, len(reply.body)
+        start: dict[str, Any] = {"type": "http.response.start", "status": reply.status, "headers": head}
+        if reply.reason is not None:
+            start[REASON] = reply.reason
         self.plane.held.size += held
         try:
-            start: dict[str, Any] = {
-                "type": "http.response.start",
-                "status": reply.status,
-                "headers": head,
-                BODY_FOLLOWS: True,
-            }
-            if reply.reason is not None:
-                start[REASON] = reply.reason
-            await send(start)
-            for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
-                await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
-            rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body
-            await send({"type": "http.response.body", "body": rest, "more_body": more})
-            if more and stream is not None:
-                async for part in stream.parts():
-                    await send({"type": "http.response.body", "body": part, "more_body": stream.unread > 0})
+            if held == size <= PIECE_BYTES and WHOLE_BODY in scope.get("extensions", ()):
+                start[WHOLE_BODY] = reply.body
+                await send(start)
+            else:
+                await _send_parts(reply, start, size, send)
         except (WorkerLost, RuntimeError, asyncio.CancelledError):
             # The worker died with half of the answer; or the listener cut the client off, which uvloop says by a
             # RuntimeError; or the drain is over.
             return (CLIENT_GONE,)
         finally:
             self.plane.held.size -= held
-            if more and stream is not None:
+            if stream is not None and held < size:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted
 
@@ -291,6 +292,20 @@ class App:
         """Send a reply while it is made. Returns the status codes to count."""
         start = {"type": "http.response.start", "status": reply.status, "headers": head}
         return list_statuses(reply.counted, reply.status, await chunks.send(start, send, self.plane.held))
+
+
+async def _send_parts(reply: HttpReply, start: dict[str, Any], size: int, send: Send) -> None:
+    """Send the head, and a body of `size` bytes in pieces. Raises WorkerLost."""
+    held, stream = len(reply.body), reply.stream
+    start[BODY_FOLLOWS] = True
+    await send(start)
+    for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
+        await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
+    rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body
+    await send({"type": "http.response.body", "body": rest, "more_body": held < size})
+    if held < size and stream is not None:
+        async for part in stream.parts():
+            await send({"type": "http.response.body", "body": part, "more_body": stream.unread > 0})
 
 
 def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:

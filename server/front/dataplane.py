@@ -599,7 +599,7 @@ class DataPlane:
         model, client, link = request.model, request.client, self.links[lane.worker]
         backlog = link.backlog
         is_work, left_s, ahead = lane.warm.has(model), request.deadline - now, backlog.count_ahead(model, client)
-        refusal = backlog.check(model, client, now, left_s, self._bounds, is_work=is_work)
+        refusal = backlog.check(model, client, now, left_s, ahead, self._bounds, is_work=is_work)
         if refusal is not None:
             raise explain_overload(refusal)
         told = b""
