@@ -88,10 +88,10 @@ class TogetherPlane(DataPlane):
         """Count an item as under way, or say why it is not."""
         backlog, client = self.links[lane.worker].backlog, request.client
         is_work, left_s = lane.warm.has(model), request.deadline - now
-        refusal = backlog.check(model, client, now, left_s, self._bounds, is_work=is_work)
+        ahead = backlog.count_ahead(model, client)
+        refusal = backlog.check(model, client, now, left_s, ahead, self._bounds, is_work=is_work)
         if refusal is not None:
             return explain_overload(refusal)
-        ahead = backlog.count_ahead(model, client)
         counted = self.router.count_start(lane, model)
         backlog.start(model, client, now, is_work=counted)
         return _Started(place, counted, ahead)
