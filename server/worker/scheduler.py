@@ -46,6 +46,8 @@ class Job:
     call: Any = None  #: the decoded request, where its batch had no time left for it
     accepted: float = 0.0
     answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
+    together: Any = None  #: the call for many models that it is an item of; None for a request of its own
+    instance: Any = b""  #: of an item, as it lies in the call
     marks: Marks = NO_MARKS  #: of a forecast, once its request is decoded
     times: StageTimes | None = None  #: of a traced request
 

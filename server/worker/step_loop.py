@@ -48,6 +48,7 @@ from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.stage_times import StageTimes
 from server.worker.store_probe import StoreProbe
+from server.worker.together_batches import build_bodies
 
 SWEEP_S = 0.05
 LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
@@ -226,7 +227,10 @@ class StepLoop:
         if not live:
             return
         try:
-            self._choose_batches(get_slot(live[0])).run(group, live, now)
+            batches = self._choose_batches(get_slot(live[0]))
+            if batches is not self._rows and not (live := build_bodies(live, self._replies)):
+                return
+            batches.run(group, live, now)
         except torch.OutOfMemoryError as error:
             log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
             self._refuse_all(live, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"), now)

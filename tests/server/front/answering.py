@@ -42,6 +42,7 @@ class Worker:
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
     stages: Sequence[Stage] = ()
+    lent: None = None
 
     def call(
         self,
