@@ -12,6 +12,8 @@ from server.cli.setting_flags import settings_from
 from server.offline.evaluation_report import render_page
 from server.offline.fleet_evaluation import Backtest, backtest_fleet
 from server.offline.rolling_windows import InProcess, Rolling
+from server.offline.tuning import Candidate, Standing, Tuned
+from server.offline.tuning_report import render_leaderboard
 from tests.loadtest.browser import CHROMIUM, Browser, open_browser
 from tests.loadtest.contrast import find_faint_text
 from tests.server.markets import fill, name_products, run, write_prices
@@ -102,6 +104,27 @@ def test_the_verdict_is_what_the_scores_say(reader: Browser, tmp_path: Path) -> 
         assert reader.value("document.querySelector('.verdict').className") == f"verdict {tone}"
         command = reader.value("document.querySelector('footer pre').textContent")
         assert command == shlex.join(["fleetcast", *asked, "--html", str(page), "--json"])
+
+
+def test_a_leaderboard_fits_a_telephone(reader: Browser, tmp_path: Path) -> None:
+    """Long recipes and a long command wrap; what a cell is stands beside it."""
+    recipe = Candidate(("--architecture", "lear,lear:3,ddnn:2", "--stack", "--scaling", "linear"), "lear", {})
+    standing = Standing(recipe, 2, 12, 0.31, 0.7, 3.2, 0.33, 0.71)
+    found = Tuned([standing] * 3, [(3, 4), (3, 12)], 65.0, 1, ("2024-06-21", "2024-07-18", 1), {})
+    page = tmp_path / "tune.html"
+    page.write_text(
+        render_leaderboard(found, "prices.csv", "fleetcast train prices.csv " + "--target X " * 30), "utf-8"
+    )
+    for scheme in ("light", "dark"):
+        reader.open(page, 390, scheme)
+        assert not reader.value(WIDE)
+        assert (
+            reader.value(
+                "(() => { const t = document.querySelector('.scroll'); return t.scrollWidth - t.clientWidth; })()"
+            )
+            <= 0
+        )
+        assert find_faint_text(reader) == []
 
 
 def test_the_legend_tells_levels_apart_and_reads_values(reader: Browser, report: Path) -> None:
