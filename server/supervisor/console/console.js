@@ -6,6 +6,7 @@ const READ_MS = 2000, LOOK_MS = 5000, SLOTS = 150, PAGE = 1000, ROW_PX = 35.2, B
 // A listing costs the server time for each model: it is made every 15 s, of more than a thousand models every 15 ms for
 // each, and while nothing has happened to any of them every five minutes.
 const LIST_MS = 15000, EACH_MS = 15, STALE_MS = 300000;
+const TIERS = ["host", "disk", "store"];
 const at = (id) => document.getElementById(id);
 const readings = [];
 const built = new Map(); // of the rows in the document: index among the shown -> element
@@ -89,6 +90,7 @@ function summarise(before, now) {
     "request time, ms": [milliseconds(quantile(times, 0.5)), milliseconds(quantile(times, 0.99))],
     "cache hits, %": [asked ? 100 * change(before, now, "cache_requests", (result) => result === "hit") / asked : null],
     "load time, ms": load ? [milliseconds(quantile(load, 0.5)), milliseconds(quantile(load, 0.99))] : [null, null],
+    "load time by tier, median, ms": TIERS.map((tier) => (now.load_seconds[tier] ? milliseconds(quantile(subtract(before.load_seconds[tier], now.load_seconds[tier]), 0.5)) : null)),
     "rows a batch": [mean(subtract(before.batch_rows, now.batch_rows))],
     "evictions a second": [change(before, now, "evictions") / seconds],
     "memory in use, %": [share("device"), share("disk")],
@@ -97,6 +99,7 @@ function summarise(before, now) {
 }
 
 const LEGENDS = {
+  "load time by tier, median, ms": TIERS,
   "requests a second": ["answered", "failed"], "request time, ms": ["p50", "p99"], "load time, ms": ["p50", "p99"],
   "memory in use, %": ["device", "disk"],
 };
@@ -169,6 +172,8 @@ const COLUMNS = {
   "requests/s": { of: (row) => rates.get(row.model) || 0, show: formatNumber, number: true },
   answers: { of: (row) => sum(row, "answers"), show: formatNumber, number: true },
   errors: { of: (row) => sum(row, "failures"), show: formatNumber, number: true },
+  "loaded from": { of: (row) => [...new Set(held(row).map((each) => each.tier))].join(", ") },
+  "load, ms": { of: (row) => Math.max(-1, ...held(row).map((each) => each.load_ms)), show: (ms) => (ms < 0 ? "" : formatNumber(ms)), number: true },
   "loaded ago": { of: (row) => least(row, "loaded_s_ago"), show: formatAge, number: true },
   "used ago": { of: (row) => least(row, "used_s_ago"), show: formatAge, number: true },
 };
@@ -335,7 +340,7 @@ async function showModel(name) {
     return button;
   }));
   showTable("holders", row.holders.map((each) => ({ worker: each.worker, state: each.state, version: each.version, bytes: each.bytes,
-    "loaded ago": formatAge(each.loaded_s_ago), "used ago": formatAge(each.used_s_ago), answers: each.usage?.answers, failures: each.usage?.failures })));
+    "loaded from": each.tier, "load, ms": each.load_ms, "loaded ago": formatAge(each.loaded_s_ago), "used ago": formatAge(each.used_s_ago), answers: each.usage?.answers, failures: each.usage?.failures })));
   const kept = await ask(`/fleet/versions/${encodeName(name)}`).catch(() => ({ versions: [] }));
   if (open !== name) return;
   showTable("versions", kept.versions.map((each) => ({ version: each.version, bytes: each.bytes,
