@@ -84,7 +84,7 @@ def test_the_page_shows_the_fleet(house: Server, tmp_path: Path) -> None:
         assert (row["model"], row["loaded from"], row["answers"]) == (ODD, "store", "1")
         assert float(row["load, ms"].replace(",", "")) > 0
     management = house.addresses["management"]
-    assert len(house.http.get(f"{management}/fleet/overview").content) < 16_384, "asked every two seconds"
+    assert len(house.http.get(f"{management}/fleet/overview").content) < 16_384, "asked every four seconds"
     listing = house.http.get(f"{management}/fleet/models", params={"limit": str(MANY)})
     assert len(listing.content) / MANY < 1_024, "of a model"
 

@@ -2,7 +2,7 @@
 
 import { drawFan, drawLines, formatNumber } from "./shapes.js";
 
-const READ_MS = 2000, LOOK_MS = 5000, SLOTS = 150, PAGE = 1000, ROW_PX = 35.2, BUSY_ROWS = 12;
+const READ_MS = 4000, LOOK_MS = 5000, SLOTS = 75, PAGE = 1000, ROW_PX = 35.2, BUSY_ROWS = 12;
 // A listing costs the server time for each model: it is made every 15 s, of more than a thousand models every 15 ms for
 // each, and while nothing has happened to any of them every five minutes.
 const LIST_MS = 15000, EACH_MS = 15, STALE_MS = 300000;
