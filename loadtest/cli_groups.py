@@ -24,6 +24,9 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "core": CommandModule("benchmarks.core", "throughput, cold start and memory beside a plain server; needs wrk"),
     "accuracy": CommandModule("benchmarks.accuracy", "accuracy in five day-ahead markets beside published results"),
     "code": CommandModule("benchmarks.code", "archives with code beside Multi Model Server; needs wrk and Java"),
+    "console": CommandModule(
+        "benchmarks.console", "what a viewer of the console costs with 5,000 models; needs Chromium"
+    ),
     "cores": CommandModule("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
     "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from model_store.names import parse_model_name
 from server.cli import price_flags
-from server.cli.command_flags import with_flags
+from server.cli.command_flags import with_flags, write_command
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim
 from server.cli.train import match_markets
@@ -101,7 +101,7 @@ def backtest(flags: BacktestFlags) -> None:
         if flags.html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
-            flags.html.write_text(render_page(found), encoding="utf-8")
+            flags.html.write_text(render_page(found, write_command("backtest", flags)), encoding="utf-8")
     if flags.as_json:
         print(found.json(MEASURES).decode())  # noqa: T201
     else:

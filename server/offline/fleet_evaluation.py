@@ -136,7 +136,8 @@ def backtest_fleet(
         other = columns[target][against.replace("{target}", target)] if against else None
         notes = list_notes(found, model)
         score = score_forecasts(found, forecast.unit, notes, before, other, outside)
-        return replace(score, online=score_online(model, found) if online else None), make_fan_chart(found)
+        replayed = score_online(model, found) if online else None
+        return replace(score, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

@@ -329,7 +329,8 @@ class ModelLoads:
             return
         if self._residents.settle(slot, built, now):
             self._metrics.labelled(self._metrics.swaps, result="ok").inc()
-        self._metrics.load_seconds(built.tier, now - self._end(built.model))
+        slot.tier, slot.load_s = built.tier, now - self._end(built.model)
+        self._metrics.load_seconds(slot.tier, slot.load_s)
         self._note_due(built)
         self._waiting.served(built, now, self.lanes.take_parts(built.model))
         self._tell(built.model, built.version)
