@@ -27,15 +27,16 @@ SWIFT = swift-proxy-server swift-account-server swift-container-server swift-obj
 # an operator may do does not depend on the store behind it, nor who dies.
 STORE_TESTS = $(patsubst %,tests/e2e/test_%.py,contract store_changes traffic)
 
-# A test process often waits for servers. A file's tests stay in one process, and share what its fixtures start.
-JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
-IN_PARALLEL = -n $(JOBS) --dist loadfile
+# A test process waits for servers during a third of its time, so there are half as many again as cores. A file's tests
+# stay in one process, and share what its fixtures start; tests/conftest.py says which files come first.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); n=$$((n < 4 ? n : 4)); echo $$((n + (n + 1) / 2)))
+IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Tests start hundreds of interpreters; without compiled modules on disk each compiles ours again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,7 +67,7 @@ load: $(READY) ## percentiles, hit ratio and memory of a fleet under an open-loo
 test-fast: $(READY) ## the unit tests, in one process and within two minutes
 	$(BIN)/python -m pytest -m "not (e2e or slow or gpu)" $(ARGS)
 
-test: $(READY) ## all tests, in as many processes as there are cores, at most four (JOBS=1 for one)
+test: $(READY) ## all tests, in three processes for two cores, at most six (JOBS=1 for one)
 	$(BIN)/python -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-s3: $(READY) ## the tests of stores and processes once more, against OpenStack Swift
@@ -88,7 +89,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py
+	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -125,14 +126,18 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 	@echo "$(TORCH)+cpu" > $(TOOLS)/torch.txt
 	$(LOCK) --extra cpu --extra load --extra grpc --find-links "$(TORCH_WHEELS)" -o docker/requirements.lock $(ARGS)
 	@echo "$(TORCH)" > $(TOOLS)/torch.txt
-	$(LOCK) --extra cuda --extra grpc -o docker/requirements-cuda.lock $(ARGS)
+	$(LOCK) --extra cuda --extra load --extra grpc -o docker/requirements-cuda.lock $(ARGS)
 
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
-docs: $(READY) ## the README's tables of settings, metrics and architectures, and Grafana's dashboard
-	$(BIN)/fleetcast settings-table README.md
+docs: $(READY) ## the generated pages of docs/reference, and Grafana's dashboard
+	$(BIN)/python docs/write_reference.py
 	$(BIN)/python docker/dashboard.py > docker/grafana/dashboards/fleetcast.json
+
+docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it is read without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo "read it: site/index.html"
 
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
 	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto
@@ -141,5 +146,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build site *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +

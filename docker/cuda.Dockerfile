@@ -5,23 +5,27 @@
 # container toolkit. A worker that finds an older one, or no GPU, says so in one sentence and the server ends.
 # Run: docker run --gpus all -p 127.0.0.1:8080:8080 -e FLEETCAST_STORE=s3://bucket/prefix fleetcast:0.1.0-cuda serve
 
-FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS build
+FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84 AS dependencies
 WORKDIR /src
 COPY docker/requirements-cuda.lock docker/
 RUN python -m venv /opt/fleetcast && \
     /opt/fleetcast/bin/pip install --no-cache-dir --only-binary :all: --require-hashes \
       -r docker/requirements-cuda.lock
+
+FROM dependencies AS program
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY handlers handlers
 COPY model_store model_store
 COPY loadtest loadtest
-RUN /opt/fleetcast/bin/pip install --no-cache-dir --no-index --no-deps --no-build-isolation .
+RUN /opt/fleetcast/bin/pip install --no-cache-dir --prefix /opt/program --no-index --no-deps --no-build-isolation .
 
 FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \
     install -d -o fleetcast /var/lib/fleetcast/cache /var/lib/fleetcast/access
-COPY --from=build /opt/fleetcast /opt/fleetcast
+# What the program needs is a layer of its own, which a new version of the program does not send again.
+COPY --from=dependencies /opt/fleetcast /opt/fleetcast
+COPY --from=program /opt/program /opt/fleetcast
 USER 10001
 WORKDIR /var/lib/fleetcast
 # The inference listener must be reachable from outside the container; `docker run -p` decides what is published. The

@@ -1,4 +1,4 @@
-"""The names of the architectures and a line about each, for help texts, error messages and the README.
+"""The names of the architectures and a line about each, for help texts, error messages and the reference.
 
 This module imports no torch, so that a command line can list them. Everything else about an architecture is the
 record `ARCHITECTURE` in its own file, `handlers/forecasters/NAME.py`.

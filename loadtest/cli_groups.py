@@ -4,12 +4,12 @@ A command's module is imported only when the command runs, because many of these
 seconds. A new command is a module with a Typer called `app`, and a row in BENCHMARKS or DEMOS.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 
 import typer
-from typer.main import get_command
+
+from server.shell.commands import CommandSource, make_command_group
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,9 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "core": CommandModule("benchmarks.core", "throughput, cold start and memory beside a plain server; needs wrk"),
     "accuracy": CommandModule("benchmarks.accuracy", "accuracy in five day-ahead markets beside published results"),
     "code": CommandModule("benchmarks.code", "archives with code beside Multi Model Server; needs wrk and Java"),
+    "console": CommandModule(
+        "benchmarks.console", "what a viewer of the console costs with 5,000 models; needs Chromium"
+    ),
     "cores": CommandModule("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
     "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"
@@ -52,23 +55,12 @@ DEMOS: Mapping[str, CommandModule] = {
 
 
 def make_group(about: str, commands: Mapping[str, CommandModule]) -> typer.Typer:
-    """Make a group of stand-ins. Each passes all its arguments, `--help` among them, to its module's Typer."""
-    group = typer.Typer(help=about, no_args_is_help=True, add_completion=False)
-    group.callback()(lambda: None)  # keeps a group of one command a group
-    passing = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-    for name, lazy in commands.items():
-        group.command(name, help=lazy.about, add_help_option=False, context_settings=passing)(_forward_to(lazy.module))
-    return group
-
-
-def _forward_to(name: str) -> Callable[[typer.Context], None]:
-    def run(context: typer.Context) -> None:
-        module = import_module(f"loadtest.{name}")
-        command = get_command(module.app)
-        command.help = module.__doc__
-        command.main(args=context.args, prog_name=context.command_path)
-
-    return run
+    """Make a group of commands, each the Typer of its module."""
+    sources = {
+        name: CommandSource(f"loadtest.{each.module}", "app", each.about, teaches_by_module=True)
+        for name, each in commands.items()
+    }
+    return make_command_group(sources, about, is_program=False)
 
 
 bench = make_group("Benchmark the server beside something to compare it with; most commands save a record.", BENCHMARKS)

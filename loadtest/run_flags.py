@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from loadtest import flags
 from loadtest.driver.dialects import DIALECTS, BodyKind
-from loadtest.driver.profiles import Shape
+from loadtest.driver.profiles import Shape, make_profile
 from loadtest.driver.request_bodies import RequestBody
 from loadtest.driver.run import RequestSource, parse_names
 from loadtest.driver.summary import Slo
@@ -116,7 +116,9 @@ class RunFlags:
     keep: Annotated[bool, make_flag(OUTPUT, "save a record under loadtest/records", "--record")] = False
 
     def check(self) -> None:
-        """Raises ValueError for flags that do not go together."""
+        """Raises ValueError for flags that do not go together, before anything is made or started."""
+        if self.profile is not Shape.REPLAY:
+            make_profile(self.profile, self.models, self.seed, **self.profile_settings)
         if self.dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {self.dialect!r}: known dialects are {', '.join(DIALECTS)}")
         if self.is_grpc and find_spec("grpc") is None:

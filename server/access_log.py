@@ -21,7 +21,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from server.contract import ACCESS_LOG_FILE, ACCESS_LOG_FILES, ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES
+from server.contract import ACCESS_LOG_FILE, ACCESS_LOG_FILES, ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES, REPLAY_HEADER
 
 REFUSED, LOST = map(ACCESS_LOG_OUTCOMES.index, ("refused", "lost"))
 MAX_CHARS = 8_000_000  #: characters that a worker keeps until the supervisor fetches them: about 100,000 rows
@@ -29,12 +29,16 @@ PARTS = 8  #: number of plain parts that fill the budget; a gzipped part takes a
 
 
 class Row(NamedTuple):
-    """One request: seconds since 1970, the model, its bytes in the cache (0: not known), one of ACCESS_LOG_OUTCOMES."""
+    """One request: seconds since 1970, the model, its bytes in the cache (0: not known), one of ACCESS_LOG_OUTCOMES.
+
+    `trace_id`: of its trace, where it was sampled.
+    """
 
     time: float
     model: str
     bytes: int
     outcome: str
+    trace_id: str = ""
 
 
 class ArrivalBuffer:
@@ -50,13 +54,13 @@ class ArrivalBuffer:
         """For example `<ArrivalBuffer 200 rows, 0 dropped>`."""
         return f"<ArrivalBuffer {len(self._rows)} rows, {self._dropped} dropped>"
 
-    def note(self, model: str, arrived: float, size: int, outcome: int) -> None:
+    def note(self, model: str, arrived: float, size: int, outcome: int, trace_id: str = "") -> None:
         """Add a row: a request that came at `arrived` on the monotonic clock, and its index in ACCESS_LOG_OUTCOMES."""
         if self._chars >= MAX_CHARS:
             self._dropped += 1
             return
         name = model if '"' not in model and "," not in model else '"' + model.replace('"', '""') + '"'
-        row = f"{arrived + self._offset:.6f},{name},{size},{ACCESS_LOG_OUTCOMES[outcome]}\n"
+        row = f"{arrived + self._offset:.6f},{name},{size},{ACCESS_LOG_OUTCOMES[outcome]},{trace_id}\n"
         self._rows.append(row)
         self._chars += len(row)
 
@@ -174,16 +178,20 @@ def _open_part(part: Path) -> IO[str]:
 
 
 def _read_rows(part: Path, file: IO[str]) -> Iterator[Row]:
+    columns = 0
     whole = takewhile(lambda line: line.endswith("\n"), file)  # leaves out a row that is being written
     for number, line in enumerate(csv.reader(whole), 1):
         if number == 1:
-            if ",".join(line) + "\n" != ACCESS_LOG_HEADER:
+            columns = len(line)
+            if ",".join(line) + "\n" not in (ACCESS_LOG_HEADER, REPLAY_HEADER):
                 raise ValueError(f"{part}, line 1: an access log begins with the line {ACCESS_LOG_HEADER.rstrip()}")
             continue
         try:
-            at, model, size, outcome = line
-            row = Row(float(at), model, int(size), outcome)
-        except ValueError as error:
+            at, model, size, outcome, *trace_id = line
+            row = Row(float(at), model, int(size), outcome, *trace_id)
+            if len(line) != columns:
+                raise ValueError(f"{len(line)} columns")  # noqa: TRY301 -- said below with the line
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{part}, line {number}: {line} is not {ACCESS_LOG_HEADER.rstrip()}") from error
         yield row
 

@@ -93,7 +93,9 @@ def count_failed_forecasts(end: bytes) -> int | None:
 
 # --- the access log ---------------------------------------------------------------------------------------------------
 
-ACCESS_LOG_COLUMNS: Final = ("time", "model", "bytes", "outcome")
+REPLAY_COLUMNS: Final = ("time", "model", "bytes", "outcome")  #: what the load tester needs, and writes itself
+REPLAY_HEADER: Final = ",".join(REPLAY_COLUMNS) + "\n"
+ACCESS_LOG_COLUMNS: Final = (*REPLAY_COLUMNS, "trace_id")  #: the last is empty where a request was not sampled
 ACCESS_LOG_HEADER: Final = ",".join(ACCESS_LOG_COLUMNS) + "\n"
 #: The column `outcome`: `answered` where the cache result is not known, `refused` for any status but 200, `lost` for no
 #: answer. The order is that of the numbers that processes and arrays hold.
@@ -276,6 +278,14 @@ WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restar
 ACCESS_LOG_ROWS: Final = MetricSpec(
     "counter", "access_log_rows", "Access log rows, by result: written or dropped", ("result",)
 )
+TRACES: Final = MetricSpec(
+    "counter",
+    "traces",
+    "Sampled traces by result: exported, failed (the collector did not take them), dropped (too many wait for it) or "
+    "skipped (more than traces_per_s)",
+    ("result",),
+)
+TRACE_RESULTS: Final = ("exported", "failed", "dropped", "skipped")
 ACTUALS: Final = MetricSpec(
     "counter", "actuals", "Observed prices by result: paired, repeated or unmatched", ("result",)
 )

@@ -18,6 +18,8 @@ from typing import Any
 
 import structlog
 
+from server.shell.escaping import escape_text
+
 STDOUT, STDERR = 1, 2  #: the descriptors
 MAX_LINES, MAX_BYTES = 10_000, 4 * 1024 * 1024  #: that wait for the descriptor
 MAX_LINE_BYTES = 64 * 1024  #: of one line; a longer one is cut
@@ -133,16 +135,6 @@ class _LibraryHandler(logging.Handler):
 STANDARD_ERROR = LineWriter(STDERR)
 STANDARD_OUTPUT = LineWriter(STDOUT)  #: of a server: its addresses, and that it stops
 atexit.register(STANDARD_ERROR.flush)
-
-
-def escape_text(text: str, keep: str = "") -> str:
-    """The text on one line without characters that a terminal acts on: control, format and separator characters.
-
-    Archives, clients and stores can put anything into names and messages. `keep` has characters that stay.
-    """
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
 
 
 def _escape_values(_: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

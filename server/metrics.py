@@ -226,6 +226,15 @@ class AsyncSeries(NamedTuple):
     under_way: Gauge
 
 
+class TraceSeries(NamedTuple):
+    """What became of sampled traces, see `contract.TRACES`. Any thread may count."""
+
+    exported: Counter
+    failed: Counter
+    dropped: Counter
+    skipped: Counter
+
+
 class FrontMetrics:
     """What one front counts."""
 
@@ -240,6 +249,8 @@ class FrontMetrics:
         accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
         self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
         self.forwarded = _make_counter(contract.FORWARDED, self.registry)
+        traced = _make_counter(contract.TRACES, self.registry)
+        self.traces = TraceSeries(*map(traced.labels, contract.TRACE_RESULTS))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)
         self._release_seconds = _make_histogram(contract.RELEASE_SECONDS, self.registry)
 
@@ -333,7 +344,7 @@ class MergedMetrics:
 
 
 def render_metrics_table() -> str:
-    """Every metric as a row of Markdown, for the README."""
+    """Every metric as a row of Markdown, for the reference."""
     rows = ["| metric | what it is |", "|---|---|"]
     for spec in contract.METRICS:
         labels = f"{{{','.join(spec.labels)}}}" if spec.labels else ""

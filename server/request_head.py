@@ -5,7 +5,7 @@ head differently disagree on where a request ends or on which model it names: wh
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -29,20 +29,19 @@ SINGLE = frozenset(
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
 
 
-def find_fault(fields: Fields, version: str) -> str | None:
+def find_fault(fields: Fields, by_name: Mapping[bytes, bytes], version: str) -> str | None:
     """What is wrong with a head of HTTP `version` (such as `1.1`), as a sentence for the client; None if it is sound.
 
+    `by_name`: the fields by name, of a repeated one the last.
     The number of bytes of the head and its Content-Length are the parser's to check.
     """
-    values = dict(fields)  # sound heads rarely repeat a name: one pass over the fields for most requests
-    if len(values) < len(fields):
+    host, coded = by_name.get(b"host"), by_name.get(b"transfer-encoding", b"")
+    if len(by_name) < len(fields):  # sound heads rarely repeat a name
         names = [name for name, _ in fields]
         twice = next((name for name in SINGLE if names.count(name) > 1), None)
         if twice is not None:
             return f"the header {twice.decode()} must be sent once, not {names.count(twice)} times"
-        codings = [value for name, value in fields if name == b"transfer-encoding"]
-        values[b"transfer-encoding"] = b", ".join(codings)
-    host, coded = values.get(b"host"), values.get(b"transfer-encoding", b"")
+        coded = b", ".join(value for name, value in fields if name == b"transfer-encoding")
     if host is None and version != "1.0":
         return "the header Host is missing: HTTP/1.1 requires it"
     if host is not None and _HOST.fullmatch(host) is None:

@@ -398,6 +398,26 @@ class Settings(BaseSettings):
         ge=MIB,
         description="maximum size of the access log; older parts are compressed, the oldest are deleted",
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP), such as http://localhost:4318, to which "
+        "traces of sampled requests are sent: names, times and errors, no bodies; none: "
+        "OTEL_EXPORTER_OTLP_ENDPOINT says, and without it nothing is traced; needs `fleetcast[otel]`",
+    )
+    trace_ratio: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="share of the requests without a trace of their own that are traced; a client's `traceparent` "
+        "decides for its request; none: OTEL_TRACES_SAMPLER says, and without it all are",
+    )
+    traces_per_s: float = Field(
+        20.0,
+        gt=0,
+        le=10_000,
+        description="maximum traces a second of one front, whatever clients and samplers ask; further requests are not "
+        "traced",
+    )
     actuals: Path | None = Field(
         None,
         description="folder in which the server keeps what it forecast and the prices that clients send to "

@@ -19,6 +19,7 @@ from server.contract import METRIC_PREFIX, MetricSpec
 
 SLOW_S = 0.1  #: from here on each request is its bucket's example
 EXAMPLE_MASK = 1023  #: of a bucket's requests one in as many is an example too, beginning with the first
+TRACED_S = 300.0  #: for which an example with a trace is kept from those without
 MOST_ID_BYTES = 100  #: of a request's id; OpenMetrics allows an exemplar 128 characters
 
 
@@ -38,11 +39,15 @@ class LoopCounter:
 
 
 class BucketExample(NamedTuple):
-    """One request of a bucket: its id, how long it took, and the Unix time at which it was counted."""
+    """One request of a bucket: its id, how long it took, and the Unix time at which it was counted.
+
+    `trace_id`: of its trace, where it was sampled.
+    """
 
     request_id: bytes
     value: float
     at: float
+    trace_id: str = ""
 
 
 class LoopHistogram:
@@ -70,7 +75,18 @@ class LoopHistogram:
         self._counts[at] = count = self._counts[at] + 1
         self._sum += value
         if (value >= SLOW_S or count & EXAMPLE_MASK == 1) and request_id:
-            self.examples[at] = BucketExample(request_id[:MOST_ID_BYTES], value, time.time())
+            self._keep(at, BucketExample(request_id[:MOST_ID_BYTES], value, time.time()))
+
+    def show_trace(self, value: float, request_id: bytes, trace_id: str) -> None:
+        """Make a request that is counted already, and traced, its bucket's example."""
+        at = bisect_left(self._bounds, value)
+        self.examples[at] = BucketExample(request_id[:MOST_ID_BYTES], value, time.time(), trace_id)
+
+    def _keep(self, at: int, example: BucketExample) -> None:
+        """Let an example take the place of the one before, unless that has a trace to look at and is not old."""
+        held = self.examples.get(at)
+        if held is None or not held.trace_id or example.at - held.at > TRACED_S:
+            self.examples[at] = example
 
     def name_bucket(self, at: int) -> str:
         """The label `le` of the bucket at this place."""

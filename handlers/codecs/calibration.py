@@ -58,6 +58,11 @@ class BandCalibration:
         """A name of these offsets, the same for the same numbers."""
         return sha256(self._offsets.astype(np.float32).tobytes()).hexdigest()[:16]
 
+    @property
+    def unit(self) -> tuple[int, int]:
+        """The places of the two levels whose distance the offsets are measured in."""
+        return self._low[1].start, self._high[1].start
+
     def add(self, offsets: Float32) -> "BandCalibration":
         """Make the calibration by these offsets and others [rows, levels], which are in the same widths."""
         return BandCalibration(self._forecast, (self._offsets + offsets).astype(np.float32), *self._unit)
@@ -67,11 +72,11 @@ class BandCalibration:
 
         They may cross then. Prices must be at most FLOAT32_MAX / `growth`, so that shifted ones are float32.
         """
-        shifted = self._find_offsets(starts) * (prices[self._high] - prices[self._low])
+        shifted = self.find_offsets(starts) * (prices[self._high] - prices[self._low])
         shifted += prices
         return shifted
 
-    def _find_offsets(self, starts: Sequence[str]) -> Float64:
+    def find_offsets(self, starts: Sequence[str]) -> Float64:
         """Return the offsets [n or 1, prediction or 1, levels] of forecasts that begin at these stamps."""
         if len(self._offsets) == 1:
             return self._offsets
@@ -119,8 +124,8 @@ def make_calibration(forecast: ForecastSpec) -> BandCalibration | None:
 
 
 def count_seconds(stamp: str) -> int:
-    """Count the seconds from 1970 to a stamp, both on one wall clock."""
-    since = datetime.fromisoformat(stamp) - EPOCH
+    """Count the seconds from 1970 to a stamp, both on one wall clock; an offset of the stamp is left out."""
+    since = datetime.fromisoformat(stamp).replace(tzinfo=None) - EPOCH
     return since.days * DAY + since.seconds
 
 

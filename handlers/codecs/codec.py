@@ -21,7 +21,7 @@ from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import SHOWN_NAMES
 from handlers.codecs.features import parse_step_seconds
 from handlers.codecs.marks import NO_MARKS, Marks
-from handlers.codecs.tensors import Place, put_rows
+from handlers.codecs.tensors import Place, check_finite, put_rows
 from handlers.errors import RequestError, RunFailed, UnsupportedMedia
 from handlers.work import RequestBudget
 from model_store.archives.manifest import ForecastSpec
@@ -158,6 +158,11 @@ class FamilyCodec:
         """What adapts its bands to observed prices; None where it answers tensors, or has no band of one product."""
         return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
 
+    @property
+    def forecaster(self) -> DeepAr | None:
+        """What reads and writes its forecasts; None where it answers tensors."""
+        return self._deepar
+
     def describe(self, *, whole: bool = False) -> dict[str, object]:
         """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
 
@@ -205,7 +210,7 @@ class FamilyCodec:
         rows = put_rows(np.ascontiguousarray(call.feeds[self._name]), place)
 
         def encode(outputs: Float32) -> Encoded:
-            return open_inference.write_answer(call, model, {OUTPUT: _check_finite(OUTPUT, outputs)})
+            return open_inference.write_answer(call, model, {OUTPUT: check_finite(OUTPUT, outputs)})
 
         return DecodedCall(rows, encode, call.n * prod(self._output_shape) if call.n > 1 else 0)
 
@@ -223,7 +228,7 @@ class FamilyCodec:
         rows = put_rows(rows, place)
 
         def encode_text(outputs: Float32) -> Encoded:
-            text = encode(_check_finite("predictions", outputs)).decode()
+            text = encode(check_finite("predictions", outputs)).decode()
             return open_inference.write_answer(call, model, {DEEPAR_OUTPUT: np.array([[text]], object)})
 
         return DecodedCall(rows, encode_text, encode.numbers, encode.answered, encode.marks)
@@ -243,7 +248,7 @@ class FamilyCodec:
             raise UnsupportedMedia(f"a forecast is answered as {JSON}, not {wanted}", field="accept")
         rows, encode = self._forecaster("instances").decode(body)
         rows = put_rows(rows, place)
-        write = lambda outputs: (encode(_check_finite("predictions", outputs)), JSON)  # noqa: E731
+        write = lambda outputs: (encode(check_finite("predictions", outputs)), JSON)  # noqa: E731
         return DecodedCall(rows, write, encode.numbers, encode.answered, encode.marks)
 
     def _lines(self, body: bytes, sent: str, wanted: str, place: Place | None) -> DecodedCall:
@@ -263,10 +268,10 @@ class FamilyCodec:
         return self._deepar
 
     def _encode_json(self, outputs: Float32) -> Encoded:
-        return tensors.write_json({"predictions": _check_finite("predictions", outputs)[0]}), JSON
+        return tensors.write_json({"predictions": check_finite("predictions", outputs)[0]}), JSON
 
     def _encode_npy(self, outputs: Float32) -> Encoded:
-        return tensors.write_npy(_check_finite("predictions", outputs)[0]), NPY
+        return tensors.write_npy(check_finite("predictions", outputs)[0]), NPY
 
 
 class SingleCodec:
@@ -405,15 +410,6 @@ def describe_recipe(forecast: ForecastSpec) -> dict[str, object]:
         "step_s": parse_step_seconds(forecast.frequency),
         "paths": forecast.paths or 0,
     }
-
-
-def _check_finite(name: str, outputs: Float32) -> Float32:
-    """Return the outputs C-contiguous. Raises RunFailed that names the first number that is not finite."""
-    if not np.isfinite(outputs).all():
-        at = np.argwhere(~np.isfinite(outputs))[0]
-        place = name + "".join(f"[{i}]" for i in at)
-        raise RunFailed(f"the model's output is not finite: {place} is {outputs[tuple(at)]}")
-    return np.ascontiguousarray(outputs)
 
 
 def _parse_media_range(text: str) -> tuple[str, float]:

@@ -6,7 +6,7 @@ Contract: CONTRACTS 5; one JSON object, or JSON Lines with an instance per line.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,11 @@ import numpy.typing as npt
 from handlers.base import Float32
 from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds, make_calibration
 from handlers.codecs.clock import add_offset, find_jumps
-from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, RequestReader
+from handlers.codecs.deepar_schema import MAX_ROWS, Configuration, DeepArRequest, Instance, RequestReader
 from handlers.codecs.features import Filled, FirstStep, Float64, Inputs, from_network, parse_step_seconds
 from handlers.codecs.history import UNJUDGED, HistoryReader
 from handlers.codecs.marks import NARROW_LEVELS, NO_MARKS, Marks, count_marks
+from handlers.codecs.shared_recipe import find_shared_recipe
 from handlers.codecs.tails import ExponentialTails, has_narrow_levels
 from handlers.codecs.tensors import encode_in_blocks, write_json
 from handlers.errors import RequestError, RunFailed
@@ -27,6 +28,7 @@ from model_store.archives.manifest import ForecastSpec
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 MAX_SAMPLES = 4_000_000  #: most numbers in the samples of one request
 LEVEL_TOLERANCE = 1e-9  #: how far a level may lie outside the trained range: clients compute 1 - 0.9 and send that
+OVERFLOWS = "the model's output overflows when it is scaled back to prices"
 NO_TAIL = "the archive has no tail rule (`tail` is none), without which it cannot be sampled"
 
 Prediction = dict[str, object]
@@ -103,6 +105,7 @@ class DeepAr:
         if self._tails is not None:
             self._mean = self._tails.shift_mean(self._mean, self._trained)
         self._narrow = has_narrow_levels(self._trained)
+        self.recipe = find_shared_recipe(forecast)  #: what it shares with others; None: its forecasts are single
         products = len(forecast.products)
         self._several = products > 1
         self._by_level = (0, 3, 1, 2) if self._several else (0, 2, 1)
@@ -118,6 +121,31 @@ class DeepAr:
     def forecast(self) -> ForecastSpec:
         """The record of the archive."""
         return self._forecast
+
+    @property
+    def inputs(self) -> Inputs:
+        """Its input recipe."""
+        return self._inputs
+
+    @property
+    def histories(self) -> HistoryReader | None:
+        """The rules of its histories, if it has any."""
+        return self._histories
+
+    @property
+    def calibration(self) -> BandCalibration | None:
+        """What shifts its levels now; `adapt` may replace it."""
+        return self._calibration
+
+    @property
+    def mean_weights(self) -> Float64:
+        """Weights [levels]: a mean is sorted quantiles @ these."""
+        return self._mean
+
+    @property
+    def tails(self) -> ExponentialTails | None:
+        """Its tail rule, if it is `exponential`."""
+        return self._tails
 
     @property
     def is_adaptable(self) -> bool:
@@ -148,15 +176,28 @@ class DeepAr:
         names instance and field. The encoder raises RunFailed if the prices of an output overflow.
         """
         request = self._reader.body(body)
-        levels = self._check_configuration(request.configuration, len(request.instances))
-        rows = self._allocate(len(request.instances))
+        return self.decode_instances(request.instances, request.configuration)
+
+    def read_body(self, body: bytes) -> DeepArRequest[Any]:
+        """Read a body without checking what the archive needs. Raises RequestError that names instance and field."""
+        return self._reader.body(body)
+
+    def decode_instances(
+        self, instances: Sequence[Instance[Any]], configuration: Configuration
+    ) -> tuple[Float32, Encode]:
+        """Decode instances that have been read, see `decode`. A target may be an array of float64, NaN where missing.
+
+        Raises RequestError.
+        """
+        levels = self.check_configuration(configuration, len(instances))
+        rows = self._allocate(len(instances))
         asked, filled = list[InstanceRequest](), list[Filled]()
-        for i, instance in enumerate(request.instances):
+        for i, instance in enumerate(instances):
             try:
-                filled.append(self._inputs.fill(rows[i], instance, request.configuration.seed))
+                filled.append(self._inputs.fill(rows[i], instance, configuration.seed))
             except RequestError as error:
                 raise RequestError(error.message, instance=i, field=error.field) from None
-            asked.append(InstanceRequest(request.configuration, levels, filled[i].first, instance.item_id))
+            asked.append(InstanceRequest(configuration, levels, filled[i].first, instance.item_id))
         asked, answered = self._judge(asked, filled), list[AnsweredLevels]()
         write = lambda outputs: write_json({"predictions": self._predictions(asked, outputs, answered)})  # noqa: E731
         return rows, Encode(write, self._numbers(asked), answered, self._mark(asked))
@@ -174,7 +215,7 @@ class DeepAr:
         for i, text in enumerate(lines):
             try:
                 line = self._reader.line(text)
-                levels = self._check_configuration(line.configuration, len(lines))
+                levels = self.check_configuration(line.configuration, len(lines))
                 filled.append(self._inputs.fill(rows[len(asked)], line, line.configuration.seed))
             except RequestError as error:
                 errors[i] = error
@@ -237,7 +278,7 @@ class DeepAr:
             except RunFailed as failed:
                 yield {"error": {"code": "model_failed", "message": str(failed)}}
 
-    def _check_configuration(self, configuration: Configuration, instances: int) -> Levels:
+    def check_configuration(self, configuration: Configuration, instances: int) -> Levels:
         """Check a configuration and return the requested quantile levels."""
         if configuration.joint:
             message = "joint scenarios need several models in one call, `POST /v1/forecasts`; this call names one"
@@ -359,7 +400,7 @@ class DeepAr:
             prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
         calibration = self._calibration  # which `adapt` may replace meanwhile
         if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
-            raise RunFailed("the model's output overflows when it is scaled back to prices")
+            raise RunFailed(OVERFLOWS)
         if calibration is not None:  # it has learnt from sorted prices within floor and cap
             prices = self._clip(prices)
             prices.sort(axis=-1)  # they are this call's own: `from_network` and `clip` make new arrays

@@ -36,7 +36,8 @@ Category = Annotated[int, Meta(ge=0, le=2**53)]
 class Instance(Struct, Generic[Target], forbid_unknown_fields=True):
     """One time series, or one of each product, and its known-future covariates.
 
-    `target_model` is what a call for many models names; it has been read when the instance comes here.
+    `target_model` is what a call for many models names; it has been read when the instance comes here. `names`: of the
+    rows of `dynamic_feat` and then of `cat`, where they came as columns of a table, in any order.
     """
 
     start: str
@@ -45,6 +46,7 @@ class Instance(Struct, Generic[Target], forbid_unknown_fields=True):
     dynamic_feat: list[list[float]] | None = None
     item_id: str | Whole | None = None
     target_model: Any = None
+    names: list[str] | None = None
 
 
 class Configuration(Struct, forbid_unknown_fields=True):
@@ -74,7 +76,7 @@ class JsonLine(Instance[Target], Generic[Target], forbid_unknown_fields=True):
     configuration: Configuration = msgspec.field(default_factory=Configuration)
 
 
-INSTANCE_KEYS = tuple(key for key in Instance.__struct_fields__ if key != "target_model")
+INSTANCE_KEYS = tuple(key for key in Instance.__struct_fields__ if key not in ("target_model", "names"))
 REQUEST_KEYS, LINE_KEYS = DeepArRequest.__struct_fields__, (*INSTANCE_KEYS, "configuration")
 _ONE = msgspec.json.Decoder[Any](DeepArRequest[Numbers]), msgspec.json.Decoder[Any](JsonLine[Numbers])
 _SEVERAL = msgspec.json.Decoder[Any](DeepArRequest[list[Numbers]]), msgspec.json.Decoder[Any](JsonLine[list[Numbers]])

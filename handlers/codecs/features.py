@@ -8,12 +8,14 @@ import re
 from calendar import day_name
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from hashlib import sha256
 from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.clock import (
@@ -36,6 +38,7 @@ from model_store.errors import ArchiveInvalid
 FREQUENCY = re.compile(r"([1-9]\d{0,4})?(s|min|T|h|H|d|D|W)")
 DAYS = tuple(day.lower() for day in day_name)  #: the first weekday is Monday
 DAY, HOUR, MINUTE = 86_400, 3600, 60
+KEPT_FEATURES, KEPT_STEPS = 512, 2048  #: calendar features that are kept, and the most steps of one: 8 MB in all
 MOST_BASE = 1e30  #: largest number that a forecast is added to: beyond it the sum may be no float32
 SECONDS = {"s": 1, "min": 60, "T": 60, "h": 3600, "H": 3600, "d": 86_400, "D": 86_400, "W": 604_800}
 
@@ -108,6 +111,7 @@ class Inputs:
         Raises RequestError that names the field.
         """
         forecast = self._forecast
+        instance = self.sort_named(instance)
         moment = parse_start(instance.start)
         self._check_grid(moment)
         if moment.tzinfo is not None:
@@ -131,6 +135,7 @@ class Inputs:
             for numbers, scaler in zip(series, self._scalers, strict=True)
         ]
         targets = [to_network(each.values, scaler) for each, scaler in zip(histories, self._scalers, strict=True)]
+        origin = count_wall_seconds(start)
         begin = short + steps - forecast.context_length  # of the context, in series that are padded by `short`
         with np.errstate(over="ignore"):
             for values, channel in zip(row, forecast.inputs, strict=True):
@@ -146,11 +151,41 @@ class Inputs:
                     values[:] = 0.0
                     values[:2] = make_seed_numbers(seed, instance.item_id)[: len(values)]
                 else:
-                    values[:] = self._calendar(start, at - short, channel)
+                    values[:] = self.compute_calendar(origin, at - short, channel)
         if not np.isfinite(row).all():
             raise RequestError("the numbers are too large: scaled for the model they are not finite")
         codes = tuple(dict.fromkeys(code for each in histories for code in each.codes))
         return Filled(first, histories[0]._replace(codes=codes))
+
+    def sort_named(self, instance: Instance[Any]) -> Instance[Any]:
+        """Bring the covariates and categories of an instance into the archive's order, by their names.
+
+        Raises RequestError for names that are not the archive's.
+        """
+        if instance.names is None:
+            return instance
+        forecast, asked = self._forecast, instance.names
+        known = (*forecast.dynamic_feat, *forecast.cat)
+        rows = [*(instance.dynamic_feat or []), *(instance.cat or [])]
+        if sorted(known) != sorted(asked) or len(rows) != len(asked):
+            message = f"the model needs the columns{quote_names(known) or ' of no covariates'}, not{quote_names(asked)}"
+            raise RequestError(message, field="dynamic_feat")
+        by_name = dict(zip(asked, rows, strict=True))
+        series, numbers = ([by_name[name] for name in names] for names in (forecast.dynamic_feat, forecast.cat))
+        return replace(instance, dynamic_feat=series or None, cat=numbers or None, names=None)
+
+    def start_regular(self, text: str, steps: int) -> tuple[datetime, FirstStep] | None:
+        """Check a start without an offset and a history that needs no padding; None for others.
+
+        Raises RequestError, as `fill` does.
+        """
+        moment = parse_start(text)
+        if moment.tzinfo is not None or steps < self._history_length:
+            return None
+        self._check_grid(moment)
+        first = FirstStep(_first_forecast(moment, steps * self.step_s))
+        self._check_origin(first, moment, steps)
+        return moment, first
 
     def _read_history(self, target: Numbers | Float64, short: int, center: float, first: FirstStep) -> History:
         """Judge and complete the history of a product, with `short` steps before it that were not sent.
@@ -296,11 +331,13 @@ class Inputs:
             )
         return sent
 
-    def _calendar(self, start: datetime, step: int, channel: InputChannel) -> Float64:
-        """Return the feature at context_length steps, the first of them `step` steps after (or before) start."""
-        origin = np.datetime64(start, "s").astype(np.int64)
-        seconds = origin + (step + np.arange(self._forecast.context_length)) * self.step_s
-        return compute_calendar_feature(seconds, channel.feature)
+    def compute_calendar(self, start: int, step: int, channel: InputChannel) -> Float64:
+        """Return the feature at context_length steps, the first of them `step` steps after (or before) start.
+
+        `start` is in seconds since 1970 on the wall clock.
+        """
+        length = self._forecast.context_length
+        return find_calendar_feature(start + step * self.step_s, self.step_s, length, channel.feature)
 
 
 def _format_clock(seconds: int) -> str:
@@ -339,6 +376,29 @@ def compute_calendar_feature(seconds: npt.NDArray[np.int64], feature: str) -> Fl
         dates = days.astype("datetime64[D]")
         turns = (dates - dates.astype("datetime64[Y]")).astype(np.int64) / 365.25
     return np.sin(2 * np.pi * turns) if feature.endswith("sin") else np.cos(2 * np.pi * turns)
+
+
+def count_wall_seconds(moment: datetime) -> int:
+    """Count the whole seconds from 1970 to a time of a wall clock."""
+    since = moment.replace(tzinfo=None) - EPOCH
+    return since.days * DAY + since.seconds
+
+
+def find_calendar_feature(first: int, step_s: int, length: int, feature: str) -> Float64:
+    """Return a feature [length] of steps from `first` (seconds since 1970) on; it may not be changed.
+
+    A market's models are asked for the same steps at the same time, and tomorrow for others: what was computed is kept.
+    """
+    if length > KEPT_STEPS:
+        return compute_calendar_feature(first + step_s * np.arange(length), feature)
+    return _keep_calendar_feature(first, step_s, length, feature)
+
+
+@lru_cache(maxsize=KEPT_FEATURES)
+def _keep_calendar_feature(first: int, step_s: int, length: int, feature: str) -> Float64:
+    found = compute_calendar_feature(first + step_s * np.arange(length), feature)
+    found.setflags(write=False)
+    return found
 
 
 def make_seed_numbers(seed: int | None, item_id: str | int | None) -> tuple[int, int]:

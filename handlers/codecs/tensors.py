@@ -19,7 +19,7 @@ import orjson
 import simdjson
 
 from handlers.base import Float32, Shape
-from handlers.errors import RequestError
+from handlers.errors import RequestError, RunFailed
 from model_store.archives.json_faults import explain_fault
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -83,6 +83,15 @@ def put_rows(rows: Float32, place: Place | None) -> Float32:
     placed = place(len(rows))
     placed[...] = rows[..., -placed.shape[-1] :]
     return placed
+
+
+def check_finite(name: str, outputs: Float32) -> Float32:
+    """Return the outputs C-contiguous. Raises RunFailed that names the first number that is not finite."""
+    if not np.isfinite(outputs).all():
+        at = np.argwhere(~np.isfinite(outputs))[0]
+        place = name + "".join(f"[{i}]" for i in at)
+        raise RunFailed(f"the model's output is not finite: {place} is {outputs[tuple(at)]}")
+    return np.ascontiguousarray(outputs)
 
 
 def write_json(value: object) -> bytes:

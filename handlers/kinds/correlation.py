@@ -7,7 +7,7 @@ from handlers.codecs.joint import JointCodec, JointModel
 from handlers.codecs.scenarios import load_correlation
 from handlers.kinds.models import BuiltModel, SingleModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
-from model_store.archives.archive import Archive, read_tensors
+from model_store.archives.archive import Archive, list_tensor_shapes, read_tensors
 from model_store.archives.manifest import Kind, Spec, Weights
 from model_store.archives.packing import WEIGHTS_FILE
 
@@ -37,7 +37,7 @@ class CorrelationKind:
 
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The shapes of its tensors. Raises ArchiveInvalid."""
-        return {"tensors": {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}}
+        return {"tensors": list_tensor_shapes(archive)}
 
     def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
         """The `correlation`, as `handlers.evaluation.correlation` estimates it, and its factors as `tensors`."""

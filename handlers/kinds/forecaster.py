@@ -12,7 +12,7 @@ from handlers.kinds.models import BuiltModel, RowModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
-from model_store.archives.archive import Archive, check_tensors, read_offsets, read_tensors
+from model_store.archives.archive import Archive, check_tensors, list_tensor_shapes, read_offsets, read_tensors
 from model_store.archives.manifest import Kind, Spec, Weights
 from model_store.archives.packing import WEIGHTS_FILE
 
@@ -48,7 +48,7 @@ class ForecasterKind:
     def describe(self, archive: Archive) -> dict[str, Any]:
         """The shapes of its tensors, and the parts of a mixture. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
-        found = describe_tensors(archive)
+        found: dict[str, Any] = {"tensors": list_tensor_shapes(archive)}
         if archive.spec.architecture == "mixture":  # others are described too, also those that only later versions know
             found |= describe_mixture(get_family(archive.spec), read_tensors(archive))
         return found
@@ -82,8 +82,3 @@ def open_calibration(archive: Archive) -> BandCalibration | None:
     if offsets is None or spec is None or not spec.calibration or spec.forecast is None:
         return None
     return BandCalibration(spec.forecast, offsets, spec.calibration.low, spec.calibration.high)
-
-
-def describe_tensors(archive: Archive) -> dict[str, Any]:
-    """The section `tensors` of a description: shapes by name, sorted. Raises ArchiveInvalid."""
-    return {"tensors": {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}}

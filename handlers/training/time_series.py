@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -202,12 +203,21 @@ def _check_table(table: Table, asked: _Request) -> tuple[dict[str, Float64], Tim
     return columns, axis
 
 
+def _explain_column(name: str, names: Sequence[str]) -> str:
+    """Say why a column cannot be read: it is not there, perhaps under a similar name, or more than once."""
+    if name in names:
+        return f"there are {names.count(name)} columns {name!r}"
+    known = {each.lower(): each for each in names}
+    near = get_close_matches(name.lower(), known, n=1)
+    return f"there is no column {name!r}" + (f", did you mean {known[near[0]]!r}?" if near else "")
+
+
 def _locate_columns(names: Sequence[str], asked: _Request) -> _Places:
     """Find the columns in the header. Raises SeriesInvalid for one that is not there once."""
     item = asked.rules.item[0]
     for name in (asked.time, *sorted(asked.wanted), *([item] if item else ())):
         if names.count(name) != 1:
-            raise SeriesInvalid(f"line 1: {names.count(name)} columns {name!r}; the columns are {', '.join(names)}")
+            raise SeriesInvalid(f"line 1: {_explain_column(name, names)}; the columns are {', '.join(names) or 'none'}")
     places = {name: names.index(name) for name in sorted(asked.wanted, key=names.index)}
     at_item = names.index(item) if item else _find_item_column(names, asked.time, places)
     return _Places(names.index(asked.time), places, at_item)

@@ -44,7 +44,7 @@ TCN_100_KB = {**TCN, "channels": 41}
 BODY_DIGITS = 4
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.command()

@@ -1,36 +1,55 @@
-"""A whole tick in one call for many models, beside one call for each model.
+"""A whole tick in one call for many models, beside one call for each model, and beside the least that it can take.
 
 One worker and one front share two cores with the client. Every model is resident; bodies are DeepAR JSON of a week of
-hours and the longest lag before it. The single calls come from wrk over 32 connections, which is the most that this
-server answers; the ratio is that of forecasts per second. Saves a record.
+hours and the longest lag before it, or the same numbers as an Arrow table (needs pyarrow). The single calls come from
+wrk over 32 connections, which is the most that this server answers; `ratio` is that of forecasts per second, turn by
+turn. `floor` is measured in this process: the bytes of the call through two sockets each way, the family's forward, and
+one pass of array operations over histories and quantiles. Saves a record.
+
+With --beside the server of another checkout takes turns with this one, and `before` is how many times faster this one
+is, for JSON calls, single calls and tensors as npy: `git worktree add ../before COMMIT`, then --beside ../before.
 """
 
 import http.client
+import io
 import json
+import socket
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from handlers.forecasters import build_family
 from loadtest import flags, record
+from loadtest.benchmarks.core import write_bodies
 from loadtest.driver import wrk
 from loadtest.driver.dialects import find_fault
-from loadtest.fleets.network_shape import make_request
+from loadtest.fleets.network_shape import CONFIG, LEVELS, PREDICTION, make_request
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import LocalServer, run_local_server
-from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON
+from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON, NPY
 
 SEED = 11
 CONNECTIONS, SINGLES_S = 32, 2.0
 SIZES = (100, 500, 1000)
+HERE, BESIDE = "here", "beside"
+ARROW = "application/vnd.apache.arrow.stream"
+SINGLES, TENSORS = "single calls", "single tensors, npy"
+ROWS_AT_ONCE = 64  #: of a forward: more of them leave the processor's cache
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -39,71 +58,179 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()
-def main(rounds: flags.CallRounds = 9) -> None:
-    """Measure calls for 100, 500 and 1,000 models."""
+def main(
+    rounds: flags.CallRounds = 9,
+    beside: Annotated[Path | None, typer.Option(exists=True, help="a checkout to compare with")] = None,
+    save: flags.SaveRecord = True,
+) -> None:
+    """Measure calls for 100, 500 and 1,000 models, as JSON and as a table."""
     wrk.require_wrk()
     before = record.describe_machine()
+    trees = {HERE: None} if beside is None else {HERE: None, BESIDE: beside.resolve()}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         names = [f"m{i}.mar" for i in range(max(SIZES))]
         (folder / "store").mkdir()
         for seed, name in enumerate(track(names, "packing", transient=True)):
             (folder / "store" / name).write_bytes(make_archive("tcn", name, seed))
-        server = stack.enter_context(run_local_server(str(folder / "store"), ["--workers", "1"]))
-        results = measure_calls(server, names, folder, rounds)
-    table = Table("models in one call", "ms end to end", "forecasts/s", "forecasts/s / single calls'")
-    for size in SIZES:
-        row = results[f"{size} models"]
-        told = (_format_spread(row[key], digits) for key, digits in (("ms", 1), ("per_s", 0), ("ratio", 2)))
-        table.add_row(str(size), *told)
-    CONSOLE.print(
-        table, f"single calls over {CONNECTIONS} connections: {_format_spread(results['singles_per_s'], 0)}/s"
-    )
-    CONSOLE.print(f"record: {record.save_record('many', SEED, before, results)}")
-
-
-def measure_calls(server: LocalServer, names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
-    """Measure calls of each size and single calls in turn; the first round is warm-up."""
-    request = make_request(SEED)
-    (folder / "body.json").write_text(json.dumps(request))
-    single = wrk.WrkTarget(
-        "single calls", f"{server.inference}{INVOCATIONS_PATH}", len(names), ".mar", folder / "body.json", JSON
-    )
-    (instance,) = request["instances"]
-    bodies = {
-        size: json.dumps({"requests": [{"target_model": name, **instance} for name in names[:size]]}).encode()
-        for size in SIZES
-    }
-    connection = http.client.HTTPConnection(urlsplit(server.inference).netloc, timeout=60)
-    times: dict[int, list[float]] = {size: [] for size in SIZES}
-    singles: list[float] = []
-    for turn in track(range(rounds + 1), "calls", transient=True):
-        for size in SIZES:
-            times[size].append(_time_call(connection, bodies[size], size))
-        singles.append(wrk.run_wrk(single, CONNECTIONS, SINGLES_S if turn else 1.0).requests_per_s)
-    rates = singles[1:]
-    found: dict[str, Any] = {"singles_per_s": record.summarise_spread(rates), "body_bytes": len(bodies[500])}
-    for size, seconds in times.items():
-        per_s = [size / each for each in seconds[1:]]
-        found[f"{size} models"] = {
-            "ms": record.summarise_spread([each * 1e3 for each in seconds[1:]]),
-            "per_s": record.summarise_spread(per_s),
-            "ratio": record.summarise_spread([many / one for many, one in zip(per_s, rates, strict=True)]),
+        servers = {
+            name: stack.enter_context(run_local_server(str(folder / "store"), ["--workers", "1"], tree=tree))
+            for name, tree in trees.items()
         }
-    return found
+        results = measure_calls(servers, names, folder, rounds)
+    if beside is not None:
+        results["beside_commit"] = record.find_commit(beside)
+    CONSOLE.print(build_table(results))
+    if save:
+        CONSOLE.print(f"record: {record.save_record('many', SEED, before, results)}")
 
 
-def _time_call(connection: http.client.HTTPConnection, body: bytes, size: int) -> float:
+def measure_calls(servers: Mapping[str, LocalServer], names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
+    """Measure forecasts a second of each way to ask, on each server in turn; the first round is warm-up."""
+    ways = {name: make_ways(name, server, names, folder) for name, server in servers.items()}
+    rates: dict[tuple[str, str], list[float]] = {}
+    for turn in track(range(rounds + 1), "calls", transient=True):
+        order = list(servers)[:: 1 if turn % 2 else -1]
+        for way in ways[HERE]:
+            for name in order:
+                if way in ways[name]:
+                    rates.setdefault((name, way), []).append(ways[name][way]())
+    measured = {key: found[1:] for key, found in rates.items()}
+    results: dict[str, Any] = {}
+    for way in ways[HERE]:
+        found = measured[HERE, way]
+        row = {"per_s": found, "ratio": _divide(found, measured[HERE, SINGLES])}
+        if (BESIDE, way) in measured:
+            row["before"] = _divide(found, measured[BESIDE, way])
+        results[way] = {key: record.summarise_spread(values) for key, values in row.items()}
+    floors = [measure_floor(names) for _ in range(3)]
+    results["floor_per_s"] = len(names) / min(floors)
+    return results
+
+
+def make_ways(which: str, server: LocalServer, names: list[str], folder: Path) -> dict[str, Callable[[], float]]:
+    """What gives the forecasts a second of each way to ask a server; another checkout's may take no tables."""
+    request = make_request(SEED)
+    (folder / "single.json").write_text(json.dumps(request))
+    _, npy = write_bodies(folder)
+    connection = http.client.HTTPConnection(urlsplit(server.inference).netloc, timeout=60)
+    ways: dict[str, Callable[[], float]] = {}
+    for size in SIZES:
+        ways[f"{size} models, JSON"] = _make_call(connection, write_call(request, names[:size]), JSON, size)
+        table = write_table(request, names[:size]) if which == HERE else None
+        if table is not None:
+            ways[f"{size} models, table"] = _make_call(connection, table, ARROW, size)
+    for name, body, media in ((SINGLES, folder / "single.json", JSON), (TENSORS, npy, NPY)):
+        target = wrk.WrkTarget(name, f"{server.inference}{INVOCATIONS_PATH}", len(names), ".mar", body, media)
+        ways[name] = partial(_time_singles, target)
+    return ways
+
+
+def write_call(request: Mapping[str, Any], names: list[str]) -> bytes:
+    """The call as JSON."""
+    (instance,) = request["instances"]
+    return json.dumps({"requests": [{"target_model": name, **instance} for name in names]}).encode()
+
+
+def write_table(request: Mapping[str, Any], names: list[str]) -> bytes | None:
+    """The call as an Arrow stream; None where pyarrow is not installed."""
+    try:
+        pa: Any = import_module("pyarrow")
+    except ImportError:
+        return None
+    (instance,) = request["instances"]
+    targets = pa.array([instance["target"]] * len(names), pa.list_(pa.float64()))
+    table = pa.table({"model": names, "target": targets}).replace_schema_metadata({"start": instance["start"]})
+    stream = io.BytesIO()
+    with pa.ipc.new_stream(stream, table.schema) as writer:
+        writer.write_table(table)
+    return stream.getvalue()
+
+
+def _time_singles(target: wrk.WrkTarget) -> float:
+    return wrk.run_wrk(target, CONNECTIONS, SINGLES_S).requests_per_s
+
+
+def _make_call(connection: http.client.HTTPConnection, body: bytes, media: str, size: int) -> Callable[[], float]:
+    return lambda: size / _time_call(connection, body, media, size)
+
+
+def _time_call(connection: http.client.HTTPConnection, body: bytes, media: str, size: int) -> float:
     """Return the seconds from the first byte sent to the last received. Raises RuntimeError for a failed forecast."""
     started = time.perf_counter()
-    connection.request("POST", FORECASTS_PATH, body)
+    connection.request("POST", FORECASTS_PATH, body, {"Content-Type": media})
     reply = connection.getresponse()
     answer = reply.read()
     seconds = time.perf_counter() - started
-    found = json.loads(answer)
-    if reply.status != http.HTTPStatus.OK or found["failed"] or len(found["predictions"]) != size or find_fault(answer):
+    if reply.status != http.HTTPStatus.OK or not _is_whole(answer, media, size):
         raise RuntimeError(f"a call for {size} models answered {reply.status}: {answer[:300]!r}")
     return seconds
+
+
+def _is_whole(answer: bytes, media: str, size: int) -> bool:
+    if media == JSON:
+        found = json.loads(answer)
+        return not found["failed"] and len(found["predictions"]) == size and not find_fault(answer)
+    pa: Any = import_module("pyarrow")
+    table = pa.ipc.open_stream(answer).read_all()
+    return bool(table.num_rows == size * PREDICTION and table["error"].null_count == table.num_rows)
+
+
+def measure_floor(names: list[str]) -> float:
+    """Measure the seconds of what no server for this call can leave out: bytes, array operations, the forward."""
+    count, steps = len(names), len(make_request(SEED)["instances"][0]["target"])
+    outputs = count * PREDICTION * (len(LEVELS) + 1)
+    hops = 2  # client to front, front to worker
+    moved = sum(_time_transfer(4 * numbers) for numbers in (2 * count * steps, outputs) for _ in range(hops))
+    rng = np.random.default_rng(SEED)
+    history, quantiles = rng.normal(size=(count, steps)), rng.normal(size=outputs)
+    started = time.perf_counter()
+    np.arcsinh(history)
+    np.sort(np.sinh(quantiles).reshape(count, -1))
+    return moved + time.perf_counter() - started + _time_forward(count)
+
+
+def _time_transfer(size: int) -> float:
+    """Seconds of so many bytes through a socket."""
+    near, far = socket.socketpair()
+    with near, far:
+        sender = threading.Thread(target=near.sendall, args=(bytes(size),))
+        started = time.perf_counter()
+        sender.start()
+        left = size
+        while left:
+            left -= len(far.recv(min(left, 1 << 16)))
+        sender.join()
+        return time.perf_counter() - started
+
+
+def _time_forward(count: int) -> float:
+    """Seconds of the family's forward for so many models, whose rows lie together already."""
+    family = build_family("tcn", CONFIG)
+    rows = torch.zeros((ROWS_AT_ONCE, family.row_floats))
+    weights, x = family.bind(rows), torch.zeros((ROWS_AT_ONCE, *family.input_shape))
+    with torch.inference_mode():
+        family.forward(weights, x)
+        started = time.perf_counter()
+        for _ in range(-(-count // ROWS_AT_ONCE)):
+            family.forward(weights, x)
+    return time.perf_counter() - started
+
+
+def _divide(found: list[float], others: list[float]) -> list[float]:
+    return [one / other for one, other in zip(found, others, strict=True)]
+
+
+def build_table(results: Mapping[str, Any]) -> Table:
+    """Make a table of medians with a row for each way to ask."""
+    table = Table("", "forecasts/s", "/ single calls'", "/ other checkout's", "floor's / these")
+    for way, row in results.items():
+        if isinstance(row, dict):
+            floor = results["floor_per_s"] / row["per_s"]["median"] if way.startswith(str(max(SIZES))) else None
+            before = _format_spread(row["before"], 2) if "before" in row else ""
+            told = "" if floor is None else f"{floor:.1f}"
+            table.add_row(way, _format_spread(row["per_s"], 0), _format_spread(row["ratio"], 2), before, told)
+    return table
 
 
 def _format_spread(values: dict[str, float], digits: int) -> str:

@@ -27,13 +27,13 @@ from loadtest.driver.driver_pool import DriverPool
 from loadtest.driver.open_loop import make_target
 from loadtest.driver.profiles import Profile, Schedule, Tick
 from loadtest.driver.run_result import CACHE, Run
-from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import list_fleet_names, make_fleet
 from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import list_pids, read_cpu_seconds
 from server.contract import PREFETCH
+from server.shell.progress import follow_tasks
 
 LEARNT = 4  #: ticks before the first one that can be predicted
 OK = 200
@@ -160,10 +160,10 @@ def main(
     try:
         with tempfile.TemporaryDirectory(prefix="fleetcast-prefetch-") as folder:
             make_fleet(folder, plan.models + plan.others, seed, plan.family)
-            with make_progress_bar() as bar:
+            with follow_tasks() as tasks:
                 for prefetch in ("off", "on"):
-                    task = bar.add_task(f"prefetch {prefetch}", total=round(plan.seconds))
-                    look = lambda t, task=task: bar.update(task, completed=round(t))  # noqa: E731 -- of this run
+                    task = tasks.start_task(f"prefetch {prefetch}", round(plan.seconds))
+                    look = lambda t, task=task: task.update(round(t))  # noqa: E731 -- of this run
                     results[prefetch] = measure_ticks(plan, Path(folder), prefetch, look)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError) as error:
         raise SystemExit(f"nothing measured: {error}") from error

@@ -24,7 +24,6 @@ import orjson
 import typer
 import urllib3
 from rich.console import Console
-from rich.progress import Progress
 
 from loadtest import flags, record
 from loadtest.benchmarks.growth_checks import (
@@ -46,7 +45,6 @@ from loadtest.driver.open_loop import LoadTarget, make_target
 from loadtest.driver.profiles import Profile, Schedule
 from loadtest.driver.run_result import CACHE, Run
 from loadtest.driver.summary import draw_sparkline
-from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import Fleet, list_fleet_names, write_fleet
 from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
@@ -55,6 +53,7 @@ from loadtest.observe.processes import read_pss
 from loadtest.observe.resource_counts import Census, list_pids, read_cpu_seconds, take_census
 from model_store.errors import LoadError
 from server.contract import MODELS_PATH
+from server.shell.progress import TaskList, follow_tasks
 
 SHOWN_MODELS = 50  #: models with own series, so that series of evicted models would be noticed
 COSTS = (100, 1_000)  #: numbers of archives of the smaller stores, with which the large one is compared
@@ -118,22 +117,20 @@ def serve_store(
 
 
 @contextmanager
-def start_driver(server: LocalServer, models: int, bar: Progress, what: str, seconds: float) -> Iterator[Drive]:
+def start_driver(server: LocalServer, models: int, tasks: TaskList, what: str, seconds: float) -> Iterator[Drive]:
     """Start a driver process for `models` models of a fleet, with a progress bar over so many seconds."""
     with DriverPool(_load_target(server, models), 1) as pool:
-        task = bar.add_task(what, total=round(seconds))
+        task = tasks.start_task(what, round(seconds))
         done = 0.0
 
         def drive(schedule: Schedule) -> Run:
             nonlocal done
-            run = pool.drive(
-                schedule, look=lambda t: bar.update(task, completed=round(done + min(t, schedule.seconds)))
-            )
+            run = pool.drive(schedule, look=lambda t: task.update(round(done + min(t, schedule.seconds))))
             done += schedule.seconds
             return run
 
         yield drive
-        bar.remove_task(task)
+        task.end()
 
 
 def run_traffic(plan: ScalePlan, server: LocalServer, disk: Path, temp: Path, drive: Drive) -> list[TrafficSpan]:
@@ -226,10 +223,10 @@ def _latency_ms(run: Run, cache: str, percentile: float) -> float:
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
-def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[TrafficSpan], list[Cost], Crowd]:
+def run_stages(plan: ScalePlan, folder: Path, tasks: TaskList) -> tuple[list[TrafficSpan], list[Cost], Crowd]:
     """Run all stages. Raises what the server, the driver and the store raise."""
     store = folder / "store"
-    write_fleet(Fleet(plan.models, plan.seed, {plan.family: 1.0}), str(store), bar)
+    write_fleet(Fleet(plan.models, plan.seed, {plan.family: 1.0}), str(store), tasks)
     costs = []
     for archives in (size for size in COSTS if size < plan.models):
         smaller = folder / f"store-{archives}"
@@ -237,7 +234,7 @@ def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[Traff
         with (
             serve_store(plan, smaller, folder / f"{archives}", plan.resident, plan.workers) as (server, *_),
             start_driver(
-                server, archives, bar, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE
+                server, archives, tasks, f"{archives} archives", archives / LOAD_RATE + PROBES / PROBE_RATE
             ) as drive,
         ):
             drive(_schedule_each_once(range(archives), LOAD_RATE))
@@ -245,14 +242,14 @@ def run_stages(plan: ScalePlan, folder: Path, bar: Progress) -> tuple[list[Traff
     seconds = plan.spans * plan.span_s + PROBES / PROBE_RATE
     with (
         serve_store(plan, store, folder / "hour", plan.resident, plan.workers) as (server, disk, temp),
-        start_driver(server, plan.models, bar, f"{plan.models} archives", seconds) as drive,
+        start_driver(server, plan.models, tasks, f"{plan.models} archives", seconds) as drive,
     ):
         spans = run_traffic(plan, server, disk, temp, drive)
         costs.append(measure_cost(server, plan.models, drive))
     seconds = plan.many / LOAD_RATE + plan.many / PROBE_RATE
     with (
         serve_store(plan, store, folder / "crowd", plan.many, 1) as (server, *_),
-        start_driver(server, plan.many, bar, f"{plan.many} resident", seconds) as drive,
+        start_driver(server, plan.many, tasks, f"{plan.many} resident", seconds) as drive,
     ):
         return spans, costs, load_crowd(plan, server, drive)
 
@@ -290,8 +287,8 @@ def main(
     hours = spans * seconds * rate / 20 / 3600
     console.print(f"{models} archives, room for {resident}, {hours:.1f} hours of 20 requests/s at {rate:g} requests/s")
     try:
-        with tempfile.TemporaryDirectory(prefix="fleetcast-scale-") as folder, make_progress_bar() as bar:
-            found, costs, crowded = run_stages(plan, Path(folder), bar)
+        with tempfile.TemporaryDirectory(prefix="fleetcast-scale-") as folder, follow_tasks() as tasks:
+            found, costs, crowded = run_stages(plan, Path(folder), tasks)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError, LoadError) as error:
         raise SystemExit(f"no verdict: {error}") from error
     verdicts = [*judge_spans(found, plan.disk), *judge_costs(costs), *judge_crowd(crowded, plan.many, plan.row_bytes)]

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import urllib3
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from loadtest.driver import summary
 from loadtest.driver.dialects import DIALECTS, BodyKind
@@ -28,6 +27,7 @@ from model_store.errors import LoadError
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import open_source
 from server.contract import METRICS_PATH
+from server.shell.progress import TaskList, follow_tasks
 
 STORE = Path(".fleetcast/load")
 WARMUP = 1  #: number of the part of the profile that is not measured
@@ -136,14 +136,15 @@ class RequestSource:
         else:
             questions = self._read(store, names, console)
         if not questions:
-            raise ValueError(f"no model of {store} can be asked")
+            what = "" if names else ": it has no archive (`fleetcast train`, or `fleetcast-load fleet`, makes some)"
+            raise ValueError(f"no model of {store} can be asked{what}")
         return questions
 
     def _read(self, store: str, names: Sequence[ModelName], console: Console) -> dict[ModelName, RequestBody]:
-        with _make_progress(console) as progress:
-            task = progress.add_task("reading archives", total=len(names))
+        with follow_tasks(console) as tasks:
+            task = tasks.start_task("reading archives", len(names))
             asked = read_request_bodies(
-                open_source(store), names, self.body, self.seed, lambda: progress.advance(task), DIALECTS[self.dialect]
+                open_source(store), names, self.body, self.seed, task.advance, DIALECTS[self.dialect]
             )
         if asked.left_out:
             console.print(f"{len(asked.left_out)} of {len(names)} archives are left out:")
@@ -263,11 +264,11 @@ def measure_run(
     schedule = plan.load.schedule(plan.seconds)
     size = plan.processes or count_drivers(schedule)
     watch = subject.watch()
-    with DriverPool(to, size, connections=plan.connections) as pool, _make_progress(console) as progress:
+    with DriverPool(to, size, connections=plan.connections) as pool, follow_tasks(console) as tasks:
         if plan.warmup:
-            _drive_load(pool, plan.load.schedule(plan.warmup, WARMUP), progress, "warm-up", lambda _: None)
+            _drive_load(pool, plan.load.schedule(plan.warmup, WARMUP), tasks, "warm-up, seconds", lambda _: None)
         watch.look(0.0)
-        run = _drive_load(pool, schedule, progress, "load", partial(_sample_if_possible, watch))
+        run = _drive_load(pool, schedule, tasks, "load, seconds", partial(_sample_if_possible, watch))
         _sample_if_possible(watch, run.ended)
     return {**summary.summarize_run(run, watch, plan.slo, DIALECTS[plan.dialect].statuses), "processes": size}, run
 
@@ -333,21 +334,14 @@ def _sample_if_possible(watch: MetricsSampler, t: float) -> None:
         watch.look(t)
 
 
-def _drive_load(
-    pool: DriverPool, schedule: Schedule, progress: Progress, what: str, look: Callable[[float], None]
-) -> Run:
-    task = progress.add_task(what, total=round(schedule.seconds, 1))
+def _drive_load(pool: DriverPool, schedule: Schedule, tasks: TaskList, what: str, look: Callable[[float], None]) -> Run:
+    task = tasks.start_task(what, round(schedule.seconds, 1))
 
     def seen(t: float) -> None:
         look(t)
-        progress.update(task, completed=round(min(t, schedule.seconds), 1))
+        task.update(round(min(t, schedule.seconds), 1))
 
     return pool.drive(schedule, look=seen)
-
-
-def _make_progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
 
 
 def parse_names(text: str) -> list[ModelName]:

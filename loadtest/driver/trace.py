@@ -41,7 +41,7 @@ import numpy.typing as npt
 from loadtest.driver.profiles import Float64, Int64, Schedule
 from loadtest.driver.run_result import Run
 from model_store.names import ModelName, parse_model_name
-from server.contract import ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES
+from server.contract import ACCESS_LOG_HEADER, ACCESS_LOG_OUTCOMES, REPLAY_HEADER
 
 Int32 = npt.NDArray[np.int32]
 UInt8 = npt.NDArray[np.uint8]
@@ -52,7 +52,12 @@ MAX_TIME = 1e11  #: seconds; a time in milliseconds is larger
 MAX_LINE = 8_192  #: bytes; a row with the longest name of any characters fits
 
 _TIME, _MODEL, _SIZE = r"\d{1,11}(?:\.\d{1,18})?(?:e-\d\d)?", r'"(?:[^"]|"")*"|[^",]*', r"\d{1,18}"
-_ROW = re.compile(f"({_TIME}),({_MODEL}),({_SIZE}),({'|'.join(ACCESS_LOG_OUTCOMES)})\n", re.ASCII)
+_COLUMNS = f"({_TIME}),({_MODEL}),({_SIZE}),({'|'.join(ACCESS_LOG_OUTCOMES)})"
+#: A row below each of the headers that a file may begin with; what traces requests were in is of no use here.
+_ROWS = {
+    REPLAY_HEADER: re.compile(f"{_COLUMNS}\n", re.ASCII),
+    ACCESS_LOG_HEADER: re.compile(f"{_COLUMNS},[0-9a-f]{{0,32}}\n", re.ASCII),
+}
 _NUMBER = {text: i for i, text in enumerate(ACCESS_LOG_OUTCOMES)}
 _GZIP = b"\x1f\x8b"
 
@@ -117,7 +122,7 @@ def write_trace(path: Path, trace: Trace, *, append: bool = False) -> None:
     with opened(path, "at" if append else "wt", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         if not headed:
-            file.write(ACCESS_LOG_HEADER)
+            file.write(REPLAY_HEADER)
         for start in range(0, len(trace.time), CHUNK):
             part = slice(start, start + CHUNK)
             times = (f"{time:.6f}" for time in trace.time[part].tolist())
@@ -151,10 +156,11 @@ def read_chunks(path: Path, max_rows: int = MAX_ROWS) -> Iterator[Trace]:
     numbers, rows = _ModelNumbers(), 0
     for part in _list_parts(path):
         lines, before = _read_lines(part), rows
-        if next(lines, (1, ""))[1] != ACCESS_LOG_HEADER:
-            raise TraceInvalid(f"{part}, line 1: a trace begins with the line {ACCESS_LOG_HEADER.rstrip()}")
+        form = _ROWS.get(next(lines, (1, ""))[1])
+        if form is None:
+            raise TraceInvalid(f"{part}, line 1: a trace begins with the line {REPLAY_HEADER.rstrip()}")
         while True:
-            chunk = _read_chunk(part, lines, numbers)
+            chunk = _read_chunk(part, lines, form, numbers)
             rows += len(chunk.time)
             if rows > max_rows:
                 line = max_rows - before + 2
@@ -174,10 +180,10 @@ def _list_parts(path: Path) -> list[Path]:
     return found
 
 
-def _read_chunk(path: Path, lines: Iterator[tuple[int, str]], numbers: "_ModelNumbers") -> Trace:
+def _read_chunk(path: Path, lines: Iterator[tuple[int, str]], form: re.Pattern[str], numbers: "_ModelNumbers") -> Trace:
     times, models, sizes, outcomes = [], [], [], []
     for line_number, line in itertools.islice(lines, CHUNK):
-        row = _ROW.fullmatch(line)
+        row = form.fullmatch(line)
         if row is None:
             raise TraceInvalid(f"{path}, line {line_number}: {_explain_bad_row(line)}")
         time, model, size, outcome = row.groups()
@@ -230,12 +236,12 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _explain_bad_row(line: str) -> str:
-    if line == ACCESS_LOG_HEADER:
+    if line in _ROWS:
         return "the header again: two traces were joined; take this line out"
     if not line.endswith("\n"):
         long = len(line.encode()) >= MAX_LINE
         return f"longer than {MAX_LINE} bytes" if long else "not a whole line, its writer was stopped; take it out"
     return (
-        f"{line[:80]!r} is not {ACCESS_LOG_HEADER.rstrip()}: seconds in digits, at most 11 before a point; name, "
+        f"{line[:80]!r} is not {REPLAY_HEADER.rstrip()}: seconds in digits, at most 11 before a point; name, "
         f"quoted if it has commas or quotes; a whole number; one of {', '.join(ACCESS_LOG_OUTCOMES)}"
     )

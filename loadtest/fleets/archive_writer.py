@@ -8,20 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from model_store.names import ModelName
 from model_store.stores.object_store import Source, open_source
+from server.shell.progress import TaskList
 
 WRITERS, AHEAD = 16, 48  #: threads that write, and most archives that wait for them
 
@@ -56,7 +46,7 @@ class ReadyArchive:
 
 
 def write_archives(
-    where: str, names: set[ModelName], archives: Iterable[ReadyArchive], bar: Progress, *, over: bool = False
+    where: str, names: set[ModelName], archives: Iterable[ReadyArchive], tasks: TaskList, *, over: bool = False
 ) -> WriteCounts:
     """Write archives of these names into a folder (created if missing) or a store URL, while `archives` makes them.
 
@@ -68,14 +58,14 @@ def write_archives(
         Path(where).mkdir(parents=True, exist_ok=True)
     source, found = open_source(where), WriteCounts()
     there = _list_existing(source, where, names, over=over)
-    task = bar.add_task("archives", total=len(names))
+    task = tasks.start_task("writing archives", len(names))
     pending: deque[tuple[ReadyArchive, Future[bool]]] = deque()
 
     def settle(most: int) -> None:
         while len(pending) > most:
             made, kept = pending.popleft()
             found.count(made.kind, len(made.data), kept=kept.result())
-            bar.advance(task)
+            task.advance()
 
     with ThreadPoolExecutor(WRITERS, "writer") as pool:
         write = partial(_write_archive, source, where, over=over)
@@ -84,19 +74,6 @@ def write_archives(
             settle(AHEAD)
         settle(0)
     return found
-
-
-def make_progress_bar() -> Progress:
-    """A progress bar with count, rate and time left; prints nothing if the output is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate())
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.0f}/s")
 
 
 def _list_existing(source: Source, where: str, names: set[ModelName], *, over: bool) -> set[ModelName]:

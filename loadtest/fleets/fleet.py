@@ -14,12 +14,11 @@ from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from rich.progress import Progress
 from rich.table import Table
 
 from loadtest.fleets.archive_writer import (
@@ -27,13 +26,14 @@ from loadtest.fleets.archive_writer import (
     StoreOccupied,
     WriteCounts,
     console,
-    make_progress_bar,
     write_archives,
 )
 from loadtest.fleets.network_shape import TRAINED
 from model_store.errors import LoadError
 from model_store.names import ModelName
 from model_store.stores.object_store import open_source
+from server.shell.errors import describe_error
+from server.shell.progress import Task, TaskList, follow_tasks
 
 if TYPE_CHECKING:
     from handlers.training.fit import Fitted
@@ -57,8 +57,6 @@ MARKETS: Mapping[str, tuple[str, str]] = {
         "day-ahead real-time load reserve",
     ),
 }
-
-app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def parse_sizes(text: str) -> tuple[int, float]:
 # --- writing it -----------------------------------------------------------------------------------------------------
 
 
-def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) -> WriteCounts:
+def write_fleet(fleet: Fleet, where: str, tasks: TaskList, *, over: bool = False) -> WriteCounts:
     """Make the archives of a fleet and write them; see `archive_writer.write_archives`.
 
     Raises:
@@ -157,13 +155,15 @@ def write_fleet(fleet: Fleet, where: str, bar: Progress, *, over: bool = False) 
     for kind in fleet.shares:
         check_kind(kind)
     members = fleet.members()
-    return write_archives(where, {each.name for each in members}, _make_archives(fleet, members, bar), bar, over=over)
+    return write_archives(
+        where, {each.name for each in members}, _make_archives(fleet, members, tasks), tasks, over=over
+    )
 
 
 def make_fleet(where: str, models: int = 200, seed: int = 0, families: str = "tcn") -> list[ModelName]:
     """Write a fleet over existing archives and return its names. Raises as `write_fleet` and `parse_families` do."""
-    with make_progress_bar() as bar:
-        write_fleet(Fleet(models, seed, parse_families(families)), where, bar, over=True)
+    with follow_tasks() as tasks:
+        write_fleet(Fleet(models, seed, parse_families(families)), where, tasks, over=True)
     return list_fleet_names(models)
 
 
@@ -182,7 +182,7 @@ def make_trained_fleet(
     return fitted
 
 
-def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) -> Iterator[ReadyArchive]:
+def _make_archives(fleet: Fleet, members: Sequence[FleetMember], tasks: TaskList) -> Iterator[ReadyArchive]:
     """Yield the archives one by one; the trained ones come last, because they are fitted in groups."""
     from loadtest.fleets.synthetic_archives import make_archive, pack_fitted  # noqa: PLC0415 -- torch
     from loadtest.fleets.synthetic_markets import fit_markets  # noqa: PLC0415
@@ -193,21 +193,20 @@ def _make_archives(fleet: Fleet, members: Sequence[FleetMember], bar: Progress) 
     trained = [member for member in members if member.kind == TRAINED]
     for start in range(0, len(trained), TOGETHER):
         group = trained[start : start + TOGETHER]
-        task = bar.add_task(f"fitting {len(group)} markets together", total=None)
-        look = partial(_show_fitting, bar, task)
+        task = tasks.start_task(f"fitting {len(group)} markets together")
+        look = partial(_show_fitting, task)
         for member, each in zip(group, fit_markets([each.index for each in group], fleet.seed, look), strict=True):
             yield ReadyArchive(member.name, TRAINED, pack_fitted(each, member.name, fleet.seed))
-        bar.remove_task(task)
+        task.end()
 
 
-def _show_fitting(bar: Progress, task: Any, done: int, most: int, _: float) -> None:
-    bar.update(task, completed=done, total=most)
+def _show_fitting(task: Task, done: int, most: int, _: float) -> None:
+    task.update(done, most)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-@app.command()
 def main(
     where: Annotated[str, typer.Argument(metavar="FOLDER|URL", help="where to: a folder, or s3://bucket/prefix")],
     *,
@@ -224,27 +223,28 @@ def main(
 ) -> None:
     """Make a fleet of archives for tests, in a folder or in an S3 bucket.
 
-    [bold]--families tcn:7,mlp-64:2,trained:1[/] gives the kinds and their shares:
-    the networks tcn, gru, seq2seq and mlp with random weights, also with
-    another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a
-    synthetic market of its own (20 a second); onnx, graphs that take tensors.
+    \b
+    fleetcast-load fleet models --models 200
+    fleetcast-load fleet s3://bucket/models --families tcn:7,mlp-64:2,trained:1 --create-bucket
 
-    [bold]--sizes 70KB:1[/] draws lognormal sizes instead: 70 KB of weights in the
-    middle, a third of all beyond a factor of e either way, rounded to five
-    widths of tcn, since models of one family share memory and batches.
+    --families gives the kinds and their shares: the networks tcn, gru, seq2seq and mlp with random weights, also with
+    another width (mlp-64 has 64 hidden units); trained, a tcn fitted to a synthetic market of its own (20 a second);
+    onnx, graphs that take tensors.
 
-    The same seed makes the same bytes, and a larger fleet begins with the
-    smaller one. The same command continues an interrupted run: existing
-    archives are compared and kept. For S3, boto3's settings apply.
-    """
+    --sizes 70KB:1 draws lognormal sizes instead: 70 KB of weights in the middle, a third of all beyond a factor of e
+    either way, rounded to five widths of tcn, since models of one family share memory and batches.
+
+    The same seed makes the same bytes, and a larger fleet begins with the smaller one. The same command continues an
+    interrupted run: existing archives are compared and kept. For S3, boto3's settings apply.
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         if create_bucket:
             _create_bucket(where)
         fleet = Fleet(models, seed, _parse_shares(families, sizes))
-        with make_progress_bar() as bar:
-            found = write_fleet(fleet, where, bar, over=over)
+        with follow_tasks() as tasks:
+            found = write_fleet(fleet, where, tasks, over=over)
     except (LoadError, StoreOccupied, ValueError, OSError) as error:
-        raise SystemExit(f"no fleet: {error}") from error
+        raise SystemExit(f"no fleet: {describe_error(error)}") from error
     names = list_fleet_names(models)
     console.print(_build_table(found))
     kept = f", {found.kept} of them there before" if found.kept else ""

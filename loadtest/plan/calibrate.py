@@ -25,6 +25,7 @@ TIMES, TAIL = 3, 95  #: repetitions, of which the one with the median p95 counts
 #: seconds, requests a second (more than can be answered) and connections of the measurement at full load
 FULL_S, FULL_RATE, CONNECTIONS = 1.5, 40_000.0, 32
 PATIENCE_S = 10.0
+PARTS = 5  #: of a calibration: warming up, loads from the store, loads from disk, hits, full load
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +57,31 @@ def calibrate(
     forget: Callable[[int], None] | None,
     where: str,
     rate: float = HIT_RATE,
+    look: Callable[[], None] = lambda: None,
 ) -> Costs:
     """Measure the costs of a server that has no other load. Loads are measured only for models not loaded yet.
 
     `forget` unloads a model by its number, so that its next load is from disk; without it such loads are not measured.
-    `rate` is the rate of hits meanwhile, in requests a second. Raises ValueError if no hit is answered, and what
-    `scrape` and `forget` raise.
+    `rate` is the rate of hits meanwhile, in requests a second. `look` is called after each of the PARTS. Raises
+    ValueError if no hit is answered, and what `scrape` and `forget` raise.
     """
     hot = range(len(to.requests))[-HOT:] if len(to.requests) > HOT else range(0)
     _warm_up(to, hot)
+    look()
     first = _measure_loads(to, hot, rate)
+    look()
     again = _choose_middle([_measure_reloads(to, hot, rate, forget) for _ in range(TIMES)]) if forget else first[:0]
+    look()
     hot = hot or range(len(to.requests))
     _warm_up(to, hot)
     before = MetricsReading.at(scrape)
     hits = _measure_hits(to, hot, rate)
+    look()
     if not len(hits):
         raise ValueError(f"{where}: no request for {len(hot)} models was answered from a loaded model")
     between = MetricsReading.at(scrape)
     full = _measure_full_rate(to, hot)
+    look()
     after = MetricsReading.at(scrape)
     workers = after.counts[contract.WORKER_UP.series, ""] if after.counts else 1.0
     step_s, row_s = _compute_step(before, between, after, per_request=max(1.0, workers) / full)

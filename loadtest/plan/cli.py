@@ -12,18 +12,16 @@ from urllib.parse import quote
 import msgspec
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from loadtest import flags
 from loadtest.driver.profiles import Shape, make_profile
 from loadtest.driver.run import EXPECTED, RequestSource, ServerUnderLoad, connect_server
 from loadtest.flags import LOAD, OUTPUT, SERVER, SLO, make_flag, with_flags
-from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import make_fleet
 from loadtest.observe.local_server import run_local_server
 from loadtest.observe.server_access import OPEN, ServerAccess, open_access
-from loadtest.plan.calibrate import HIT_RATE, LOADED, calibrate
+from loadtest.plan.calibrate import HIT_RATE, LOADED, PARTS, calibrate
 from loadtest.plan.costs import DEFAULT, Costs, read_costs
 from loadtest.plan.demand import Demand, make_profile_demand, make_trace_demand
 from loadtest.plan.machine_choice import Promise, find_offers
@@ -35,6 +33,8 @@ from loadtest.plan.simulate import Loss, Machines, SimulationResult, simulate
 from loadtest.report.terminal import render_table
 from model_store.cache.eviction import POLICIES
 from server.contract import EVICTION_POLICY, LOADER_THREADS, MIB, SLAB_BYTES, verb_path
+from server.shell.errors import describe_error
+from server.shell.progress import follow_tasks
 
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.1)  #: the simulated cache sizes, as shares of the size of the fleet
 MODEL_SIZE, SECONDS, WARMUP_S = "70KB", 300.0, 100.0
@@ -101,23 +101,20 @@ def plan(asked: PlanFlags) -> None:
     the targets, and the cost of one endpoint per model. Prefetch is not
     simulated: a fleet that is requested at regular times does better.
 
-    [bold]fleetcast-load calibrate --out costs.json[/]
-      measure a hit, a step and a load on this machine
-
-    [bold]fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html[/]
-      a fleet of 5,000 models under Zipf popularity
-
-    [bold]fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99[/]
-      plan for real requests, which `fleetcast serve --access-log` recorded
-
-    [bold]fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7[/]
-      [bold]--loader-threads 16 --lose-at 150[/]
-      plan for several machines and the loss of one
-    """
+    \b
+    fleetcast-load calibrate --out costs.json
+        measure a hit, a step and a load on this machine
+    fleetcast-load plan --costs costs.json --models 5000 --rate 500 --p99-ms 50 --html plan.html
+        a fleet of 5,000 models under Zipf popularity
+    fleetcast-load plan --trace access-log --cache 64MiB,256MiB --hit-ratio 0.99
+        plan for real requests, which `fleetcast serve --access-log` recorded
+    fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7 --loader-threads 16 --lose-at 150
+        plan for several machines and the loss of one
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         found = _simulate_plan(asked)
     except EXPECTED as error:
-        raise SystemExit(f"no plan: {error}") from error
+        raise SystemExit(f"no plan: {describe_error(error)}") from error
     _show_findings(found)
     if asked.html is not None:
         asked.html.write_text(found.html(), encoding="utf-8")
@@ -152,8 +149,10 @@ def calibrate_server(
     """Measure the costs that `plan` uses in about twenty seconds: a hit, a step, and loads from store and disk.
 
     Run it on the machine and with the archives and the store that you plan for:
-    [bold]fleetcast-load calibrate --store s3://bucket/models[/]
-    """
+
+    \b
+    fleetcast-load calibrate --store s3://bucket/models
+    """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         if url is None and (ca or client_cert or client_key or token_file):
             raise ValueError("--ca, --client-cert, --client-key and --token-file are for the server at --url")
@@ -162,10 +161,11 @@ def calibrate_server(
             to = subject.target("sagemaker", allow_remote=allow_remote)
             names = list(subject.questions)
             forget = make_unloader(management, names, subject.access) if management else None
-            with console.status("loads, hits, and as many requests as are answered: twenty seconds"):
-                found = calibrate(to, subject.scrape if subject.metrics else None, forget, where, rate)
+            with follow_tasks(console) as tasks:
+                look = tasks.start_task("measuring loads, hits and full load, parts", PARTS).advance
+                found = calibrate(to, subject.scrape if subject.metrics else None, forget, where, rate, look)
     except EXPECTED as error:
-        raise SystemExit(f"no costs: {error}") from error
+        raise SystemExit(f"no costs: {describe_error(error)}") from error
     out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     table = Table("ms", "p50", "p99", title=found.said)
     for name, seconds in (
@@ -215,21 +215,16 @@ def _compute_findings(
 ) -> PlanFindings:
     table, placement = read_prices(prices), Placement(demand)
     replace(base, cache_bytes=sizes[0]).cache()  # raises for a wrong cache before the long work starts
-    with make_progress_bar() as bar:
-        looked = _make_progress(bar, "miss-ratio curves", len(SIZES) * len(POLICIES))
+    with follow_tasks() as tasks:
+        looked = tasks.start_task("miss-ratio curves", len(SIZES) * len(POLICIES)).advance
         curves = [compute_curve(demand, policy, look=looked) for policy in POLICIES]
-        looked, found = _make_progress(bar, "cache sizes", len(sizes)), list[SimulationResult]()
+        looked, found = tasks.start_task("cache sizes", len(sizes)).advance, list[SimulationResult]()
         for size in sizes:
             found.append(simulate(placement, replace(base, cache_bytes=size), costs, seed))
             looked()
-        looked = _make_progress(bar, "machines", len(table.machine))
+        looked = tasks.start_task("machines", len(table.machine)).advance
         offered = find_offers(placement, costs, table, wanted, base, seed=seed, look=looked)
     return PlanFindings(demand, costs, table, wanted, curves, found, offered)
-
-
-def _make_progress(bar: Progress, what: str, total: int) -> Callable[[], None]:
-    task = bar.add_task(what, total=total)
-    return lambda: bar.advance(task)
 
 
 def _choose_sizes(text: str | None, base: Machines, demand: Demand) -> list[int]:

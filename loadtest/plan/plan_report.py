@@ -115,7 +115,8 @@ class PlanFindings:
         error = max(found.error for found in self.sizes)
         slow = "; loads wait for loader threads" if any(found.loading > LOADING for found in self.sizes) else ""
         sure = f"; hit ratios to {2 * error:.3f}, since some workers speak for others" if error else ""
-        says = f"{where}, policy {machines.policy}; cache of a node{sure}{slow}"
+        words = "cold: requests that wait for a load; busy: of the workers' time; SLO: met, or what misses the target"
+        says = f"{where}, policy {machines.policy}; cache of a node{sure}{slow}. {words}"
         return ReportTable("By cache size", head, rows, says=says)
 
     def _row(self, found: SimulationResult) -> list[str]:

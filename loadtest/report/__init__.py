@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from loadtest.report.charts import NOTHING, TAGS, Chart, build_charts, format_number
 from loadtest.report.results_schema import NotAResult, check_record, load_record
-from loadtest.report.tables import build_tables, judge_run, list_headlines, list_remarks
+from loadtest.report.tables import are_comparable, build_tables, judge_run, list_headlines, list_remarks
 
 __all__ = ["NotAResult", "load_record", "render_document", "render_page", "render_standalone", "write_report"]
 
@@ -47,6 +47,7 @@ def render_page(runs: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str
             for tag, label, record, run in zip(TAGS, labels, records, found, strict=False)
         ],
         headlines=list_headlines(found),
+        comparable=are_comparable(found),
         tables=build_tables(records),
     )
 

@@ -62,6 +62,7 @@ def render_cycle_page(drawn: CycleResults) -> str:
         said=[(call, turn, each.said[call]) for call in (TICK, JOINT) for turn, each in _name_ends(drawn.turns)],
         pairs=_make_pair_table("Move together", alike) if alike else None,
         against=_make_pair_table("Move against each other", opposed) if opposed else None,
+        levels=" to ".join(f"{100 * level:g} %" for level in (last.levels[0], last.levels[-1])),
         mapped=min(len(drawn.products), MOST_MAPPED),
         calls=drawn.calls,
     )

@@ -12,7 +12,7 @@
   const stamp = (u, t) => {
     if (t == null) return "—";
     const at = new Date(t * 1e3);
-    return `${two(at.getUTCDate())}/${two(at.getUTCMonth() + 1)} ${two(at.getUTCHours())}:${two(at.getUTCMinutes())}`;
+    return `${two(at.getUTCMonth() + 1)}-${two(at.getUTCDate())} ${two(at.getUTCHours())}:${two(at.getUTCMinutes())}`;
   };
   const ahead = (values) => [...Array(steps).fill(null), ...values];
   const behind = (values) => [...values.slice(0, steps), ...Array(steps).fill(null)];

@@ -1,7 +1,7 @@
 """The verdict and the tables of the report, of one run or of two compared. Pure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from loadtest.report.charts import NOTHING, TAGS, format_number, name_latency_row
@@ -41,6 +41,7 @@ class RunFact:
     values: Sequence[float | None]
     unit: str = ""
     good: Good = "neither"
+    compare: bool = True  #: false: one of the runs says nothing about its server
 
     def cells(self) -> list[str]:
         """The cells of the row: each value, and for two runs the ratio B/A and a verdict."""
@@ -50,7 +51,7 @@ class RunFact:
     def compared(self) -> tuple[str, str]:
         """The ratio B/A and which run is better."""
         a, b = self.values
-        if a is None or b is None:
+        if a is None or b is None or not self.compare:
             return NOTHING, NOTHING
         ratio = NOTHING if a == 0 else f"{b / a:.2f}" if b / a < 100 else f"{b / a:,.0f}"  # noqa: PLR2004
         if a == b or (a != 0 and abs(b / a - 1) <= LIKE):
@@ -58,6 +59,11 @@ class RunFact:
         if self.good == "neither":
             return ratio, "more" if b > a else "less"
         return ratio, "B better" if (b < a) == (self.good == "less") else "B worse"
+
+
+def are_comparable(runs: Sequence[Results]) -> bool:
+    """Whether all runs are valid: the driver of an invalid one did not keep its schedule, so that its numbers lie."""
+    return not any(run["invalid"] for run in runs)
 
 
 def judge_run(run: Results) -> tuple[Literal["good", "bad", "plain"], str]:
@@ -114,7 +120,7 @@ def list_headlines(runs: Sequence[Results]) -> list[RunFact]:
         facts.append(RunFact("failed forecasts", failed, " %", "less"))
     if any(run["steps"] for run in runs):
         facts.append(RunFact("highest rate sustained", [_get_sustained(run) for run in runs], "/s", "more"))
-    return facts
+    return [replace(fact, compare=are_comparable(runs)) for fact in facts]
 
 
 def _hit_percent(run: Results) -> float | None:
@@ -149,7 +155,8 @@ def build_tables(records: Sequence[Record]) -> list[ReportTable]:
 
 def _make_fact_table(runs: Sequence[Results], title: str, facts: Iterator[RunFact], says: str = "") -> ReportTable:
     head = ["", *TAGS, "B/A", ""] if len(runs) > 1 else ["", "value"]
-    return ReportTable(title, head, [[fact.what, *fact.cells()] for fact in facts], says)
+    compare = are_comparable(runs)
+    return ReportTable(title, head, [[fact.what, *replace(fact, compare=compare).cells()] for fact in facts], says)
 
 
 def _make_latency_table(runs: Sequence[Results]) -> ReportTable:

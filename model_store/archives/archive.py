@@ -159,6 +159,11 @@ def read_offsets(archive: Archive) -> Float32 | None:
         return tensors[_OFFSETS]
 
 
+def list_tensor_shapes(archive: Archive) -> dict[str, list[int]]:
+    """The shapes of an archive's tensors by name, sorted. Raises ArchiveInvalid for tensors that cannot be read."""
+    return {name: list(tensor.shape) for name, tensor in sorted(read_tensors(archive).items())}
+
+
 def check_tensors(
     tensors: Mapping[str, npt.NDArray[np.generic]], parameters: Mapping[str, tuple[int, ...]], name: str
 ) -> None:

@@ -57,7 +57,8 @@ class Slot:
     """A model's place in the cache.
 
     `charge`: its bytes. `offset`: the row's first byte in the pool, -1 for a single, which has no row. `leases`: how
-    many running or queued requests use it. INVARIANT: a slot with leases is not evicted.
+    many running or queued requests use it. INVARIANT: a slot with leases is not evicted. `tier`: where the model was
+    loaded from, in `load_s` seconds from the wish to the ready slot.
     """
 
     model: ModelName
@@ -72,6 +73,8 @@ class Slot:
     #: Unloaded or replaced by a new version: never revived, retired when the last lease ends.
     condemned: bool = False
     usage: Usage = field(default_factory=Usage)
+    tier: str = ""
+    load_s: float = 0.0
 
     def __repr__(self) -> str:
         """For example `au/NSW1.mar@v1 ready 2 leases`."""

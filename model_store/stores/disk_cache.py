@@ -38,6 +38,7 @@ import structlog
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores.disk_files import hash_key, iterate_files, read_file, remove_file, write_file
 from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use, lock_name
+from model_store.stores.load_parts import timing_part
 
 MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
 _ADVICE = "archives are loaded without a disk cache: let --disk-cache be a folder that can be written to"
@@ -118,6 +119,11 @@ class DiskTier:
 
     def read(self, cached: Cached) -> bytes | None:
         """The archive's bytes, checked against their sha256. A missing or torn blob is forgotten and gives None."""
+        with timing_part("read") as part:
+            part.size = cached.bytes
+            return self._read(cached)
+
+    def _read(self, cached: Cached) -> bytes | None:
         try:
             data = read_file(cached.path, cached.bytes)
         except OSError:

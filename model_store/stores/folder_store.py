@@ -162,6 +162,8 @@ class _Changed(Exception):
 def open_folder(path: str, max_archive_bytes: int) -> FolderStore:
     """The store of a folder's path. Raises InvalidStoreUrl if there is no such folder."""
     folder = Path(path).expanduser().absolute()  # not resolved: a link may be swapped later
+    if path and folder.exists() and not folder.is_dir():
+        raise InvalidStoreUrl(f"{str(folder)!r} is a file, and a store is a folder of archives: name the folder")
     if not path or not folder.is_dir():
         raise InvalidStoreUrl(f"the model folder {str(folder)!r} does not exist; accepted are {ACCEPTED}")
     return FolderStore(folder, max_archive_bytes)

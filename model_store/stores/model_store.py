@@ -15,6 +15,7 @@ from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUnavailable
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
+from model_store.stores.load_parts import timing_part
 from model_store.stores.object_store import Fetched, Listed, Source
 from model_store.stores.store_health import PROBE, StoreHealth
 
@@ -62,6 +63,7 @@ class ModelStore:
         self._revalidate_s = revalidate_s
         self._clock, self._now = clock, now
         self.health = StoreHealth(now)
+        self._trouble: LoadError | None = None  #: what the last probe found
 
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
@@ -163,14 +165,25 @@ class ModelStore:
 
     def probe(self) -> None:
         """Ask the store for something that it does not have, so that `health` learns whether it answers."""
-        with self.health.probing(), contextlib.suppress(LoadError):
-            self._ask(PROBE)
+        trouble: LoadError | None = None
+        with self.health.probing():
+            try:
+                self._ask(PROBE)
+            except ModelNotFound:
+                pass  # as it should be
+            except LoadError as error:
+                trouble = error
+        if type(trouble) is not type(self._trouble) and trouble is not None:  # said once, not at each probe
+            log.warning("store_does_not_serve", reason=trouble.reason, error=str(trouble))
+        self._trouble = trouble
 
     def _ask(self, name: ModelName, unless: str | None = None) -> Fetched | None:
         """`Source.get`, whose outcome says whether the store is there."""
         asked_at = self._now()
         try:
-            found = self._source.get(name, unless=unless)
+            with timing_part("get") as part:
+                found = self._source.get(name, unless=unless)
+                part.size = 0 if found is None else len(found.data)
         except StoreUnavailable:
             self.health.note_failure(asked_at)
             raise
@@ -229,7 +242,8 @@ class ModelStore:
         """Open, then publish. INVARIANT: an invalid archive is never written to disk."""
         fetched, archive = self._open_sound(name, fetched)
         if disk:
-            disk.publish(name, fetched.data, fetched.version, asked_at)
+            with timing_part("keep"):
+                disk.publish(name, fetched.data, fetched.version, asked_at)
         return FetchedArchive(archive, fetched.version, "store", store_s, stale=False, validated_at=asked_at)
 
     def _open_sound(self, name: ModelName, fetched: Fetched) -> tuple[Fetched, Archive]:

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from model_store.names import parse_model_name
 from server.cli import price_flags
-from server.cli.command_flags import with_flags
+from server.cli.command_flags import with_flags, write_command
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim
 from server.cli.train import match_markets
-from server.logs import escape_text
 from server.offline.measures import COMPARED, HEADINGS, MEASURES, POINTS, format_score, list_comparison
+from server.shell.escaping import escape_text
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,7 +101,7 @@ def backtest(flags: BacktestFlags) -> None:
         if flags.html is not None:
             from server.offline.evaluation_report import render_page  # noqa: PLC0415 -- an extra
 
-            flags.html.write_text(render_page(found), encoding="utf-8")
+            flags.html.write_text(render_page(found, write_command("backtest", flags)), encoding="utf-8")
     if flags.as_json:
         print(found.json(MEASURES).decode())  # noqa: T201
     else:

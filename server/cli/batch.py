@@ -8,7 +8,8 @@ import msgspec
 import typer
 
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, make_progress_bar, one_line_errors
+from server.cli.terminal import BAD, one_line_errors
+from server.shell.progress import follow_tasks
 
 
 def batch(
@@ -44,11 +45,10 @@ def batch(
     with one_line_errors(TransferFailed):
         settings = settings_from({"store": models} if models else {})
         default = msgspec.json.encode(msgspec.json.decode(configuration, type=dict[str, Any]))
-        with make_progress_bar() as progress:
+        with follow_tasks() as tasks:
 
             def start_task(description: str, total: int | None, done: int) -> Callable[[int], None]:
-                task = progress.add_task(description, total=total, completed=done)
-                return lambda count: progress.advance(task, count)
+                return tasks.start_task(description, total, done).advance
 
             done, failed = answer_file(settings, lines, out, default, start_task)
     print(f"{done} lines answered, {failed} of them with an error: {out}", file=sys.stderr)  # noqa: T201

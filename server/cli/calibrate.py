@@ -9,10 +9,11 @@ from rich.table import Table
 
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, verbatim
 from server.cli.train import match_markets
-from server.logs import escape_text
 from server.offline.measures import format_score
+from server.shell.escaping import escape_text
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

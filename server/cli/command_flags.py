@@ -1,9 +1,12 @@
 """Commands of many flags: the flags are the fields of a record, which the command passes on to its parts. No torch."""
 
-from collections.abc import Callable
-from dataclasses import MISSING, fields
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, fields
 from inspect import Parameter, Signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
+
+from typer.models import ArgumentInfo, OptionInfo
 
 T = TypeVar("T")
 
@@ -34,3 +37,34 @@ def with_flags(kind: type[T]) -> Callable[[Callable[[T], None]], Callable[..., N
         return call
 
     return decorate
+
+
+def write_command(name: str, flags: Any) -> str:
+    """Write the command that gave these flags, for a shell; what has its default is left out.
+
+    `flags` is a record of `with_flags`; arguments come first.
+    """
+    arguments: list[str] = []
+    options: list[str] = []
+    for field in fields(flags):
+        value = getattr(flags, field.name)
+        if value == field.default:
+            continue
+        if any(isinstance(each, ArgumentInfo) for each in get_args(field.type)):
+            arguments += [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+        else:
+            options += _write_option(field, value)
+    return shlex.join(["fleetcast", name, *arguments, *options])
+
+
+def _write_option(field: "Field[Any]", value: Any) -> Iterator[str]:
+    info = next(each for each in get_args(field.type) if isinstance(each, OptionInfo))
+    names = (info.default, *(info.param_decls or ()))  # typer has the first name of an annotation as the default
+    own = f"--{field.name.replace('_', '-')}"
+    flag = next((each for each in names if isinstance(each, str) and each.startswith("--")), own)
+    on, _, off = flag.partition("/")
+    if isinstance(value, bool):
+        yield on if value else off
+        return
+    for each in value if isinstance(value, list | tuple) else [value]:
+        yield from (on, str(each))

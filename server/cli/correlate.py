@@ -5,7 +5,6 @@ import time as clock
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import rich
 import typer
 from rich.table import Table
@@ -13,9 +12,10 @@ from rich.table import Table
 from model_store.names import ModelName
 from server.cli import price_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, parse_moment, show_progress
+from server.cli.terminal import BAD, one_line_errors, parse_moment
 from server.cli.train import name_archives
-from server.logs import escape_text
+from server.shell.escaping import escape_text
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
     from handlers.codecs.features import Float64
@@ -74,6 +74,8 @@ def correlate(
     order of past windows itself, of any shape; only windows without missing values are used, and each takes memory.
     A target without an archive, a covariate or a price in the windows is left out, and the exit code is 1.
     """  # noqa: D301 -- click's mark for "do not wrap"
+    import numpy as np  # noqa: PLC0415 -- what help need not import
+
     with one_line_errors():
         started = clock.perf_counter()
         if (csv is None) == (residuals is None) or (csv is not None and not time):
@@ -107,6 +109,8 @@ def correlate(
 
 def _read_errors(path: Path, products: int) -> "Float64":
     """Read errors [windows, products, steps]. Raises ValueError that says what the file contains instead."""
+    import numpy as np  # noqa: PLC0415 -- what help need not import
+
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -14,19 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server.access_log import read_rows
-from server.cli.fleet.watch import watch_server
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
-from server.host import Host, read_host
-from server.offline.cache_sizing import Advice, advise_cache_size
-from server.settings import Settings, format_bytes
-from server.supervisor.worker_plan import plan_workers
-from server.worker.engine.execution_plan import SIZES, Path
+from server.cli.terminal import BAD, one_line_errors, verbatim
+from server.shell.progress import show_progress
 
 if TYPE_CHECKING:
+    from server.host import Host
+    from server.offline.cache_sizing import Advice
     from server.offline.host_checks import HostFact
     from server.offline.store_families import Measurable
+    from server.settings import Settings
     from server.worker.engine.speed import CoreRates, FamilySpeed
 
 TAKEN = "*"
@@ -68,6 +65,8 @@ def doctor(
     when the store cannot be read or an archive does not load.
     """  # noqa: D301 -- click's mark for "do not wrap"
     if url:
+        from server.cli.fleet.watch import watch_server  # noqa: PLC0415 -- what help need not import
+
         watch_server(url, seconds, as_json=as_json)
     else:
         _check_machine(store, access_log, as_json=as_json)
@@ -75,6 +74,7 @@ def doctor(
 
 def _check_machine(store: str, access_log: str, *, as_json: bool) -> None:
     """Print the machine's facts, and the speed of the store's families or of the built-in ones."""
+    from server.host import read_host  # noqa: PLC0415 -- what help need not import
     from server.offline import host_checks  # noqa: PLC0415 -- torch
     from server.offline.store_families import StoreFamilies, find_families, make_built_in_families  # noqa: PLC0415
     from server.worker.engine import speed  # noqa: PLC0415
@@ -103,7 +103,7 @@ def _check_machine(store: str, access_log: str, *, as_json: bool) -> None:
         raise typer.Exit(BAD)
 
 
-def _read_settings(store: str) -> tuple[Settings, bool]:
+def _read_settings(store: str) -> tuple["Settings", bool]:
     """The settings that `serve` would use, and whether they name a store. Raises ValueError."""
     try:
         return settings_from({"store": store}), True
@@ -113,8 +113,12 @@ def _read_settings(store: str) -> tuple[Settings, bool]:
         return settings_from({"store": "."}), False  # any other error is raised again by this call
 
 
-def _advise_from_log(settings: Settings, host: Host, access_log: str) -> Advice:
+def _advise_from_log(settings: "Settings", host: "Host", access_log: str) -> "Advice":
     """Advise on the cache size of `serve` by the requests in the log. Raises ValueError, OSError."""
+    from server.access_log import read_rows  # noqa: PLC0415 -- what help need not import
+    from server.offline.cache_sizing import advise_cache_size  # noqa: PLC0415
+    from server.supervisor.worker_plan import plan_workers  # noqa: PLC0415
+
     budget = sum(plan.budget_bytes for plan in plan_workers(settings, host))
     if not budget:
         raise ValueError("the cache takes the free memory of the GPU: set its size with FLEETCAST_MODEL_CACHE_BYTES")
@@ -136,6 +140,9 @@ def _make_fact_table(facts: Sequence["HostFact"]) -> Table:
 
 def _make_speed_table(rates: "CoreRates", families: Sequence["Measurable"], paces: Sequence["FamilySpeed"]) -> Table:
     """A table with a row for each batch size of each family."""
+    from server.settings import format_bytes  # noqa: PLC0415 -- what help need not import
+    from server.worker.engine.execution_plan import SIZES  # noqa: PLC0415
+
     rate = f"{rates.flops / 1e9:.0f} GFLOP/s in a product, {rates.bytes / 1e9:.1f} GB/s in a copy"
     table = Table(
         "", "rows", "gather", "in place", "floor", "repeat", "floor", title="microseconds an answer, one core"
@@ -156,6 +163,8 @@ def _make_speed_table(rates: "CoreRates", families: Sequence["Measurable"], pace
 
 def _format_speeds(pace: "FamilySpeed", rows: int) -> Iterator[str]:
     """A batch of different models by its two ways and its floor; then one model's inputs, where there are several."""
+    from server.worker.engine.execution_plan import Path  # noqa: PLC0415 -- what help need not import
+
     for path in (Path.GATHER, Path.IN_PLACE):
         yield _format_time(pace.answer_us(path, rows), taken=pace.chosen_path(rows, rows) is path)
     yield f"{pace.floor_us(rows, rows):.1f}"
@@ -175,9 +184,11 @@ def _as_json(
     rates: "CoreRates",
     families: Sequence["Measurable"],
     paces: Sequence["FamilySpeed"],
-    advice: Advice | None,
+    advice: "Advice | None",
 ) -> Mapping[str, Any]:
     """For programs."""
+    from server.worker.engine.execution_plan import SIZES  # noqa: PLC0415 -- what help need not import
+
     return {
         "facts": [asdict(fact) for fact in facts],
         "access_log": advice and asdict(advice),
@@ -199,6 +210,8 @@ def _as_json(
 
 def _batch_as_json(pace: "FamilySpeed", rows: int) -> dict[str, Any]:
     """Microseconds an answer, null where it was not measured."""
+    from server.worker.engine.execution_plan import Path  # noqa: PLC0415 -- what help need not import
+
     return {
         **{f"{path}_us": pace.answer_us(path, rows) for path in Path},
         "of_different_models": {"taken": pace.chosen_path(rows, rows), "floor_us": pace.floor_us(rows, rows)},

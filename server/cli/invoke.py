@@ -11,8 +11,8 @@ import typer
 
 from server.cli.terminal import BAD, fail, one_line_errors
 from server.contract import GRPC_PORT, HEADER_SERVER_TIMING, INFERENCE_PORT, JSON
-from server.logs import escape_text
 from server.sdk.protocols import Protocol, wrap_forecast
+from server.shell.escaping import escape_text
 
 if TYPE_CHECKING:
     from server.sdk.client import Reply

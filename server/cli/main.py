@@ -4,13 +4,12 @@ So `fleetcast --help` and `fleetcast --version` import none of what the commands
 supervisor's process, has no torch.
 """
 
-from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from server.sdk import __version__
+from server.shell.commands import CommandSource, make_command_group
 
 #: Command -> its line in `fleetcast --help`. The function NAME of `server.cli.NAME` is the command, but for FLEET.
 COMMANDS = {
@@ -40,7 +39,6 @@ COMMANDS = {
     "follow": "Let models follow the store again.",
     "release": "Let models in quarantine run again.",
     "token": "Make a token for a client or an operator.",
-    "settings-table": "",
 }
 #: Commands that speak to a running server's management listener -> their file in `server.cli.fleet`.
 FLEET = {
@@ -48,45 +46,18 @@ FLEET = {
     "ls": "ls",
     **dict.fromkeys(("load", "unload", "pin", "unpin", "reload", "rollback", "follow", "release"), "actions"),
 }
-HIDDEN = {"settings-table"}  #: for `make docs`, not for users
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 120, "help_option_names": ["-h", "--help"]},
+app = make_command_group(
+    {
+        name: CommandSource(
+            f"server.cli.{f'fleet.{FLEET[name]}' if name in FLEET else name.replace('-', '_')}",
+            name.replace("-", "_"),
+            about,
+        )
+        for name, about in COMMANDS.items()
+    },
+    is_program=True,
 )
-
-
-class LazyCommand(TyperCommand):
-    """A command whose file is imported only when the command runs; until then its name and help line suffice."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context of the real command, which parses the arguments and then runs."""
-        assert self.name is not None, "every command is added by name"
-        return _load_command(self.name).make_context(info_name, args, parent, **extra)
-
-
-def _load_command(name: str) -> TyperCommand:
-    function = name.replace("-", "_")
-    names = {"help_option_names": ["-h", "--help"]}
-    alone = typer.Typer(
-        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, context_settings=names
-    )
-    file = f"fleet.{FLEET[name]}" if name in FLEET else function
-    alone.command(name)(getattr(import_module(f"server.cli.{file}"), function))
-    command = typer.main.get_command(alone)
-    assert isinstance(command, TyperCommand), "an application of one command is that command"
-    return command
-
-
-def _stand_in() -> None:
-    """The function that typer requires of a LazyCommand; it is never called."""
-
-
-for _name, _help in COMMANDS.items():
-    app.command(_name, cls=LazyCommand, short_help=_help, hidden=_name in HIDDEN)(_stand_in)
 
 
 def main() -> None:

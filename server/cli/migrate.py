@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from server.cli.terminal import fail, one_line_errors
-from server.logs import escape_text
 from server.offline.migration.configuration import read_configuration
 from server.offline.migration.model_servers import SERVERS, ServerName
 from server.offline.migration.outcome import Fate
 from server.offline.migration.properties import MAX_BYTES, PropertiesInvalid
 from server.offline.migration.rendering import render_command, render_report, render_toml
 from server.offline.migration.translation import Translation, translate
+from server.shell.escaping import escape_text
 
 
 def migrate(

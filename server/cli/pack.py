@@ -11,7 +11,7 @@ from server.cli import price_flags
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD, fail, one_line_errors
-from server.logs import escape_text
+from server.shell.escaping import escape_text
 
 if TYPE_CHECKING:
     from server.offline.archive_location import ArchiveLocation

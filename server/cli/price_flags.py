@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from server.logs import escape_text
 from server.offline.measures import Score
+from server.shell.escaping import escape_text
 
 if TYPE_CHECKING:
     from handlers.training.stamps import FileRules

@@ -16,9 +16,10 @@ from server.cli import architecture_flags, price_flags
 from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, show_progress, verbatim
+from server.cli.terminal import BAD, one_line_errors, verbatim
 from server.cli.train import match_markets
-from server.logs import escape_text
+from server.shell.escaping import escape_text
+from server.shell.progress import watch_progress
 
 if TYPE_CHECKING:
     from server.offline.retraining import Outcome, RetrainingPlan
@@ -119,10 +120,12 @@ def retrain(flags: RetrainFlags) -> None:
         with (
             hold_file(log),
             Checkpoint(log, plan.digest, len(plan.names)) as journal,
-            show_progress("retraining") as told,
+            watch_progress("retraining") as update,
         ):
-            told(journal.done, len(plan.names))
-            Retraining(plan).run(journal, lambda count: told(count, len(plan.names)), read_last_outcomes(log))
+            total = len(plan.names)
+            update(journal.done, total, "")
+            retraining = Retraining(plan, lambda fitted, note: update(min(total, journal.done + fitted), total, note))
+            retraining.run(journal, lambda _: update(journal.done, total, ""), read_last_outcomes(log))
             outcomes = [msgspec.json.decode(line, type=Outcome) for line in journal.in_order()]
             journal.finish(log, append=True)
     _report_outcomes(outcomes, log)

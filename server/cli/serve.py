@@ -2,15 +2,15 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-import structlog
 
 from server.access.sites import is_loopback
 from server.cli.setting_flags import settings_from, with_setting_flags
 from server.cli.terminal import one_line_errors
 from server.contract import HEADER_TARGET_MODEL
+from server.front.tracing.plan import TracingPlan, plan_tracing, require_exporter
 from server.sagemaker_container.environment import MULTI_MODEL, SINGLE_MODEL
 from server.sdk import __version__
 from server.settings import Settings, format_bytes
@@ -38,14 +38,23 @@ def serve(**flags: Any) -> None:
 
     with one_line_errors(StartFailed):
         settings = settings_from(flags)
+        if plan_traces(settings) is not None:
+            require_exporter()
         configure_logs(settings.log_level, settings.log_format)
         if flags.get("access_keys"):
             warn_of_flag()
         uvloop.run(_serve_until_signal(settings))
 
 
+def plan_traces(settings: Settings) -> TracingPlan | None:
+    """What is traced, None where nothing is. Raises ValueError for a setting or a variable that is wrong."""
+    return plan_tracing(settings.otlp_endpoint, settings.trace_ratio, settings.traces_per_s, os.environ)
+
+
 def warn_of_flag() -> None:
     """Say that a flag's secret is no secret any more."""
+    import structlog  # noqa: PLC0415 -- a tenth of a second that help need not take
+
     structlog.get_logger().warning(
         "secret_on_command_line", why="every user of this host reads --access-keys by ps: use --access-keys-file"
     )
@@ -124,6 +133,9 @@ def _list_addresses(supervisor: "Supervisor", addresses: dict[str, str]) -> Iter
     if "grpc" in addresses:
         yield "grpc", f"{addresses['grpc'].partition('://')[2]}, the Open Inference Protocol"
     yield "access", _describe_access(settings)
+    traces = plan_traces(settings)
+    if traces is not None:
+        yield "traces", f"to {traces.describe()}"
     for plan in supervisor.plans:
         threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
         cores = ",".join(map(str, plan.cores))

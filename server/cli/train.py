@@ -20,8 +20,9 @@ from server.cli import architecture_flags, price_flags
 from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.setting_flags import settings_from
-from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim, watch_progress
-from server.logs import escape_text
+from server.cli.terminal import BAD, one_line_errors, parse_moment, verbatim
+from server.shell.escaping import escape_text
+from server.shell.progress import watch_progress
 
 if TYPE_CHECKING:
     from handlers.training.fit import Progress

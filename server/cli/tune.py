@@ -2,8 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,8 @@ from server.cli.architecture_flags import parse_architecture
 from server.cli.command_flags import with_flags
 from server.cli.terminal import one_line_errors, verbatim
 from server.cli.train import QUANTILES, TrainFlags, make_training_plan
-from server.logs import escape_text
+from server.shell.escaping import escape_text
+from server.shell.progress import watch_progress
 
 if TYPE_CHECKING:
     from server.offline.tuning import Candidate, Tuned, TuningPlan
@@ -126,8 +128,13 @@ def tune(flags: TuneFlags) -> None:
         daily = choose_architecture(series[0], flags.prediction_length) == "lear"
         candidates = [_parse_candidate(each) for each in flags.candidate or (DAILY if daily else OTHER)]
         plan = _make_plan(flags, candidates, given.options)
-        with hold_file(flags.log), Journal(flags.log, plan.digest(series)) as journal:
-            found = Tuning(plan, series, journal, _say).run()
+        with (
+            hold_file(flags.log),
+            Journal(flags.log, plan.digest(series)) as journal,
+            watch_progress("tuning, seconds") as update,
+        ):
+            watch = partial(_watch_budget, update, 60 * plan.minutes)
+            found = Tuning(plan, series, journal, _say, watch).run()
         command = _make_command(flags, found.board[0].candidate)
         if flags.html is not None:
             from server.offline.tuning_report import render_leaderboard  # noqa: PLC0415 -- an extra
@@ -135,6 +142,11 @@ def tune(flags: TuneFlags) -> None:
             flags.html.write_text(render_leaderboard(found, flags.csv.name, command), encoding="utf-8")
     _print_board(found)
     print(command)  # noqa: T201
+
+
+def _watch_budget(update: Callable[[float, int, str], None], budget: float, spent: float, candidate: str) -> None:
+    """Show how much of the time for the search is used up; it may end sooner, or a little later."""
+    update(min(spent, budget), round(budget), candidate)
 
 
 def _make_train_flags(flags: TuneFlags) -> TrainFlags:

@@ -7,7 +7,7 @@ import typer
 from model_store.errors import LoadError
 from server.cli.setting_flags import settings_from
 from server.cli.terminal import BAD
-from server.logs import escape_text
+from server.shell.escaping import escape_text
 
 
 def verify(

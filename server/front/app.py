@@ -30,8 +30,12 @@ from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
+from server.front.tracing.descriptions import describe_http
+from server.front.tracing.request_trace import RequestTrace
+from server.front.tracing.traced_plane import trace_plane
+from server.front.tracing.tracer import Tracer
 from server.front.worker_client import WorkerLost
-from server.http_listener import BODY_FOLLOWS, CLOSE, REASON
+from server.http_listener import BODY_FOLLOWS, CLOSE, HEADERS_BY_NAME, REASON, WHOLE_BODY
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -61,6 +65,7 @@ class App:
         self.plane = open_plane(settings, metrics)
         self.entry: InferencePlane = self.plane  #: what requests are put to: in a cluster one of all nodes
         self.releases = Releases(metrics)
+        self.tracer: Tracer | None = None
         self._settings = settings
         self._metrics = metrics
         self._answered: dict[tuple[str, int], AnswerSeries] = {}
@@ -81,8 +86,11 @@ class App:
         if scope["type"] != "http":
             return
         started = time.monotonic()
-        request = HttpRequest(scope["method"], scope["path"], dict(scope["headers"]), receive, scope["query_string"])
+        headers = scope.get(HEADERS_BY_NAME) or dict(scope["headers"])
+        request = HttpRequest(scope["method"], scope["path"], headers, receive, scope["query_string"])
         dialect = self._dialects[0]
+        reply: HttpReply | None
+        statuses: Sequence[int]
         try:
             for dialect in self._dialects:
                 operation = dialect.match(request.method, request.path, request.query)
@@ -98,24 +106,53 @@ class App:
                 request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
                 plane = make_plane(self.entry, token, self.releases)  # as they are now: a body may have taken long
+                plane = plane if request.trace is None else trace_plane(plane, request.trace, request.arrived)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
-            statuses: Sequence[int] = (CLIENT_GONE,)
+            reply, statuses = None, (CLIENT_GONE,)
         except (Exception, asyncio.CancelledError) as error:
-            statuses = await self._send(self._refuse(dialect, request, error), request, send)
+            reply = self._refuse(dialect, request, error)
+            statuses = await self._send(reply, request, scope, send)
         else:
             reply.marked = request.stats
-            statuses = await self._send(reply, request, send)
-        await self._count(dialect.name, statuses, time.monotonic() - started, request.id)
+            statuses = await self._send(reply, request, scope, send)
+        seconds = time.monotonic() - started
+        if len(statuses) == 1:
+            self._count(dialect.name, statuses[0], seconds, request.id)
+        else:
+            await self._count_many(dialect.name, statuses, seconds, request.id)
+        if request.trace is not None:
+            self._end_trace(request.trace, dialect, request, reply, statuses)
 
-    async def _count(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
+    def _end_trace(
+        self,
+        trace: RequestTrace,
+        dialect: Dialect,
+        request: HttpRequest,
+        reply: HttpReply | None,
+        statuses: Sequence[int],
+    ) -> None:
+        """Hand over the trace of a request; `statuses` are those that were counted of it."""
+        assert self.tracer is not None, "it has begun the trace"
+        status = CLIENT_GONE if reply is None or statuses == (CLIENT_GONE,) else reply.status
+        describe_http(trace, request.method, request.path, dialect.routes, request.id, status, statuses)
+        self.tracer.end(trace, status)
+        for counted in statuses[:1]:
+            series = self._answered[dialect.name, counted]
+            series.seconds.show_trace(time.monotonic() - trace.began, request.id, trace.trace_id)
+
+    async def _count_many(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
         for i, status in enumerate(statuses):
-            answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
-            answered.answers.inc()
-            answered.seconds.observe_request(seconds, request_id)
+            self._count(protocol, status, seconds, request_id)
             if i % STATUSES_AT_ONCE == STATUSES_AT_ONCE - 1:
                 await asyncio.sleep(0)
+
+    def _count(self, protocol: str, status: int, seconds: float, request_id: bytes) -> None:
+        """Count one answer of a request."""
+        answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
+        answered.answers.inc()
+        answered.seconds.observe_request(seconds, request_id)
 
     def _bind_answers(self, protocol: str, status: int) -> AnswerSeries:
         """The series of answers with this status, found once."""
@@ -149,6 +186,8 @@ class App:
         The deadline counts from the head's arrival, the queue from that of the body's end. Raises Refused, ClientGone.
         """
         headers, longest = request.headers, self._settings.request_timeout_s
+        if self.tracer is not None:
+            request.trace = self.tracer.begin(headers, request.arrived)
         request.id = self._identify(headers)
         wanted = headers.get(_TIMEOUT_MS)
         request.deadline = request.arrived + (longest if wanted is None else min(parse_timeout(wanted), longest))
@@ -225,6 +264,8 @@ class App:
         else:
             log.error("request_failed", exc_info=error)
             why = Refused(Situation.INTERNAL, "the server failed; its log says why")
+        if request.trace is not None:
+            request.trace.note_error(error)
         request.id = request.id or self._identify(request.headers)  # it may be refused before its body is read
         reply = dialect.refused(why, request)
         if isinstance(why, RefusedByWorker):
@@ -241,12 +282,13 @@ class App:
         places = ", ".join(f"{each.routes.main_path} ({each.routes.title})" for each in self._dialects)
         raise Refused(Situation.NO_ROUTE, f"no such path: {path[:200]}; requests go to {places}")
 
-    async def _send(self, reply: HttpReply, request: HttpRequest, send: Send) -> Sequence[int]:
+    async def _send(self, reply: HttpReply, request: HttpRequest, scope: Scope, send: Send) -> Sequence[int]:
         """Send the reply; a large one part by part, as fast as the client takes it (the listener bounds how slow).
 
         Returns the status codes to count.
         """
-        stream, size = reply.stream, len(reply.body) if reply.stream is None else reply.stream.body_bytes
+        held, stream = len(reply.body), reply.stream
+        size = held if stream is None else stream.body_bytes
         head: Headers = [
             (b"content-length", b"%d" % size),
             (_REQUEST_ID, request.id or self._identify(request.headers)),
@@ -259,32 +301,23 @@ class App:
         _add_marks(head, reply.stats or reply.marked)
         if reply.chunks is not None:
             return await self._send_chunks(reply, reply.chunks, head[1:], send)
-        more, held = len(reply.body) < size, len(reply.body)
+        start: dict[str, Any] = {"type": "http.response.start", "status": reply.status, "headers": head}
+        if reply.reason is not None:
+            start[REASON] = reply.reason
         self.plane.held.size += held
         try:
-            start: dict[str, Any] = {
-                "type": "http.response.start",
-                "status": reply.status,
-                "headers": head,
-                BODY_FOLLOWS: True,
-            }
-            if reply.reason is not None:
-                start[REASON] = reply.reason
-            await send(start)
-            for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
-                await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
-            rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body
-            await send({"type": "http.response.body", "body": rest, "more_body": more})
-            if more and stream is not None:
-                async for part in stream.parts():
-                    await send({"type": "http.response.body", "body": part, "more_body": stream.unread > 0})
+            if held == size <= PIECE_BYTES and WHOLE_BODY in scope.get("extensions", ()):
+                start[WHOLE_BODY] = reply.body
+                await send(start)
+            else:
+                await _send_parts(reply, start, size, send)
         except (WorkerLost, RuntimeError, asyncio.CancelledError):
             # The worker died with half of the answer; or the listener cut the client off, which uvloop says by a
             # RuntimeError; or the drain is over.
             return (CLIENT_GONE,)
         finally:
             self.plane.held.size -= held
-            if more and stream is not None:
+            if stream is not None and held < size:
                 stream.cancel()
         return (reply.status,) if reply.counted is None else reply.counted
 
@@ -292,6 +325,20 @@ class App:
         """Send a reply while it is made. Returns the status codes to count."""
         start = {"type": "http.response.start", "status": reply.status, "headers": head}
         return list_statuses(reply.counted, reply.status, await chunks.send(start, send, self.plane.held))
+
+
+async def _send_parts(reply: HttpReply, start: dict[str, Any], size: int, send: Send) -> None:
+    """Send the head, and a body of `size` bytes in pieces. Raises WorkerLost."""
+    held, stream = len(reply.body), reply.stream
+    start[BODY_FOLLOWS] = True
+    await send(start)
+    for at in range(0, held - PIECE_BYTES, PIECE_BYTES):
+        await send({"type": "http.response.body", "body": reply.body[at : at + PIECE_BYTES], "more_body": True})
+    rest = reply.body[max(0, held - 1) // PIECE_BYTES * PIECE_BYTES :] if held > PIECE_BYTES else reply.body
+    await send({"type": "http.response.body", "body": rest, "more_body": held < size})
+    if held < size and stream is not None:
+        async for part in stream.parts():
+            await send({"type": "http.response.body", "body": part, "more_body": stream.unread > 0})
 
 
 def _require_in_time(reply: HttpReply, request: HttpRequest) -> HttpReply:

@@ -109,9 +109,11 @@ class Backlog:
         return self._fixed_s + safety * self._each_s * ahead + silent_s
 
     def check(
-        self, model: str, client: str, now: float, left_s: float, bounds: Bounds, *, is_work: bool
+        self, model: str, client: str, now: float, left_s: float, ahead: int, bounds: Bounds, *, is_work: bool
     ) -> NoAdmission | None:
         """Why one more request of this model, with so much time left, is not admitted; None: it is.
+
+        `ahead`: what `count_ahead` says of it.
 
         1. The worker's bound is reached.
         2. The model's bound is reached.
@@ -136,13 +138,12 @@ class Backlog:
                 f"is for other clients (queue_per_worker)"
             )
         elif is_work and self._total >= FEW and self._each_s:
-            return self._check_deadline(model, client, now, left_s)
+            return self._check_deadline(ahead, now, left_s)
         else:
             return None
-        return NoAdmission(reason, self.expected_s(self.count_ahead(model, client), now))
+        return NoAdmission(reason, self.expected_s(ahead, now))
 
-    def _check_deadline(self, model: str, client: str, now: float, left_s: float) -> NoAdmission | None:
-        ahead = self.count_ahead(model, client)
+    def _check_deadline(self, ahead: int, now: float, left_s: float) -> NoAdmission | None:
         if ahead <= FEW or self.expected_s(ahead, now, SAFETY) <= left_s:
             return None
         expected = self.expected_s(ahead, now)

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import msgspec
 import structlog
@@ -23,6 +23,7 @@ from server.front.handler_calls import CallDetails, CodeCalls
 from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
 from server.front.suspects import Suspects
+from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.frames import CacheResult, Partial, Response, Tier
@@ -59,15 +60,15 @@ CONTROL_REFUSED = (
     "token with the scopes invoke and manage"
 )
 HALF_ANSWER = "the worker died with half of the answer; try again"
-_CACHE: Mapping[int, str | None] = {
+CACHE_NAMES: Mapping[int, str | None] = {
     CacheResult.NONE: None,
     CacheResult.HIT: "hit",
     CacheResult.MISS: "miss",
     CacheResult.COALESCED: "coalesced",
 }
 #: Situations of answers that only a worker that holds the model can give.
-_HOLDS = (Situation.OK, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
-_TIER: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
+HOLDS = (Situation.OK, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
+TIER_NAMES: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
 
 #: Returns an awaitable that is done once the client has left; one wait at a time.
 ClientWatch = Callable[[], Awaitable[object]]
@@ -83,6 +84,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     `client`: the name of its token, access key or certificate. Clients take turns where they are known. Empty where the
     server is open to all: then there is one.
     `call`: what an archive's code is told of it; None where the server runs no code, or the dialect tells nothing.
+    `question`: of a traced request; None for all others.
     """
 
     model: ModelName
@@ -96,6 +98,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     client: str = ""
     call: CallDetails | None = None
     told: bytes = b""  #: the same as another node's front has encoded it
+    question: Question | None = None
 
 
 class InferStats(msgspec.Struct, frozen=True, gc=False):
@@ -199,6 +202,38 @@ class InferResponse(msgspec.Struct, frozen=True):
             self.link.cancel(self.call)
 
 
+class TogetherItem(NamedTuple):
+    """One forecast of a call for many models: which model to ask, and the instance that it is asked with."""
+
+    model: ModelName
+    instance: bytes | memoryview | msgspec.Raw
+
+
+class TogetherRequest(msgspec.Struct, frozen=True):
+    """Items that may be asked together. `hold` is told of each answer before it is read; it may raise Refused.
+
+    `most_bytes`: of all answers together. `numbers`: predictions are wanted as packed numbers. `deadline` and `arrived`
+    are on the monotonic clock (s).
+    """
+
+    items: Sequence[TogetherItem]
+    configuration: bytes
+    most_bytes: int
+    deadline: float
+    arrived: float
+    client: str
+    hold: Callable[[InferResponse], None]
+    numbers: bool = False
+
+
+class TogetherAnswer(NamedTuple):
+    """One item's answer: its bytes, which type they have, and what happened on the way."""
+
+    content_type: str
+    body: memoryview
+    stats: InferStats
+
+
 class RefusedByWorker(Refused):
     """The worker's refusal, with what happened until then."""
 
@@ -267,6 +302,15 @@ class InferencePlane(Protocol):
     async def infer(self, request: InferRequest) -> InferResponse:
         """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
 
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which of these models can be asked together with others, by `infer_together`."""
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """What came of each item of models that were selected; None for one that has to be asked by `infer`.
+
+        Raises Refused for the whole call.
+        """
+
     def permits(self, model: ModelName) -> bool:
         """Whether the client may ask this model."""
 
@@ -303,6 +347,14 @@ class PlaneInFront:
     def workers(self) -> Mapping[int, PulseReader | None]:
         """The workers that are up, and what is seen of each."""
         return self._plane.workers
+
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which of these models can be asked together with others."""
+        return self._plane.select_together(models)
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """What came of each item. Raises what the plane raises."""
+        return await self._plane.infer_together(request)
 
     def permits(self, model: ModelName) -> bool:
         """Whether the client may ask this model."""
@@ -383,6 +435,14 @@ class DataPlane:
                 return await self._ask_again(request, lane.worker)
         finally:
             self.held.size -= size
+
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which models can be asked together: none, where the workers take no calls for many."""
+        return [False] * len(models)
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """Leave all items to `infer`; `server.front.together.TogetherPlane` asks them together."""
+        return [None] * len(request.items)
 
     def permits(self, model: ModelName) -> bool:
         """All models: a client with a token has a plane in front of this one."""
@@ -543,9 +603,9 @@ class DataPlane:
         model, client, link = request.model, request.client, self.links[lane.worker]
         backlog = link.backlog
         is_work, left_s, ahead = lane.warm.has(model), request.deadline - now, backlog.count_ahead(model, client)
-        refusal = backlog.check(model, client, now, left_s, self._bounds, is_work=is_work)
+        refusal = backlog.check(model, client, now, left_s, ahead, self._bounds, is_work=is_work)
         if refusal is not None:
-            raise _overloaded(refusal)
+            raise explain_overload(refusal)
         told = request.told
         if request.call is not None and self._code is not None:
             told = self._code.encode(model, request.request_id, request.call)
@@ -561,6 +621,7 @@ class DataPlane:
             alone,
             client,
             told,
+            request.question,
         )
         self._watched[call] = (now, request.client_gone, link)
         try:
@@ -579,14 +640,14 @@ class DataPlane:
             backlog.end(model, client, was_work=counted)
         if isinstance(head, Partial):
             return self._begin_stream(lane, request, head, link, call, counted=counted)
-        held = head.situation in _HOLDS
+        held = head.situation in HOLDS
         ended = time.monotonic()
         wait_s = max(0.0, ended - now - head.load_us / 1e6)
         if counted and held and head.cache == CacheResult.HIT:
             backlog.learn(ahead, now, ended)
         load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
         self.router.count_end(lane, model, counted, held=held, wait_s=wait_s, load_s=load_s)
-        cache, tier, load_us = _CACHE[head.cache], _TIER[head.tier], head.load_us or None
+        cache, tier, load_us = CACHE_NAMES[head.cache], TIER_NAMES[head.tier], head.load_us or None
         times = (head.queue_us, load_us, head.inference_us)
         stats = InferStats(cache, *times, tier, head.version, head.quality, head.warnings)
         said = decode_head(head.head) if head.head else None
@@ -621,7 +682,7 @@ class DataPlane:
 
 def holds_model(situation: Situation) -> bool:
     """Whether only a worker that holds the model answers so."""
-    return situation in _HOLDS
+    return situation in HOLDS
 
 
 def _refused_by_worker(situation: Situation, body: bytes, stats: InferStats, expected_s: float) -> RefusedByWorker:
@@ -639,7 +700,7 @@ def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) ->
         refused.detail = msgspec.structs.replace(refused.detail, message=message)
 
 
-def _overloaded(refusal: NoAdmission) -> Refused:
+def explain_overload(refusal: NoAdmission) -> Refused:
     """The refusal of a request that its worker has no room for, or would not answer in time."""
     refused = Refused(Situation.OVERLOADED, refusal.reason)
     refused.advise(refusal.retry_s)

@@ -9,6 +9,7 @@ import msgspec
 from server.errors import Refused, Situation
 from server.front.chunks import Chunks
 from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
+from server.front.tracing.request_trace import RequestTrace
 from server.routes.record import Protocol as Routes
 
 Headers = list[tuple[bytes, bytes]]
@@ -51,6 +52,7 @@ class HttpRequest(msgspec.Struct):
     arrived: float = 0.0  #: on the same clock: when all of the body was here
     client: str = ""  #: the name of its token, access key or certificate; empty where the server asks for none
     stats: InferStats | None = None  #: of forecasts whose dialect replies without `stats`, for their marks
+    trace: RequestTrace | None = None  #: where it is sampled
 
 
 class HttpReply(msgspec.Struct):

@@ -8,7 +8,7 @@ however large a configuration.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import msgspec
 
@@ -22,6 +22,9 @@ from server.front.dataplane import (
     InferRequest,
     InferResponse,
     InferStats,
+    TogetherAnswer,
+    TogetherItem,
+    TogetherRequest,
     add_near_names,
 )
 from server.front.exchange import Limit
@@ -33,8 +36,11 @@ from server.front.raw_json import (
     split_samples,
 )
 from server.front.slices import ITEM, Pacer, Slices
+from server.ipc.packed import NUMBERS, is_packed, pack_json_prediction, write_instance
+from server.ipc.together import PREDICTION
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
+LEAST_TOGETHER = 2  #: items for which a request of their own is no worse
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
 
 
@@ -43,7 +49,7 @@ class Item:
     """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
 
     model: ModelName
-    instance: msgspec.Raw
+    instance: msgspec.Raw | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +68,7 @@ class MultiModelCall:
     configuration: bytes
     joint: Joint | None
     size: int  #: bytes of the body that the items lie in
+    numbers: bool = False  #: whether predictions are wanted as packed numbers: see `server.ipc.packed`
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +169,12 @@ class FanOut:
     async def _infer_items(self) -> list[Prediction | Refused]:
         results: dict[int, Prediction | Refused] = {}
         try:
+            await self._infer_together(results)
             async with asyncio.TaskGroup() as group:
                 for i, item in enumerate(self._call.items):
                     if isinstance(item, Refused):
                         results[i] = item
-                    else:
+                    elif i not in results:
                         size = len(memoryview(item.instance)) + len(self._call.configuration)
                         await self._wait_for_room(size)
                         group.create_task(self._infer_item(i, item, size, results))
@@ -174,6 +182,46 @@ class FanOut:
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [results[i] for i in range(len(results))]
+
+    async def _infer_together(self, results: dict[int, Prediction | Refused]) -> None:
+        """Ask the workers for all items that can be asked together; what is left has no result then."""
+        named = [(i, item) for i, item in enumerate(self._call.items) if isinstance(item, Item)]
+        selected = self._plane.select_together([item.model for _, item in named])
+        left = [each for each, can in zip(named, selected, strict=True) if can]
+        while len(left) >= LEAST_TOGETHER:
+            count = self._count_wave(left)
+            wave, left = left[:count], left[count:]
+            items = [TogetherItem(item.model, item.instance) for _, item in wave]
+            arrived, _, client = self._origin
+            limits = (self._call.configuration, self._limit.bytes, self._deadline, arrived, client)
+            found = await self._plane.infer_together(
+                TogetherRequest(items, *limits, self._hold_answer, self._call.numbers)
+            )
+            for (i, item), each in zip(wave, found, strict=True):
+                if isinstance(each, TogetherAnswer):
+                    results[i] = await self._take_answer(each)
+                elif each is not None:
+                    add_near_names(each, item.model, self._plane)
+                    results[i] = _without_frames(each)
+                await self._pacer.spend(ITEM)
+
+    def _count_wave(self, items: Sequence[tuple[int, Item]]) -> int:
+        """Count how many of these may be at the workers at once: see `_wait_for_room`."""
+        size, shared = 0, len(self._call.configuration)
+        for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
+            size += len(memoryview(item.instance)) + shared
+            if count and size > self._window:
+                return count
+        return min(len(items), MAX_UNDER_WAY)
+
+    async def _take_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
+        marginal = self._call.joint is not None
+        if answer.content_type in (PREDICTION, NUMBERS) and not marginal:
+            return Prediction(cast("bytes", answer.body), answer.stats)  # not copied: all that read it take any buffer
+        try:
+            return await self._read_prediction(bytes(answer.body), answer.stats)
+        except Refused as refused:
+            return _without_frames(refused)
 
     async def _infer_item(self, i: int, item: Item, size: int, results: dict[int, Prediction | Refused]) -> None:
         """Put one item's prediction, or why there is none, into its place. Raises Refused when all are too large."""
@@ -185,8 +233,8 @@ class FanOut:
             self._room.set()
 
     async def _predict(self, item: Item) -> Prediction | Refused:
-        body = build_request(item.instance, self._call.configuration)
         try:
+            body = build_request(self._write_instance(item.instance), self._call.configuration)
             request = InferRequest(item.model, body, JSON, JSON, self._deadline, None, *self._origin)
             response = await self._plane.infer(request)
         except Refused as refused:
@@ -194,10 +242,30 @@ class FanOut:
             return _without_frames(refused)
         self._hold_answer(response)
         try:
-            found = extract_prediction(await response.read(), marginal=self._call.joint is not None)
-            return Prediction(await self._pacer.run(found), response.stats)
+            return await self._read_prediction(await response.read(), response.stats)
         except Refused as refused:
             return _without_frames(refused)
+
+    @staticmethod
+    def _write_instance(instance: msgspec.Raw | bytes) -> msgspec.Raw | bytes:
+        """The instance as JSON. Raises Refused."""
+        if not is_packed(instance):
+            return instance
+        try:
+            return write_instance(instance)
+        except ValueError as error:
+            raise Refused(Situation.BAD_REQUEST, str(error), field="target") from None
+
+    async def _read_prediction(self, answer: bytes, stats: InferStats) -> Prediction:
+        """The prediction in a model's answer, packed where that is wanted. Raises Refused."""
+        body = await self._pacer.run(extract_prediction(answer, marginal=self._call.joint is not None))
+        if not self._call.numbers:
+            return Prediction(body, stats)
+        try:
+            return Prediction(pack_json_prediction(body), stats)
+        except (msgspec.MsgspecError, ValueError) as error:
+            message = f"the answer has no place in a table, ask by JSON: {error}"
+            raise Refused(Situation.BAD_REQUEST, message) from None
 
     def _hold_answer(self, response: InferResponse) -> None:
         """Count an answer before it is read. Raises Refused, the whole call's, where all are too large."""

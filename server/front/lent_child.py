@@ -33,7 +33,7 @@ from server.code_messages import (
 from server.errors import Refused, Situation
 from server.front.backlog import Turns
 from server.ipc.code_answers import make_request, read_answer, read_part, refuse_ended
-from server.ipc.frames import CacheResult, Partial, Request, Response, Tier
+from server.ipc.frames import CacheResult, Partial, Request, Response, Tier, TracedRequest
 from server.ipc.lends import (
     MOST_MEASURES,
     MOST_TURNS,
@@ -280,7 +280,7 @@ class LentChild:
         else:
             times = int((began - arrived) * 1e6), int((now - began) * 1e6)
             self._owner.answer(self._make_response(request.id, content_type, body, head, times, refused))
-        turn = Turn(arrived, began, now, outcome)
+        turn = Turn(arrived, began, now, outcome, request.trace_id if isinstance(request, TracedRequest) else "")
         for at in range(0, len(measures), MOST_MEASURES):
             self._owner.tell(Measured(self.id, turn, list(measures[at : at + MOST_MEASURES])))
         self._turns.append(turn)

@@ -62,6 +62,10 @@ class LentChildren:
             return None
         return child
 
+    def has(self, model: str) -> bool:
+        """Whether a child that answers this model is here."""
+        return model in self._of
+
     def hand_back(self, request: Request) -> None:
         """The child has not begun it."""
         self._link.hand_back(request)

@@ -21,6 +21,7 @@ from server.front.dataplane import DataPlane
 from server.front.finished_jobs import FinishedJobs
 from server.front.nodes.cluster_plane import ClusterPlane, open_cluster, open_node_tls
 from server.front.releases import Releases
+from server.front.tracing.opening import open_tracing
 from server.front.worker_client import WorkerLink, connect_to_worker
 from server.http_listener import make_listener
 from server.ipc.control import ChildChannel
@@ -40,6 +41,7 @@ from server.ipc.operations import (
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.logs import configure_logs
 from server.metrics import FrontMetrics
+from server.single_thread_metrics import BucketExample
 
 log = structlog.get_logger()
 
@@ -103,10 +105,7 @@ class Front:
                 self._metrics.show_under_way({worker: len(link.backlog) for worker, link in links.items()})
                 return self._metrics.text()
             case ListExemplars():
-                return [
-                    Exemplar(labels, example.request_id.decode("ascii", "replace"), example.value, example.at)
-                    for labels, example in self._metrics.list_examples()
-                ]
+                return [_make_exemplar(*each) for each in self._metrics.list_examples()]
             case Ping():
                 return repr(self)
             case Drain():
@@ -155,6 +154,11 @@ class Front:
                 self._connecting[link.worker] = asyncio.create_task(self._connect(link.worker))
 
 
+def _make_exemplar(labels: dict[str, str], example: BucketExample) -> Exemplar:
+    request_id = example.request_id.decode("ascii", "replace")
+    return Exemplar(labels, request_id, example.value, example.at, example.trace_id)
+
+
 def return_large_blocks() -> None:
     """Have the C library give blocks of `LARGE_BYTES` back to the system when they are freed.
 
@@ -195,6 +199,8 @@ async def main(control_fd: int, listen_fd: int, node_fd: int = -1) -> None:
         app.plane.suspects.channel = member.channel
         app.plane.finished_jobs = FinishedJobs(Path(assignment.folder, JOBS_FOLDER))
         cluster = open_cluster(settings, app.plane, metrics)
+        tracing = open_tracing(settings, metrics)
+        app.tracer = tracing.tracer
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
     except ValueError as error:  # a file of tokens or certificates went bad since the supervisor has read it
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
@@ -220,6 +226,7 @@ async def main(control_fd: int, listen_fd: int, node_fd: int = -1) -> None:
     await app.plane.background.wait_ended()
     for task in (*tasks, *([] if keeper is None else [keeper])):
         task.cancel()
+    await tracing.close()
 
 
 if __name__ == "__main__":

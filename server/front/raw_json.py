@@ -23,7 +23,7 @@ class _PredictionAnswer(msgspec.Struct):
 _ANSWER = msgspec.json.Decoder(_PredictionAnswer)
 
 
-def build_request(instance: msgspec.Raw, configuration: bytes) -> bytes:
+def build_request(instance: msgspec.Raw | bytes, configuration: bytes) -> bytes:
     """The body of a request for one instance."""
     return b"".join((b'{"instances":[', instance, b'],"configuration":', configuration, b"}"))
 

@@ -159,6 +159,11 @@ class ReleasedPlane(PlaneInFront):
         route.count(arm, response.stats.version, time.monotonic() - started)
         return response
 
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which of these models can be asked together: an alias chooses its arm alone."""
+        found = self._plane.select_together(models)
+        return [can and model not in self._releases.routes for can, model in zip(found, models, strict=True)]
+
     async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
         """Record observed prices of what names stand for: each arm of an alias gets them. Raises what the plane raises.
 

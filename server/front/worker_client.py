@@ -9,13 +9,28 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import asdict
+
 from server.access_log import REFUSED
 from server.errors import Refused, Situation
 from server.front.backlog import Backlog, Turns
 from server.front.lent_child import AnswerRoom, LentChild
 from server.front.lent_children import LentChildren
+from server.front.tracing.request_trace import Question
 from server.ipc.connection import FrameConnection
-from server.ipc.frames import CHUNK, Cancel, Credit, Data, Held, Partial, Request, Response, WireError
+from server.ipc.frames import (
+    CHUNK,
+    Cancel,
+    Credit,
+    Data,
+    Held,
+    Partial,
+    Request,
+    Response,
+    Stages,
+    TracedRequest,
+    WireError,
+)
 from server.ipc.lends import connect_for_lends
 
 #: A worker answers a passed deadline itself and says more about it. The front does so when the worker stays silent.
@@ -45,6 +60,7 @@ class WorkerCall:
     parts: asyncio.Queue[bytes | None] | None = None
     lent: "LentChild | None" = None  #: the child that it is left to
     later: asyncio.Queue[Partial | Response | None] | None = None
+    question: Question | None = None  #: of a traced request
 
 
 class WorkerLink(FrameConnection):
@@ -81,11 +97,12 @@ class WorkerLink(FrameConnection):
         alone: bool = False,
         client: str = "",
         handler_call: bytes = b"",
+        question: Question | None = None,
     ) -> WorkerCall:
         """Send a request that came to the front at `arrived` (monotonic, s; 0: now).
 
-        `alone`, `client`, `handler_call`: see `Request`. The `reply` raises WorkerLost, or Refused when the deadline
-        (monotonic, s) passes.
+        `alone`, `client`, `handler_call`: see `Request`. `question`: see `InferRequest`. The `reply` raises WorkerLost,
+        or Refused when the deadline (monotonic, s) passes.
         """
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
@@ -93,12 +110,20 @@ class WorkerLink(FrameConnection):
             ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client, handler_call
         )
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
+        if question is not None:
+            request = self._trace(call, request, question)
         if self.lent is not None and (child := self.lent.find(request)) is not None:
             call.lent = child
             child.put(request)
         else:
             self._hand_over(request)
         return call
+
+    def _trace(self, call: WorkerCall, request: Request, question: Question) -> Request:
+        """The request as one of which the worker says how long its stages took."""
+        call.question = question
+        question.workers.append(self.worker)
+        return TracedRequest(**asdict(request), trace_id=question.trace_id)
 
     def _hand_over(self, request: Request) -> None:
         """To the worker, now or when it reads again."""
@@ -204,8 +229,8 @@ class WorkerLink(FrameConnection):
             self.cancel(call)
             call.reply.set_exception(WorkerLost(f"worker {self.worker} is silent"))
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
-        """The head of an answer or a part of its body."""
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
+        """The head of an answer or a part of its body, or what is said of a traced one before."""
         call = self._calls.get(frame.id)
         if isinstance(frame, Response):
             if call is not None:
@@ -216,6 +241,9 @@ class WorkerLink(FrameConnection):
         elif isinstance(frame, Data):
             if call is not None and call.parts is not None:
                 self._add_part(call, call.parts, frame.body)
+        elif isinstance(frame, Stages):
+            if call is not None and call.question is not None:
+                call.question.stages = frame.stages
         else:
             raise WireError(f"a worker sends no {type(frame).__name__}")
 

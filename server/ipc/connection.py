@@ -23,6 +23,7 @@ from server.ipc.frames import (
     Partial,
     Request,
     Response,
+    Stages,
     WireError,
     append_frame,
 )
@@ -45,14 +46,14 @@ class FrameConnection(asyncio.Protocol, ABC):
     # --- for the subclass -------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
         """A frame has arrived. A WireError from here ends the connection."""
 
     @abstractmethod
     def handle_end(self) -> None:
         """The connection has ended. Called once."""
 
-    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial) -> None:
+    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial | Stages) -> None:
         """Send a frame, soon; the part of a body above `CHUNK` follows as the peer gives credit.
 
         On a connection that has ended it does nothing: `handle_end` reports the end. Raises WireError for a frame that

@@ -16,9 +16,10 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 5
+VERSION = 6
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
 MAX_FRAME = CHUNK + 32 * 1024  #: a chunk and the longest head: the front bounds name, types and the code's call
+MOST_STAGES, MAX_STAGE_ERROR = 32, 512  #: of a traced request, and characters of why a stage failed
 
 _PREFIX = Layout("<IB")
 _encode_into = msgspec.msgpack.Encoder().encode_into
@@ -129,7 +130,33 @@ class Partial(_Frame, tag=7):
     head: bytes = b""
 
 
-Frame = Request | Data | Response | Cancel | Credit | Held | Partial
+class TracedRequest(Request, tag=8):
+    """A request that is sampled for a trace, whose id is in hexadecimal. `Stages` come before its response."""
+
+    trace_id: Annotated[str, Meta(max_length=32)] = ""
+
+
+class Stage(Struct, array_like=True, frozen=True, forbid_unknown_fields=True):
+    """A part of a traced request's way through a worker: from when to when, on the monotonic clock.
+
+    Dots in a name say what it is a part of: `load.store.get` is one of the latest `load.store` before it. `error`:
+    why it failed; empty where it did not. `numbers`: what it was about, such as rows and bytes.
+    """
+
+    name: Annotated[str, Meta(max_length=64)]
+    began_ns: Count
+    ended_ns: Count
+    numbers: Annotated[dict[Annotated[str, Meta(max_length=32)], Count], Meta(max_length=8)] = {}
+    error: Annotated[str, Meta(max_length=MAX_STAGE_ERROR)] = ""
+
+
+class Stages(_Frame, tag=9):
+    """What a worker says of the traced request `id`, in the order in which the stages began."""
+
+    stages: Annotated[list[Stage], Meta(max_length=MOST_STAGES)]
+
+
+Frame = Request | Data | Response | Cancel | Credit | Held | Partial | TracedRequest | Stages
 BODY_STARTS = (Request, Response)  #: the frames with the first part of a body; a union would be built at each check
 
 _decode = msgspec.msgpack.Decoder(Frame).decode

@@ -43,6 +43,7 @@ class Turn(NamedTuple):
     began: float
     ended: float
     outcome: int  #: as the access log says it, see `server.access_log`
+    trace_id: str = ""  #: where the request was sampled
 
 
 class HoldRequests(Struct, frozen=True, tag=True):

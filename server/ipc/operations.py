@@ -219,12 +219,16 @@ class ScrapeMetrics(Operation[str]):
 
 
 class Exemplar(Struct, frozen=True):
-    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted."""
+    """One request of a histogram's bucket: the bucket's labels, the request's id and seconds, when it was counted.
+
+    `trace_id`: of its trace, where it was sampled.
+    """
 
     labels: dict[str, str]
     request_id: str
     seconds: float
     at: float
+    trace_id: str = ""
 
 
 class ListExemplars(Operation[list[Exemplar]]):
@@ -412,6 +416,8 @@ class ModelState(Struct, frozen=True):
     processes: list[ModelProcess] | UnsetType = UNSET  # of a code archive with several
     leases: int | UnsetType = UNSET
     pinned: bool | UnsetType = UNSET
+    tier: str | UnsetType = UNSET  # that it was loaded from
+    load_ms: float | UnsetType = UNSET
     loaded_s_ago: float | UnsetType = UNSET
     used_s_ago: float | UnsetType = UNSET
     usage: ModelUsage | UnsetType = UNSET

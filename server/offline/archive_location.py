@@ -8,7 +8,7 @@ from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.names import ModelName, parse_model_name
 from model_store.stores.object_store import Source
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 
 @dataclass(frozen=True, slots=True)

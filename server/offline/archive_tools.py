@@ -1,4 +1,7 @@
-"""Describes and verifies archives for `verify`, `inspect` and `pack`, without a server."""
+"""Describes and verifies archives for `verify`, `inspect` and `pack`, without a server.
+
+Most archives are described without torch, which takes seconds to import; the others and every model that runs need it.
+"""
 
 import hashlib
 import json
@@ -8,10 +11,9 @@ from typing import Any
 
 import msgspec
 
-from handlers import kinds
 from handlers.codecs.codec import describe_recipe
-from handlers.model import open_model
-from model_store.archives.archive import Archive, Limits, open_archive
+from model_store.archives.archive import Archive, Limits, list_tensor_shapes, open_archive
+from model_store.archives.manifest import Kind, Spec
 from model_store.names import ModelName
 from server.offline.archive_location import ArchiveLocation
 from server.routes.example_requests import NoExample, make_forecast_example
@@ -38,6 +40,8 @@ def verify_packed_archive(packed: bytes, name: ModelName, limits: Limits) -> str
 
 
 def _verify_opened(archive: Archive) -> str:
+    from handlers.model import open_model  # noqa: PLC0415 -- torch
+
     model = open_model(archive)
     golden = "golden sample reproduced" if model.prove() else "no golden sample"
     return f"{model.built.summary}, {model.built.charge_bytes} bytes in memory, {golden}"
@@ -46,9 +50,10 @@ def _verify_opened(archive: Archive) -> str:
 def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
     """Describe an archive in plain JSON values for `inspect`. Raises ArchiveInvalid for tensors that cannot be read."""
     spec = archive.spec
+    kind, told = _describe_kind(archive)
     found: dict[str, Any] = {
         "archive": archive.name,
-        "kind": str(kinds.find_kind(archive).kind),
+        "kind": str(kind),
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "members": {name: archive.container.members[name].size for name in archive.members},
@@ -61,7 +66,21 @@ def describe_archive(archive: Archive, data: bytes) -> dict[str, Any]:
         if spec.forecast is not None:
             found["request"] = describe_recipe(spec.forecast)
             found["example"] = _make_example(found["request"])
-    return found | kinds.describe_kind(archive)
+    return found | told
+
+
+def _describe_kind(archive: Archive) -> tuple[Kind, dict[str, Any]]:
+    """The archive's kind, and what that says of it beyond its records. Raises LoadError."""
+    spec = archive.spec
+    if spec is not None and (spec.kind is Kind.CORRELATION or (spec.kind is Kind.FORECASTER and not _has_parts(spec))):
+        return spec.kind, {"tensors": list_tensor_shapes(archive)}  # all that their kinds say
+    from handlers import kinds  # noqa: PLC0415 -- torch
+
+    return kinds.find_kind(archive).kind, kinds.describe_kind(archive)
+
+
+def _has_parts(spec: Spec) -> bool:
+    return spec.architecture == "mixture"
 
 
 def _make_example(recipe: dict[str, Any]) -> dict[str, Any] | None:

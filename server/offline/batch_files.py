@@ -18,7 +18,7 @@ from server.offline.batch_inference import BatchJob, index_lines
 from server.offline.checkpoint import Checkpoint
 from server.offline.output_lock import Lease, LeaseLost, hold_file, hold_object
 from server.settings import Settings, format_bytes
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 #: Takes the description of a task, its total (None: not known) and the part that is done; returns a function that takes
 #: how much more is done.

@@ -48,7 +48,7 @@ from server.offline.rolling_windows import (
     list_hours_of_windows,
 )
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 FILE = "calibration.safetensors"
 LEAST_DAYS, TRAILING_DAYS, DAYS = 28, 56, 91

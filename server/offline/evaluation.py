@@ -61,7 +61,8 @@ class MarketScore:
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
     same windows before the archive's calibration; None if it has none. `outside_scenarios`: the share of windows whose
     mean lies outside all joint scenarios; None if there are none. `online`: what adaptive bands would change; None if
-    that was not asked.
+    that was not asked. `beside_naive`: the median beside the naive forecast, over the steps that both have.
+    `time_zone`: the clock of all stamps.
     """
 
     target: str
@@ -80,6 +81,8 @@ class MarketScore:
     against: PointComparison | None = None  #: the archive's median beside a column of the file, if one was asked for
     outside_scenarios: float | None = None
     online: OnlineScores | None = None
+    beside_naive: PointComparison | None = None
+    time_zone: str = ""
 
 
 def score_forecasts(
@@ -110,14 +113,19 @@ def score_forecasts(
         uncalibrated=uncalibrated,
         against=None if against is None else compare_with_column(found, against),
         outside_scenarios=outside,
+        beside_naive=_compare_points("naive", found, _make_naive_forecast(found)),
     )
 
 
 def compare_with_column(found: WindowForecasts, column: Series) -> PointComparison:
     """Compare the median of the forecasts with a column of the same file, by the steps that both have."""
+    return _compare_points(column.name, found, column.values[found.steps])
+
+
+def _compare_points(name: str, found: WindowForecasts, other: Float64) -> PointComparison:
     stride = int(found.origins[1] - found.origins[0]) if len(found.origins) > 1 else found.horizon
     median = interpolate_median(found.quantiles, found.levels)
-    return compare_points(column.name, found.actuals, median, column.values[found.steps], stride)
+    return compare_points(name, found.actuals, median, other, stride)
 
 
 def compute_scores(found: WindowForecasts) -> Scores:

@@ -39,7 +39,7 @@ from server.offline.rolling_windows import (
 )
 from server.offline.scenario_scores import measure_outside
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 Progress = Callable[[int, int], None]  #: takes how many are newly done, and how many there are in all
 
@@ -136,7 +136,8 @@ def backtest_fleet(
         other = columns[target][against.replace("{target}", target)] if against else None
         notes = list_notes(found, model)
         score = score_forecasts(found, forecast.unit, notes, before, other, outside)
-        return replace(score, online=score_online(model, found) if online else None), make_fan_chart(found)
+        replayed = score_online(model, found) if online else None
+        return replace(score, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings)

@@ -22,7 +22,7 @@ from msgspec.structs import replace
 
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
-from handlers.training.fit import Fitted, Fitting, explain_worse, fit_forecasters
+from handlers.training.fit import Fitted, Fitting, Progress, explain_worse, fit_forecasters
 from handlers.training.history_rules import learn_history_rules
 from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
@@ -50,7 +50,7 @@ from server.sdk.client import reload_model
 from server.sdk.errors import FleetcastError
 from server.sdk.signing import find_token
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 GROUP = 64  #: most markets that are fitted together
 
@@ -171,8 +171,9 @@ class Passed:
 class Retraining:
     """One run over the fleet. The checkpoint keeps finished markets, so that a killed run can be continued."""
 
-    def __init__(self, plan: RetrainingPlan) -> None:
-        self._plan = plan
+    def __init__(self, plan: RetrainingPlan, watch: Callable[[float, str], None] = lambda *_: None) -> None:
+        """`watch` gets how many markets the fits of a running group amount to so far, and the fit in words."""
+        self._plan, self._watch = plan, watch
         self._source, self._limits = open_store(plan.settings)
         self._answers = InProcess()
         self._columns: Mapping[str, Mapping[str, Series]] = {}
@@ -313,6 +314,15 @@ class Retraining:
             if each.line in passed:
                 yield each, self._settle_market(each, fitted, passed[each.line])
 
+    def _watch_fit(self, size: int, architecture: str, *, held_back: bool) -> Progress:
+        """Count a fit as half of the work on its markets: the first is judged, the second is what is published."""
+
+        def watch(done: int, steps: int, loss: float) -> None:
+            share = (done / max(1, steps) + (not held_back)) / 2
+            self._watch(size * share, f"{architecture}, holdout loss {loss:.4f}")
+
+        return watch
+
     def _fit_group(
         self, group: Sequence[RetrainingMarket], *, held_back: bool
     ) -> Iterator[tuple[RetrainingMarket, Fitted | Exception]]:
@@ -321,7 +331,8 @@ class Retraining:
         series = [each.held_back if held_back else each.series for each in group]
         try:
             inputs = [refit_scalers(each.forecast, rows) for each, rows in zip(group, series, strict=True)]
-            fitted = fit_forecasters(series, inputs, first.architecture, dict(first.config), first.fitting)
+            config, watch = dict(first.config), self._watch_fit(len(group), first.architecture, held_back=held_back)
+            fitted = fit_forecasters(series, inputs, first.architecture, config, first.fitting, watch)
         except Exception as error:
             if len(group) == 1:
                 yield first, error

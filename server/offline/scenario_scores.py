@@ -12,7 +12,7 @@ from model_store.archives.manifest import ForecastSpec
 from model_store.names import ModelName
 from server.offline.rolling_windows import Unfit, WindowForecasts, fetch_version
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 Observed = npt.NDArray[np.bool_]
 

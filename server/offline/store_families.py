@@ -10,7 +10,7 @@ from model_store.errors import LoadError
 from server.offline.archive_location import ArchiveLocation
 from server.offline.host_checks import HostFact
 from server.settings import Settings
-from server.worker.model_loader import open_store
+from server.worker.archive_store import open_store
 
 MOST_ARCHIVES = 20  #: most archives of a store that are opened, spread over its listing
 

@@ -155,9 +155,19 @@ def list_units(markets: int, folds: int, seed: int) -> list[Unit]:
 class Tuning:
     """One search. Results are journalled as they come, so that a search that was ended goes on where it was."""
 
-    def __init__(self, plan: TuningPlan, series: Sequence[Series], journal: Journal, say: Say) -> None:
-        """Raises SeriesInvalid if the series are too short for a validation and a test."""
-        self._plan, self._series, self._journal, self._say = plan, series, journal, say
+    def __init__(
+        self,
+        plan: TuningPlan,
+        series: Sequence[Series],
+        journal: Journal,
+        say: Say,
+        watch: Callable[[float, str], None] = lambda *_: None,
+    ) -> None:
+        """`watch` gets the seconds of work so far and the candidate that is fitted.
+
+        Raises SeriesInvalid if the series are too short for a validation and a test.
+        """
+        self._plan, self._series, self._journal, self._say, self._watch = plan, series, journal, say, watch
         self._forecast = self._make_recipe(series[0], plan.candidates[0])
         self._block = count_windows(plan.windows, self._forecast) * self._forecast.prediction_length
         self._end = len(series[0].values) - count_windows(plan.test, self._forecast) * self._forecast.prediction_length
@@ -246,10 +256,15 @@ class Tuning:
         """
         series = [self._series[market] for market in markets]
         known = [each.before(each.start + (end - length) * each.step) for each in series]
+        started = time.monotonic()
+
+        def watch(*_: float) -> None:
+            self._watch(self._spent + time.monotonic() - started, candidate.name)
+
         try:
             recipes = [self._make_recipe(each, candidate) for each in known]
             config = dict(candidate.config)
-            fitted = fit_forecasters(known, recipes, candidate.architecture, config, self._plan.fitting)
+            fitted = fit_forecasters(known, recipes, candidate.architecture, config, self._plan.fitting, watch)
             scored = zip(series, fitted, strict=True)
             return [self._score(each.before(each.start + end * each.step), of, end - length) for each, of in scored]
         except (SeriesInvalid, Unfit, LoadError):

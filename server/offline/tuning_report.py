@@ -20,6 +20,7 @@ def render_leaderboard(found: Tuned, csv: str, command: str) -> str:
         command=command,
         winner=found.board[0].candidate.name,
         rows=list(list_rows(found)),
+        columns=COLUMNS,
     )
     return html
 

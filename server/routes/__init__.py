@@ -1,1 +1,1 @@
-"""The one table of routes: of dialects, the OpenAPI document and the README's table of doors."""
+"""The one table of routes: of dialects, the OpenAPI document and the reference's page of routes."""

@@ -1,7 +1,7 @@
 """The routes of the inference listener, a protocol each. A test proves that each dialect's `match` agrees."""
 
 from server import contract
-from server.routes.record import ANY, BYTES, JSON, LINES, NPY, TEXT, Protocol, Route
+from server.routes.record import ANY, ARROW, BYTES, JSON, LINES, NPY, TEXT, Protocol, Route
 
 _MODEL_HEADER = (contract.HEADER_TARGET_MODEL, "the model: its archive's key under the store")
 _TIMEOUT = (contract.HEADER_TIMEOUT_MS, "deadline in milliseconds")
@@ -28,8 +28,8 @@ FORECASTS = Protocol(
     "Forecasts of many models",
     "`fleetcast.Client`, curl",
     (
-        Route("POST", contract.FORECASTS_PATH, "forecast", "Ask many models by one call", (JSON,), (JSON, NPY),
-              headers=(_TIMEOUT,), schema="forecasts_body"),
+        Route("POST", contract.FORECASTS_PATH, "forecast", "Ask many models by one call", (JSON, ARROW),
+              (JSON, NPY, ARROW), headers=(_TIMEOUT,), schema="forecasts_body"),
     ),
     (*_REFUSED, 424, 429, 500, 503),
     "error_object",

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 JSON, LINES, NPY = "application/json", "application/jsonlines", "application/x-npy"
+ARROW = "application/vnd.apache.arrow.stream"
 BYTES, TEXT, ANY = "application/octet-stream", "text/plain", "*/*"
 _PARAMETER = re.compile(r"\{(\w+)\}")
 

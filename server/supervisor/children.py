@@ -33,6 +33,7 @@ HEARTBEAT_S = 2.0
 FRONT_SILENCE_S = 15.0  #: a front that has not answered for so long is killed
 WATCH_S = 0.25  #: between two looks at the workers' pulses
 SECRETS = {"FLEETCAST_ACCESS_KEYS", "FLEETCAST_TOKEN"}  #: variables that no child needs: fronts get keys by channel
+EXPORTER_VARIABLES = "OTEL_EXPORTER_"  #: prefix of variables with the collector's address and keys, for fronts alone
 STORE_VARIABLES = ("AWS_", "AZURE_", "GOOGLE_")  #: prefixes of variables with the store's credentials
 
 log = structlog.get_logger()
@@ -258,6 +259,10 @@ def child_environment(child: Child) -> dict[str, str]:
     root = str(Path(server.__file__).parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {name: value for name, value in os.environ.items() if name.upper() not in SECRETS}
+    if (
+        child.kind != "front"
+    ):  # archives' code inherits what a worker has, and a collector's key is none of its business
+        env = {name: value for name, value in env.items() if not name.upper().startswith(EXPORTER_VARIABLES)}
     if child.kind == "front" and not child.has_output:
         env = {name: value for name, value in env.items() if not name.upper().startswith(STORE_VARIABLES)}
     env["PYTHONPATH"] = os.pathsep.join(paths)

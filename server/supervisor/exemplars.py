@@ -17,6 +17,7 @@ from server.contract import METRIC_PREFIX
 from server.ipc.operations import Exemplar
 
 OPEN_METRICS = "application/openmetrics-text"
+MOST_CHARACTERS = 128  #: of an exemplar's names and values together
 _FAMILY = METRIC_PREFIX + contract.INFERENCE_SECONDS.name
 _BUCKET = f"{contract.INFERENCE_SECONDS.series}_bucket"
 
@@ -48,7 +49,18 @@ class WithExemplars(Collector):
 
     def _find(self, labels: dict[str, str]) -> BucketExemplar | None:
         found = self._newest.get(frozenset(labels.items()))
-        return None if found is None else BucketExemplar({"request_id": found.request_id}, found.seconds, found.at)
+        return None if found is None else BucketExemplar(choose_labels(found), found.seconds, found.at)
+
+
+def choose_labels(exemplar: Exemplar) -> dict[str, str]:
+    """The trace's id where there is one, and the request's unless both are longer than OpenMetrics allows. Pure."""
+    request = {"request_id": exemplar.request_id}
+    if not exemplar.trace_id:
+        return request
+    both = {"trace_id": exemplar.trace_id, **request}
+    if sum(len(name) + len(value) for name, value in both.items()) <= MOST_CHARACTERS:
+        return both
+    return {"trace_id": exemplar.trace_id}
 
 
 def wants_open_metrics(accept: str) -> bool:

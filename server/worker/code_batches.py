@@ -122,6 +122,9 @@ class CodeBatches:
             del self._running[child]
             self._free_groups(replicas)
             ended = time.perf_counter()
+            for job in batch:
+                if job.times is not None:
+                    job.times.note_batch(began, began, ended, (len(batch), 1))
             self._answer(batch, outcome, now, ended - started)
             own_s = started - began + time.perf_counter() - ended
             self._note_measures(slot.model, child, queued_s=queued_s, ran_s=ended - started, own_s=own_s)

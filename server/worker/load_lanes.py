@@ -14,12 +14,14 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from model_store.errors import CodeBusy, LoadError, StoreUnavailable
 from model_store.names import ModelName
+from model_store.stores.load_part import LoadPart
+from model_store.stores.load_parts import LoadParts
 from server.ipc.pulse import Pulse
 from server.worker.engine.device_errors import ending_if_lost
 from server.worker.model_loader import (
@@ -76,6 +78,7 @@ class LoadRun:
     stand_in: "LoadRun | None" = None  #: the load of that copy
     stands_in_for: "LoadRun | None" = None
     left: bool = False  #: the load has ended without it: of what it finds only the copy on disk is of use
+    parts: LoadParts = field(default_factory=LoadParts)  #: how long its parts took
 
     def __repr__(self) -> str:
         """For example `<LoadRun of au/NSW1.mar>`."""
@@ -141,6 +144,7 @@ class LoadLanes:
         self._left: set[ModelName] = set()  # whose runs still ask the store for a load that has ended
         self._suspects: OrderedDict[ModelName, float] = OrderedDict()  # keys that timed out -> until when it counts
         self._due: dict[ModelName, float] = {}  # when a load is expected to end
+        self._parts: dict[ModelName, LoadParts] = {}  # of loads that have not been taken by `take_parts`
         self._is_closed = False
         self._loop = asyncio.get_running_loop()
 
@@ -183,6 +187,7 @@ class LoadLanes:
         now = self._now()
         run = LoadRun(model, self._loader.load(model, revalidate=revalidate, stale=stale), now)
         self._runs[model] = run
+        self._parts[model] = run.parts
         self._expect(model, self._build_wait(), now)
         self._to_build.append(run)
         self.advance()
@@ -198,6 +203,7 @@ class LoadLanes:
         run = self._runs[model]
         steps = self._loader.load(model, stale=True)
         run.stand_in = LoadRun(model, steps, self._now(), stands_in_for=run)
+        self._parts[model] = run.stand_in.parts  # what it waited for the store until now is in the time of the load
         self._to_build.append(run.stand_in)
         self.advance()
 
@@ -215,6 +221,11 @@ class LoadLanes:
                 run.steps.close()
                 return
         self._left.add(model)
+
+    def take_parts(self, model: ModelName) -> list[LoadPart]:
+        """The parts of the model's load, which has ended; none where it came from memory."""
+        found = self._parts.pop(model, None)
+        return [] if found is None else found.parts
 
     def advance(self) -> None:
         """Start the steps that may start now: called when one ends, when memory is free, and as time passes."""
@@ -266,7 +277,7 @@ class LoadLanes:
         started = time.perf_counter()
         outcome: Outcome
         try:
-            with self._pulse.noting(run.model, "load"), ending_if_lost():
+            with self._pulse.noting(run.model, "load"), ending_if_lost(), run.parts.listening():
                 outcome = next(run.steps)
         except StopIteration as end:
             outcome = end.value

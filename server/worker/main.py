@@ -32,6 +32,7 @@ from server.metrics import WorkerMetrics
 from server.settings import Settings
 from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.archive_facts import ArchiveReader
+from server.worker.archive_store import open_store
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
 from server.worker.engine.cpu import Engine
 from server.worker.engine.cuda_start import check_build, explain_host_memory, explain_start
@@ -43,7 +44,7 @@ from server.worker.front_connection import FrontConnection
 from server.worker.host_cache import HostCache
 from server.worker.long_jobs import LongJobs
 from server.worker.management import Management
-from server.worker.model_loader import ModelLoader, open_store, target_of
+from server.worker.model_loader import ModelLoader, target_of
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.sandbox.code_host import CodeHost, CodePolicy
 from server.worker.scheduler import FEW, Scheduler

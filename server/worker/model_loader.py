@@ -14,14 +14,12 @@ from handlers import kinds
 from handlers.base import Family, Float32
 from handlers.kinds import RowModel, RunRow, SingleModel, Target
 from handlers.work import SessionLimits, WorkLimits
-from model_store.archives.archive import Limits
 from model_store.archives.manifest import GoldenSample
 from model_store.errors import ArchiveInvalid, LoadError, NoRoom
 from model_store.names import ModelName, split_version
+from model_store.stores.load_parts import timing_part
 from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
-from model_store.stores.object_store import Source
 from server.settings import Settings
-from server.store_access import open_settings_store
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost, PreparedCode
 
@@ -143,14 +141,17 @@ class ModelLoader:
         name, version = split_version(model)
         if version:
             return (yield from self._load_version(model, name, version))
-        found = None if revalidate else self._store.at_hand(model, stale=stale)
+        with timing_part("disk"):
+            found = None if revalidate else self._store.at_hand(model, stale=stale)
         if found is None:
             yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
-            found = self._store.fetch(model, revalidate)
+            with timing_part("store"):
+                found = self._store.fetch(model, revalidate)
             yield BuildFetched(found.stale)
         for repairs_left in reversed(range(REPAIRS + 1)):
             try:
-                built = self._build_fetched(model, found)
+                with timing_part("build"):
+                    built = self._build_fetched(model, found)
             except LoadError as error:
                 problem = error
             else:
@@ -159,7 +160,8 @@ class ModelLoader:
             if not (repairs_left and isinstance(problem, ArchiveInvalid) and self._store.may_be_damaged(found)):
                 break
             yield AskStore(has_copy=False)
-            fresh = self._store.repair(model, found)
+            with timing_part("store"):
+                fresh = self._store.repair(model, found)
             if fresh is None:
                 break
             found = fresh
@@ -169,12 +171,15 @@ class ModelLoader:
 
     def _load_version(self, model: ModelName, name: ModelName, version: str) -> LoadSteps:
         """The same for `model`, which is a version of the archive `name`."""
-        found = self._store.version_at_hand(name, version)
+        with timing_part("disk"):
+            found = self._store.version_at_hand(name, version)
         if found is None:
             yield AskStore(has_copy=False)
-            found = self._store.fetch_version(name, version)
+            with timing_part("store"):
+                found = self._store.fetch_version(name, version)
             yield BuildFetched(found.stale)
-        built = self._build_fetched(model, found)
+        with timing_part("build"):
+            built = self._build_fetched(model, found)
         del found
         return built if isinstance(built, LoadedModel) else (yield from self._start_code(model, built))
 
@@ -182,7 +187,8 @@ class ModelLoader:
         """Start the archive's child, in the code lane. Raises LoadError."""
         yield StartCode()
         try:
-            child = unpacked.code.start()
+            with timing_part("start_code"):
+                child = unpacked.code.start()
         except LoadError:
             self._store.forget(model)
             raise
@@ -236,14 +242,6 @@ def target_of(settings: Settings, device: str, threads: int) -> Target:
         settings.onnx_device,
         tf32=settings.precision == "tf32",
     )
-
-
-def open_store(settings: Settings) -> tuple[Source, Limits]:
-    """The settings' store and the limits of what it may give. Raises InvalidStoreUrl, StoreDenied."""
-    limits = Limits(
-        max_archive_bytes=int(settings.max_archive_bytes), max_unpacked_bytes=int(settings.max_unpacked_bytes)
-    )
-    return open_settings_store(settings), limits
 
 
 def unexpected(model: ModelName, error: Exception) -> LoadError:

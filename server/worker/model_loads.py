@@ -7,7 +7,7 @@ again as soon as the store answers, and what is new is swapped in.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Protocol
@@ -20,6 +20,7 @@ from model_store.cache.slots import Slot
 from model_store.cache.victim_selection import Evict, Moves, Refuse, Wait
 from model_store.errors import LoadError, NoRoom, StoreOut, StoreUnavailable
 from model_store.names import ModelName
+from model_store.stores.load_part import LoadPart
 from model_store.stores.store_health import StoreHealth
 from server.ipc.pulse import LoadSigns, Pulse
 from server.metrics import WorkerMetrics
@@ -45,10 +46,10 @@ log = structlog.get_logger()
 class LoadListener(Protocol):
     """What a load tells the step loop, which holds the requests that wait for the model."""
 
-    def served(self, built: LoadedModel, now: float) -> None:
-        """The model is resident."""
+    def served(self, built: LoadedModel, now: float, parts: Sequence[LoadPart]) -> None:
+        """The model is resident. `parts`: how long those of its load took."""
 
-    def failed(self, model: ModelName, error: LoadError, retry_s: float) -> None:
+    def failed(self, model: ModelName, error: LoadError, retry_s: float, parts: Sequence[LoadPart]) -> None:
         """The load failed, and is not tried again for `retry_s`."""
 
     def delayed(self, model: ModelName, load_s: float) -> None:
@@ -301,6 +302,7 @@ class ModelLoads:
         if slot is None:
             return False
         self._end(built.model)
+        self.lanes.take_parts(built.model)
         self._note_due(built)
         self._tell(built.model, slot.version)
         return True
@@ -327,9 +329,10 @@ class ModelLoads:
             return
         if self._residents.settle(slot, built, now):
             self._metrics.labelled(self._metrics.swaps, result="ok").inc()
-        self._metrics.load_seconds(built.tier, now - self._end(built.model))
+        slot.tier, slot.load_s = built.tier, now - self._end(built.model)
+        self._metrics.load_seconds(slot.tier, slot.load_s)
         self._note_due(built)
-        self._waiting.served(built, now)
+        self._waiting.served(built, now, self.lanes.take_parts(built.model))
         self._tell(built.model, built.version)
         if built.stale:
             log.warning("serving_stale", model=built.model, version=built.version, store_out=self._health.is_out)
@@ -351,7 +354,7 @@ class ModelLoads:
         if model in self._cache:
             self._metrics.labelled(self._metrics.swaps, result="failed").inc()
         log.warning("load_failed", model=model, reason=error.reason, error=str(error))
-        self._waiting.failed(model, error, retry_s)
+        self._waiting.failed(model, error, retry_s, self.lanes.take_parts(model))
         for future in self._watchers.pop(model, []):
             if not future.done():
                 future.set_exception(error)
@@ -363,6 +366,7 @@ class ModelLoads:
         self._cache.dismiss(model)
         self._shelf.put_back(model)
         self._end(model)
+        self.lanes.take_parts(model)
 
     def _tell(self, model: ModelName, version: str) -> None:
         for future in self._watchers.pop(model, []):

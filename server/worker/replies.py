@@ -145,7 +145,7 @@ class Replies:
         if self._metrics.per_model:
             self._metrics.model_request(slot.model)
         if self._arrivals is not None:
-            self._arrivals.note(split_version(slot.model)[0], turn.arrived, slot.charge, turn.outcome)
+            self._arrivals.note(split_version(slot.model)[0], turn.arrived, slot.charge, turn.outcome, turn.trace_id)
         if turn.outcome == REFUSED:
             slot.usage.failures += 1
             slot.usage.failed_s += turn.ended - turn.arrived
@@ -168,9 +168,9 @@ class Replies:
     def _record(self, job: Job, outcome: int) -> None:
         """Add a row to the access log."""
         if self._arrivals is not None:
-            self._arrivals.note(
-                split_version(job.model)[0], job.arrived, 0 if job.slot is None else job.slot.charge, outcome
-            )
+            size = 0 if job.slot is None else job.slot.charge
+            trace_id = "" if job.times is None else job.times.trace_id
+            self._arrivals.note(split_version(job.model)[0], job.arrived, size, outcome, trace_id)
 
     def _release(self, job: Job) -> None:
         slot, job.slot = job.slot, None

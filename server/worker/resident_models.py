@@ -308,6 +308,8 @@ class ResidentModels:
             **(_describe_processes(replicas) if replicas else {}),
             "leases": slot.leases,
             "pinned": slot.model in self.cache.pins,
+            "tier": slot.tier,
+            "load_ms": round(slot.load_s * 1e3, 3),
             "loaded_s_ago": round(now - slot.loaded_at, 3),
             "used_s_ago": round(now - slot.used_at, 3),
             "usage": _describe_usage(slot.usage, now),

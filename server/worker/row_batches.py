@@ -17,6 +17,7 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.codec import NUMBER_S, DecodedCall, Encoded
 from handlers.codecs.deepar_schema import MAX_ROWS
+from handlers.codecs.forecast_items import encode_items
 from handlers.codecs.tensors import count_up_to
 from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
@@ -28,6 +29,7 @@ from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
+from server.worker.together_batches import decode_calls
 
 DECODE_NUMBERS = 500_000  #: inputs of more numbers are long to decode; so is a body of more than `quick_bytes`
 MOST_SLICE_ROWS = 1 << 20  #: more than any request has
@@ -120,8 +122,11 @@ class RowBatches:
             self._noted[0] = 0
         ended = time.perf_counter()
         rows = inputs.rows
+        encoders = encode_items(encoders, answers)
         pace.ran(rows, ended - started)
         for job, encode, answer in zip(running, encoders, answers, strict=True):
+            if job.times is not None:
+                job.times.note_batch(began, started, ended, (rows, len(models)))
             self._replies.encode(job, encode, answer, now, ended - started)
         self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
@@ -138,6 +143,7 @@ class RowBatches:
 
         Nothing else keeps their rows: on a device these lie in memory that the next batch uses.
         """
+        jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
         running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
         for at, job in enumerate(jobs):
             slot = job.slot
@@ -197,7 +203,10 @@ class RowBatches:
         counts, started = RunCounts(), time.perf_counter()
 
         def end(outcome: Any) -> None:
-            self._long.end_job(self._replies, job, outcome, now, time.perf_counter() - started)
+            ended = time.perf_counter()
+            if job.times is not None:
+                job.times.note_apart(started, ended, counts.decode_s, counts.encode_s)
+            self._long.end_job(self._replies, job, outcome, now, ended - started)
             counts.count(self._replies)
 
         self._long.start([job], answer_rows(job, model, self._make_run(job, model), call, pace, counts), end)

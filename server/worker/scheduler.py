@@ -21,6 +21,7 @@ from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.contract import UNHALVED_JOBS
 from server.ipc.frames import CacheResult, Request, Tier
+from server.worker.stage_times import StageTimes
 
 FEW = UNHALVED_JOBS
 
@@ -45,7 +46,10 @@ class Job:
     call: Any = None  #: the decoded request, where its batch had no time left for it
     accepted: float = 0.0
     answered: Sequence[Any] = ()  #: the levels of its forecasts, once they are encoded, where these are kept
+    together: Any = None  #: the call for many models that it is an item of; None for a request of its own
+    instance: Any = b""  #: of an item, as it lies in the call
     marks: Marks = NO_MARKS  #: of a forecast, once its request is decoded
+    times: StageTimes | None = None  #: of a traced request
 
     def queued_s(self, began: float) -> float:
         """Seconds from arrival at the front to the start of its batch, without those in which its model was loaded."""

@@ -6,7 +6,7 @@ numbers than were quick before. A model whose run overran is refused from then o
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -79,12 +79,21 @@ class SingleBatches:
         ended = time.perf_counter()
         self._learn(model, calls, ended - started)
         self._replies.count_batch(sum(call.n for call in calls), 1)
+        self._answer(asked, answers, (began, started, ended), now)
+        self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
+
+    def _answer(
+        self, asked: Sequence[tuple[Job, Any]], answers: Iterable[Any], times: tuple[float, float, float], now: float
+    ) -> None:
+        """Answer the jobs of a batch. `times`: when it began, was decoded and had run."""
+        _, started, ended = times
         for (job, call), outputs in zip(asked, answers, strict=True):
+            if job.times is not None:
+                job.times.note_batch(*times, (sum(each.n for _, each in asked), 1))
             if isinstance(outputs, RunFailed):
                 self._replies.refuse(job, Refused(Situation.MODEL_FAILED, str(outputs)))
             else:
                 self._replies.encode(job, call.encode, outputs, now, ended - started)
-        self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
 
     def _is_long(self, model: SingleModel, calls: Sequence[Any]) -> bool:
         """Whether these requests for a model that runs alone may take long together; so does what is not known."""
@@ -123,6 +132,8 @@ class SingleBatches:
                 self._quarantine(jobs[0].model, outcomes)
             for i, job in enumerate(jobs):
                 outcome = outcomes if isinstance(outcomes, Exception) else outcomes[i]
+                if job.times is not None:
+                    job.times.note_apart(started, started + took, counts.decode_s, counts.encode_s)
                 self._long.end_job(self._replies, job, outcome, now, took)
             if self._scheduler.has_work:
                 self._wake()

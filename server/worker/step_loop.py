@@ -22,10 +22,11 @@ from model_store.cache.cache import Cache, FailedLoad, Load
 from model_store.cache.slots import Slot
 from model_store.errors import LoadError, StoreUnavailable
 from model_store.names import ModelName
+from model_store.stores.load_part import LoadPart
 from model_store.stores.store_health import StoreHealth
 from server.access_log import ArrivalBuffer
 from server.errors import Refused, Situation, situation_of
-from server.ipc.frames import CacheResult, Request, Tier
+from server.ipc.frames import CacheResult, Request, Tier, TracedRequest
 from server.metrics import WorkerMetrics
 from server.worker.adaptive_bands import AdaptiveBands
 from server.worker.code_batches import CodeBatches
@@ -45,7 +46,9 @@ from server.worker.row_batches import RowBatches
 from server.worker.sandbox.code_host import CodeHost
 from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
+from server.worker.stage_times import StageTimes
 from server.worker.store_probe import StoreProbe
+from server.worker.together_batches import build_bodies
 
 SWEEP_S = 0.05
 LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
@@ -137,6 +140,8 @@ class StepLoop:
         now, model = self._now(), ModelName(request.model)
         arrived = min(now, request.arrived_ns / 1e9) or now
         job = Job(request, model, origin, arrived, request.deadline_ns / 1e9, accepted=now)
+        if type(request) is TracedRequest:
+            job.times = StageTimes(request.trace_id)
         try:
             self._scheduler.admit(job)
         except QueueFull as full:
@@ -222,18 +227,25 @@ class StepLoop:
         if not live:
             return
         try:
-            self._choose_batches(get_slot(live[0])).run(group, live, now)
+            batches = self._choose_batches(get_slot(live[0]))
+            if batches is not self._rows and not (live := build_bodies(live, self._replies)):
+                return
+            batches.run(group, live, now)
         except torch.OutOfMemoryError as error:
             log.error("out_of_memory", group=group, error=str(error))  # noqa: TRY400 -- a traceback would say nothing
-            for job in live:
-                self._replies.refuse(job, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"))
+            self._refuse_all(live, Refused(Situation.NO_ROOM, f"the device is out of memory: {error}"), now)
         except Overran as error:  # reported already
-            for job in live:
-                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, str(error)))
+            self._refuse_all(live, Refused(Situation.MODEL_FAILED, str(error)), now)
         except Exception as error:  # an error of a forward fails these requests, not the worker
             log.exception("step_failed", group=group)
-            for job in live:
-                self._replies.refuse(job, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"))
+            self._refuse_all(live, Refused(Situation.MODEL_FAILED, f"the model failed: {error}"), now)
+
+    def _refuse_all(self, live: Sequence[Job], refused: Refused, began: float) -> None:
+        """Refuse the jobs of a batch that failed; those that have been answered stay so."""
+        for job in live:
+            if job.times is not None:
+                job.times.note_batch(began, began, self._now())
+            self._replies.refuse(job, refused)
 
     def _choose_batches(self, slot: Slot) -> RowBatches | SingleBatches | CodeBatches:
         if slot.family is not None:
@@ -268,7 +280,7 @@ class StepLoop:
         self.lent.advance_time(self._now())  # none of a model that is loaded again is lent
         return found
 
-    def served(self, built: LoadedModel, now: float) -> None:
+    def served(self, built: LoadedModel, now: float, parts: Sequence[LoadPart]) -> None:
         """Lease and queue the jobs that waited for this model: it is resident now."""
         self._note_served(built)
         self.lent.advance_time(now)  # a front may have the version that was replaced
@@ -278,11 +290,15 @@ class StepLoop:
             job.slot = self._cache.lease(built.model, now)
             job.load_s, job.tier = now - job.accepted, _TIERS[built.tier]
             self._metrics.loading_wait.observe(job.load_s)
+            if job.times is not None:
+                job.times.note_load(now, parts)
             self._scheduler.add_ready(_get_group(get_slot(job), job), job)
 
-    def failed(self, model: ModelName, error: LoadError, retry_s: float) -> None:
+    def failed(self, model: ModelName, error: LoadError, retry_s: float, parts: Sequence[LoadPart]) -> None:
         """Refuse the jobs that waited for this model, with the cause of its failed load."""
         for job in self._scheduler.take_waiting(model):
+            if job.times is not None:
+                job.times.note_load(self._now(), parts, str(error))
             self._replies.refuse(job, _explain_failure(error, retry_s))
 
     def delayed(self, model: ModelName, load_s: float) -> None:

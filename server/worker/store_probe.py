@@ -1,4 +1,7 @@
-"""Asks the store now and then whether it answers, so that no request has to find out. The step thread owns it."""
+"""Asks the store at the start and now and then whether it answers, so that no request has to find out.
+
+The step thread owns it.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +32,7 @@ class StoreProbe:
         if self._asking is not None and not self._asking.done():
             return
         due = self._asked_at + AGAIN_S if doubted or self._health.is_out else self._health.heard_at + IDLE_S
-        if now >= due:
+        if self._asking is None or now >= due:  # at the start a wrong address must not wait for the first request
             self._asked_at = now
             self._asking = self._thread.submit(self._ask)
 

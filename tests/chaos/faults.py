@@ -70,7 +70,7 @@ def stop_worker(world: World) -> Iterator[None]:
 
 @contextmanager
 def kill_front(world: World) -> Iterator[None]:
-    """SIGKILL one front: what it has under way is lost, as the README says."""
+    """SIGKILL one front: what it has under way is lost, as docs/stopping.md says."""
     begin = time.monotonic()
     with kill_process(world, "front", world.rng.choice(world.pids("front"))):
         world.history.outages.append(Outage(begin, time.monotonic() + AFTER_KILL_S, cuts=True, down=False))

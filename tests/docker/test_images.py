@@ -43,15 +43,54 @@ def test_images_run_as_nobody_special_and_copy_what_exists(path: Path) -> None:
     """Non-root, pinned bases, a healthcheck, `serve` by default, and every copied path is in the repository."""
     text = path.read_text()
     assert re.search(r"^USER 10001$", text, re.MULTILINE)
-    assert all(
-        re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+\S*", base) for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    )
+    stages = set(re.findall(r"^FROM .* AS (\S+)", text, re.MULTILINE))
+    bases = set(re.findall(r"^FROM (\S+)", text, re.MULTILINE)) - stages
+    assert all(re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+\S*", base) for base in bases)
     assert 'ENTRYPOINT ["fleetcast"]' in text
     assert 'CMD ["serve"]' in text
     assert "HEALTHCHECK" in text
     for line in re.findall(r"^COPY (?!--from)(.+)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (DOCKER.parent / source).exists(), f"{path.name} copies {source}"
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_dependencies_are_a_layer_of_their_own(path: Path) -> None:
+    """The layer of the packages is copied from a stage that has none of our files but the lock; ours comes behind it.
+
+    So a new version of the program sends a few megabytes again, and not the gigabyte of torch.
+    """
+    stages = re.split(r"^FROM ", path.read_text(), flags=re.MULTILINE)
+    (packages,) = (stage for stage in stages if stage.partition("\n")[0].endswith("AS dependencies"))
+    assert re.findall(r"^COPY (\S+)", packages, re.MULTILINE) == [re.search(r"docker/\S+\.lock", packages)[0]]  # type: ignore[index]
+    copied = re.findall(r"^COPY --from=(\w+) (\S+) (\S+)$", stages[-1], re.MULTILINE)
+    assert copied == [
+        ("dependencies", "/opt/fleetcast", "/opt/fleetcast"),
+        ("program", "/opt/program", "/opt/fleetcast"),
+    ]
+
+
+def test_the_program_installed_beside_its_packages_runs(tmp_path: Path) -> None:
+    """What the image's last `pip install` writes into a folder of its own is whole: both commands run from there."""
+    (line,) = re.findall(r"^RUN \S+/pip (install .* --prefix .*)$", DOCKERFILES[0].read_text(), re.MULTILINE)
+    words = line.replace("/opt/program", str(tmp_path / "program")).split()
+    source = shutil.copytree(DOCKER.parent, tmp_path / "source", ignore=leave_out_of_the_image)
+    command = [sys.executable, "-m", "pip", *words]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (packages,) = (tmp_path / "program" / "lib").glob("python3.*/site-packages")
+    for name in ("fleetcast", "fleetcast-load"):
+        run = [sys.executable, str(tmp_path / "program" / "bin" / name), "--help"]
+        shown = subprocess.run(run, env={**os.environ, "PYTHONPATH": str(packages)}, capture_output=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+        assert name.encode() in shown.stdout
+    assert (packages / "loadtest" / "report" / "page.css").exists()
+
+
+def leave_out_of_the_image(folder: str, names: list[str]) -> set[str]:
+    """What the image's build does not copy."""
+    kept = {"server", "handlers", "model_store", "loadtest", "pyproject.toml", "README.md", "LICENSE"}
+    return set(names) - kept if Path(folder) == DOCKER.parent else {name for name in names if name == "__pycache__"}
 
 
 def test_compose_fits_the_compose_specification() -> None:

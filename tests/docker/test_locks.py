@@ -2,6 +2,7 @@
 
 import datetime as dt
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -27,7 +28,7 @@ from tests.patience import PATIENCE_S
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 #: Lock -> the extras that its image installs.
-LOCKS = {"requirements.lock": ("cpu", "load"), "requirements-cuda.lock": ("cuda",)}
+LOCKS = {"requirements.lock": ("cpu", "load"), "requirements-cuda.lock": ("cuda", "load")}
 PIP_AUDIT = ROOT / ".tools" / "bin" / "pip-audit"
 TARGET = {"python_version": "3.11", "sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
 CLEAN: Mapping[str, Any] = {"vulns": []}
@@ -113,10 +114,30 @@ def test_images_install_nothing_but_the_lock(path: Path) -> None:
     assert "--require-hashes" in installs[0]
     assert re.search(r"-r docker/\S+\.lock$", installs[0])
     assert re.search(r"--no-index --no-deps --no-build-isolation \.$", installs[1])
-    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    stages = set(re.findall(r"^FROM .* AS (\S+)", text, re.MULTILINE))
+    bases = [base for base in re.findall(r"^FROM (\S+)", text, re.MULTILINE) if base not in stages]
     assert bases
     assert all(re.fullmatch(r"[\w./-]+:[\w.-]+@sha256:[0-9a-f]{64}", base) for base in bases)
     assert "!docker/*.lock" in (ROOT / ".dockerignore").read_text().splitlines()
+
+
+def test_the_cpu_image_says_its_size() -> None:
+    """As far as it is known here: by the locked packages here, but for torch, of which there may be any build."""
+    said = (DOCKER / "cpu.Dockerfile").read_text()
+    sizes = {name: float(size) for name, size in re.findall(r"(packages are|torch|ONNX Runtime|numpy) (\d\.\d+)", said)}
+    found = {name: measure_installed(name) for name in read_lock("requirements.lock") if name != "torch"}
+    assert sum(found.values()) / 1e9 == pytest.approx(sizes["packages are"] - sizes["torch"], rel=0.2)
+    assert found["numpy"] / 1e9 == pytest.approx(sizes["numpy"], rel=0.3)
+
+
+def measure_installed(name: str) -> int:
+    """The bytes of an installed package, without what Python compiles of it; 0 where it is not installed."""
+    try:
+        files = importlib.metadata.distribution(name).files or []
+    except importlib.metadata.PackageNotFoundError:
+        return 0
+    found = (Path(str(file.locate())) for file in files if file.suffix != ".pyc")
+    return sum(file.stat().st_size for file in found if file.is_file())
 
 
 # --- the audit ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,12 +63,26 @@ def audit(server: Server) -> list[tuple[Any, ...]]:
     return [(line["token"], line["verb"], line["model"], line["status"]) for line in lines]
 
 
-@pytest.fixture
-def model(s3: S3Server, store: str) -> Model:
+def upload_model(s3: S3Server, bucket: str) -> Model:
     """One model in the store, `au/...`."""
     made = pack_forecaster("au/00.mar", 1, config=FORECAST_TCN, forecast=True)
-    upload(s3, store, [made])
+    upload(s3, bucket, [made])
     return made
+
+
+@pytest.fixture
+def model(s3: S3Server, store: str) -> Model:
+    """The model in the test's own bucket."""
+    return upload_model(s3, store)
+
+
+@pytest.fixture(scope="module")
+def guarded(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Model]]:
+    """A server that tokens alone open, and its model."""
+    bucket, folder = s3.bucket(), tmp_path_factory.mktemp("guarded")
+    model = upload_model(s3, bucket)
+    with run_server(s3, folder, f"s3://{bucket}", tokens=write_tokens(folder)) as server:
+        yield server, model
 
 
 def test_pages_of_other_sites_do_nothing(model: Model, serve: Serve) -> None:
@@ -98,73 +112,73 @@ def test_pages_of_other_sites_do_nothing(model: Model, serve: Serve) -> None:
         assert audit(server) == [refused] * 4 + [done]
 
 
-def test_tokens_open_what_their_scopes_say(model: Model, serve: Serve, tmp_path: Path) -> None:
+def test_tokens_open_what_their_scopes_say(guarded: tuple[Server, Model]) -> None:
     """All three listeners: no token and unknown ones are 401 with WWW-Authenticate, other scopes and models 403; probes
     are open; the audit log names the tokens and nothing of their values.
     """
-    with serve(tokens=write_tokens(tmp_path)) as server:
-        management, metrics = server.addresses["management"], server.addresses["metrics"]
-        load, models = f"{management}/fleet/load/{model.name}", f"{management}/fleet/models"
-        question = model.question(0)
-        body, target = question.body, {"X-Amzn-SageMaker-Target-Model": model.name}
+    server, model = guarded
+    management, metrics = server.addresses["management"], server.addresses["metrics"]
+    load, models = f"{management}/fleet/load/{model.name}", f"{management}/fleet/models"
+    question = model.question(0)
+    body, target = question.body, {"X-Amzn-SageMaker-Target-Model": model.name}
 
-        def ask_statuses(method: str, url: str, **more: Any) -> dict[str, int]:
-            headers = more.pop("headers", {})
-            return {
-                name: server.http.request(method, url, headers={**headers, **make_bearer(name)}, **more).status_code
-                for name in SCOPES
-            }
+    def ask_statuses(method: str, url: str, **more: Any) -> dict[str, int]:
+        headers = more.pop("headers", {})
+        return {
+            name: server.http.request(method, url, headers={**headers, **make_bearer(name)}, **more).status_code
+            for name in SCOPES
+        }
 
-        only = dict.fromkeys(SCOPES, 403)
-        assert ask_statuses("POST", f"{server.url}/invocations", content=body, headers=target) == {
-            **only, "desk": 200, "all": 200,
-        }  # fmt: skip
-        assert ask_statuses("POST", load) == {**only, "ops": 200, "au-ops": 200, "all": 200}
-        assert ask_statuses("GET", models) == {**only, "ops": 200, "all": 200}
-        assert ask_statuses("GET", f"{models}?prefix=au/") == {**only, "ops": 200, "au-ops": 200, "all": 200}
-        assert ask_statuses("GET", f"{models}?prefix=au/&prefix=") == {**only, "ops": 200, "all": 200}
-        assert ask_statuses("GET", f"{management}/fleet/processes") == {**only, "ops": 200, "all": 200}
-        assert ask_statuses("GET", f"{metrics}/metrics") == {**only, "prometheus": 200, "all": 200}
-        assert ask_statuses("POST", f"{management}/fleet/unload/de/lu.mar")["au-ops"] == 403
-        for method, url in (("POST", f"{server.url}/invocations"), ("POST", load), ("GET", f"{metrics}/metrics")):
-            for headers in ({}, {"Authorization": "Bearer no-such-token"}, {"Authorization": "Basic YTpi"}):
-                reply = server.http.request(method, url, headers=headers)
-                assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
-        assert all(server.http.get(f"{url}/ping").status_code == 200 for url in (server.url, management))
-        for page in ("/", "/console/console.js"):  # they hold no data; what they ask for needs the token
-            assert server.http.get(f"{management}{page}").status_code == 200
-            assert server.http.post(f"{management}{page}").status_code == 401
-        assert server.http.get(f"{management}/", headers={"Host": "evil.example"}).status_code == 403
-        assert ask_statuses("GET", f"{management}/fleet/overview") == {**only, "ops": 200, "all": 200}
-        trial = f"{management}/fleet/try/{model.name}"
-        assert ask_statuses("POST", trial, content=body) == {**only, "ops": 200, "au-ops": 200, "all": 200}
-        assert server.http.get(f"{management}/fleet/sample/{model.name}").status_code == 401
-        refused = {("au-ops", "unload", "de/lu.mar", 403), ("-", "load", model.name, 401)}
-        wait_until(lambda: refused <= {*audit(server)}, "the audit log has both")
-        assert "-secret" not in server.said()
-        assert "no-such-token" not in server.said()
+    only = dict.fromkeys(SCOPES, 403)
+    assert ask_statuses("POST", f"{server.url}/invocations", content=body, headers=target) == {
+        **only, "desk": 200, "all": 200,
+    }  # fmt: skip
+    assert ask_statuses("POST", load) == {**only, "ops": 200, "au-ops": 200, "all": 200}
+    assert ask_statuses("GET", models) == {**only, "ops": 200, "all": 200}
+    assert ask_statuses("GET", f"{models}?prefix=au/") == {**only, "ops": 200, "au-ops": 200, "all": 200}
+    assert ask_statuses("GET", f"{models}?prefix=au/&prefix=") == {**only, "ops": 200, "all": 200}
+    assert ask_statuses("GET", f"{management}/fleet/processes") == {**only, "ops": 200, "all": 200}
+    assert ask_statuses("GET", f"{metrics}/metrics") == {**only, "prometheus": 200, "all": 200}
+    assert ask_statuses("POST", f"{management}/fleet/unload/de/lu.mar")["au-ops"] == 403
+    for method, url in (("POST", f"{server.url}/invocations"), ("POST", load), ("GET", f"{metrics}/metrics")):
+        for headers in ({}, {"Authorization": "Bearer no-such-token"}, {"Authorization": "Basic YTpi"}):
+            reply = server.http.request(method, url, headers=headers)
+            assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+    assert all(server.http.get(f"{url}/ping").status_code == 200 for url in (server.url, management))
+    for page in ("/", "/console/console.js"):  # they hold no data; what they ask for needs the token
+        assert server.http.get(f"{management}{page}").status_code == 200
+        assert server.http.post(f"{management}{page}").status_code == 401
+    assert server.http.get(f"{management}/", headers={"Host": "evil.example"}).status_code == 403
+    assert ask_statuses("GET", f"{management}/fleet/overview") == {**only, "ops": 200, "all": 200}
+    trial = f"{management}/fleet/try/{model.name}"
+    assert ask_statuses("POST", trial, content=body) == {**only, "ops": 200, "au-ops": 200, "all": 200}
+    assert server.http.get(f"{management}/fleet/sample/{model.name}").status_code == 401
+    refused = {("au-ops", "unload", "de/lu.mar", 403), ("-", "load", model.name, 401)}
+    wait_until(lambda: refused <= {*audit(server)}, "the audit log has both")
+    assert "-secret" not in server.said()
+    assert "no-such-token" not in server.said()
 
 
-def test_every_item_and_the_correlation_need_the_token(model: Model, serve: Serve, tmp_path: Path) -> None:
+def test_every_item_and_the_correlation_need_the_token(guarded: tuple[Server, Model]) -> None:
     """In a call for many models an item of another prefix is refused alone; as the correlation it fails the call."""
-    with serve(tokens=write_tokens(tmp_path)) as server:
-        instance = json.loads(model.question(0).body)["instances"][0]
-        items = [{"target_model": name, **instance} for name in (model.name, "de/lu.mar")]
+    server, model = guarded
+    instance = json.loads(model.question(0).body)["instances"][0]
+    items = [{"target_model": name, **instance} for name in (model.name, "de/lu.mar")]
 
-        def call(requests: list[Any], configuration: Mapping[str, Any]) -> httpx.Response:
-            body = {"requests": requests, "configuration": configuration}
-            return server.http.post(f"{server.url}/v1/forecasts", json=body, headers=make_bearer("desk"))
+    def call(requests: list[Any], configuration: Mapping[str, Any]) -> httpx.Response:
+        body = {"requests": requests, "configuration": configuration}
+        return server.http.post(f"{server.url}/v1/forecasts", json=body, headers=make_bearer("desk"))
 
-        good, bad = call(items, {}).json()["predictions"]
-        assert "error" not in good
-        assert bad["error"]["code"] == "forbidden"
-        joint = call(items[:1], {"joint": True, "correlation": "de/joint.mar"})
-        assert (joint.status_code, joint.json()["error"]["code"]) == (403, "forbidden")
-        assert "de/joint.mar" in joint.json()["error"]["message"]
+    good, bad = call(items, {}).json()["predictions"]
+    assert "error" not in good
+    assert bad["error"]["code"] == "forbidden"
+    joint = call(items[:1], {"joint": True, "correlation": "de/joint.mar"})
+    assert (joint.status_code, joint.json()["error"]["code"]) == (403, "forbidden")
+    assert "de/joint.mar" in joint.json()["error"]["message"]
 
 
 def sent_with(server: Server, token: str, **more: Any) -> Any:
-    """Boto3 as the README shows it for servers with tokens."""
+    """Boto3 as docs/security.md shows it for servers with tokens."""
     client = boto3.client(
         "sagemaker-runtime",
         endpoint_url=server.url,
@@ -180,24 +194,29 @@ def sent_with(server: Server, token: str, **more: Any) -> Any:
     return client
 
 
-def test_boto3_and_the_client_send_tokens(model: Model, serve: Serve, tmp_path: Path) -> None:
-    """With access keys beside the tokens either suffices; a signature where only tokens are says what to do."""
+def test_boto3_and_the_client_send_tokens(guarded: tuple[Server, Model]) -> None:
+    """A signature where only tokens are says what to do."""
+    server, model = guarded
+    question = model.question(0)
+    question.check(invoke(sent_with(server, "desk-secret"), model.name, question.body).body)
+    with pytest.raises(ClientError, match="bearer tokens, not signatures") as refused:
+        server.ask(question)
+    assert refused.value.response["Error"]["Code"] == "UnrecognizedClientException"
+    with pytest.raises(ClientError, match="AccessDenied"):
+        invoke(sent_with(server, "prometheus-secret"), model.name, question.body)
+    with Client(server.url, token="desk-secret") as client:
+        question.check(client.invoke(model.name, question.body).body)
+    with Client(server.url) as client, pytest.raises(AccessDenied, match="wants a token"):
+        client.invoke(model.name, question.body)
+
+
+def test_access_keys_beside_tokens(model: Model, serve: Serve, tmp_path: Path) -> None:
+    """Either suffices; no process shows the keys in its command line or environment."""
     question = model.question(0)
     tokens = write_tokens(tmp_path)
     keys = tmp_path / "keys.toml"
     keys.write_text('AKIAFLEET = "hidden/secret"\n')
     keys.chmod(0o600)
-    with serve(tokens=tokens) as server:
-        question.check(invoke(sent_with(server, "desk-secret"), model.name, question.body).body)
-        with pytest.raises(ClientError, match="bearer tokens, not signatures") as refused:
-            server.ask(question)
-        assert refused.value.response["Error"]["Code"] == "UnrecognizedClientException"
-        with pytest.raises(ClientError, match="AccessDenied"):
-            invoke(sent_with(server, "prometheus-secret"), model.name, question.body)
-        with Client(server.url, token="desk-secret") as client:
-            question.check(client.invoke(model.name, question.body).body)
-        with Client(server.url) as client, pytest.raises(AccessDenied, match="wants a token"):
-            client.invoke(model.name, question.body)
     with serve(tokens=tokens, access_keys_file=keys) as server:
         question.check(invoke(sent_with(server, "desk-secret"), model.name, question.body).body)
         server.ask(question, server.client(key="AKIAFLEET", secret="hidden/secret"))

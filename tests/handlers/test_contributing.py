@@ -41,10 +41,9 @@ def read_blocks(title: str) -> list[str]:
 def tree(tmp_path: Path) -> Path:
     """A copy of the packages, their tests and settings."""
     copy = tmp_path / "tree"
-    for folder in ("server", "handlers", "model_store", "tests"):
+    for folder in ("server", "handlers", "model_store", "loadtest", "docs", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md"):
-        shutil.copy(ROOT / file, copy)
+    shutil.copy(ROOT / "pyproject.toml", copy)
     return copy
 
 
@@ -70,13 +69,16 @@ def run(tree: Path, *command: str) -> str:
 
 
 def test_the_page_on_a_new_architecture_is_true(tree: Path, tmp_path: Path) -> None:
-    """Its file and its line: the help and the README list it, it is trained, packed, proved, and tested as others."""
+    """Its file and its line: help and reference list it, it is trained, packed, proved, and tested as others."""
     file, line = read_blocks("A new architecture")
     add_file(tree, file)
     insert(tree, "handlers/architectures.py", "    }\n)\n", line)
     assert f"{line.strip().split(':')[0].strip(chr(34))}: one linear layer" in run(tree, *COMMAND, "train", "--help")
-    run(tree, *COMMAND, "settings-table", "README.md")
-    assert "| `linear` | one linear layer over the whole context |" in (tree / "README.md").read_text()
+    run(tree, sys.executable, "docs/write_reference.py")
+    assert (
+        "| `linear` | one linear layer over the whole context |"
+        in (tree / "docs/reference/architectures.md").read_text()
+    )
     prices, store = tmp_path / "prices.csv", tmp_path / "store"
     with prices.open("w") as out:
         rows = csv.writer(out)

@@ -6,6 +6,8 @@ import numpy as np
 from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, None)
+#: What a slow machine may find on standard error beside nothing: see `server.shell.progress`.
+PROGRESS_LINE = r"[\w ,-]+: \d+ (of \d+|done)"
 
 
 def make_row(ms: Any) -> dict[str, Any]:

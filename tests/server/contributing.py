@@ -19,11 +19,10 @@ def read_steps(page: str) -> list[str]:
 
 
 def copied_tree(tree: Path) -> Path:
-    """A scratch copy of the code and its README."""
+    """A scratch copy of the code and its pages of reference."""
     unwanted = shutil.ignore_patterns("__pycache__", "records")
-    for package in ("server", "handlers", "model_store"):
+    for package in ("server", "handlers", "model_store", "loadtest", "docs"):
         shutil.copytree(ROOT / package, tree / package, ignore=unwanted)
-    shutil.copy(ROOT / "README.md", tree)
     return tree
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.driver.trace import TraceInvalid, read_trace
 from model_store.names import parse_model_name
 from server import access_log as arrivals
-from server.access_log import PARTS, AccessLog, ArrivalBuffer, list_log_parts, read_rows
+from server.access_log import PARTS, AccessLog, ArrivalBuffer, Row, list_log_parts, read_rows
 from server.contract import ACCESS_LOG_HEADER as HEADER
 from server.contract import ACCESS_LOG_OUTCOMES as OUTCOMES
 from server.ipc.frames import CacheResult
@@ -24,7 +24,7 @@ BUDGET = 64 * 1024
 
 def make_rows(first: int, count: int) -> str:
     """Rows of so many seconds."""
-    return "".join(f"{second}.000000,au/nsw1.mar,70000,hit\n" for second in range(first, first + count))
+    return "".join(f"{second}.000000,au/nsw1.mar,70000,hit,\n" for second in range(first, first + count))
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_whatever_the_names_both_readers_read_them_back(names: list[str]) -> Non
 
 def test_a_worker_keeps_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch, clock: Callable[[], float]) -> None:
     """Where nobody takes them the newest are dropped and counted, once."""
-    monkeypatch.setattr(arrivals, "MAX_CHARS", 2 * len("1000.000000,a.mar,1,hit\n") + 1)
+    monkeypatch.setattr(arrivals, "MAX_CHARS", 2 * len("1000.000000,a.mar,1,hit,\n") + 1)
     kept = ArrivalBuffer(clock, clock)
     for i in range(5):
         kept.note("a.mar", i, 1, 1)
@@ -164,9 +164,27 @@ def test_a_disk_too_full_for_the_next_part_is_tried_again(tmp_path: Path) -> Non
 def test_a_line_that_is_no_row_is_said_with_its_place(tmp_path: Path) -> None:
     """File, line, and what a row looks like."""
     part = tmp_path / "log.csv"
-    part.write_text(HEADER + "1,a.mar,x,hit\n")
+    part.write_text(HEADER + "1,a.mar,x,hit,\n")
     with pytest.raises(ValueError, match=r"log.csv, line 2: .* is not time,model,bytes,outcome"):
         list(read_rows(part))
     part.write_text("something else\n")
     with pytest.raises(ValueError, match="line 1: an access log begins with"):
         list(read_rows(part))
+
+
+def test_a_sampled_request_has_the_id_of_its_trace(tmp_path: Path) -> None:
+    """Others have none; a log of before has no such column, and a row of the other kind is none."""
+    kept = ArrivalBuffer(wall=lambda: 1_000_000.0, now=lambda: 100.0)
+    kept.note("a", 100.0, 5, 1, "0af7651916cd43dd8448eb211c80319c")
+    kept.note("a", 101.0, 5, 1)
+    log = AccessLog(tmp_path, BUDGET)
+    log.write(kept.take()[0])
+    log.close()
+    assert [row.trace_id for row in read_rows(tmp_path)] == ["0af7651916cd43dd8448eb211c80319c", ""]
+    old = tmp_path / "old.csv"
+    old.write_text("time,model,bytes,outcome\n1.0,a,5,hit\n")
+    assert list(read_rows(old)) == [Row(1.0, "a", 5, "hit")]
+    for header, row in (("", "1.0,a,5,hit,x"), (",trace_id", "1.0,a,5,hit"), (",trace_id", "1.0,a,5,hit,x,y")):
+        old.write_text(f"time,model,bytes,outcome{header}\n{row}\n")
+        with pytest.raises(ValueError, match="line 2"):
+            list(read_rows(old))

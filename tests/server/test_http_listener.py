@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import inspect
+import re
 import socket
 import struct
 import weakref
@@ -16,7 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import BODY_FOLLOWS, MAX_HEAD, MAX_PIPELINED, REASON, make_listener
+from server.http_listener import (
+    BODY_FOLLOWS,
+    HEADERS_BY_NAME,
+    LONGEST_KNOWN,
+    MAX_HEAD,
+    MAX_PIPELINED,
+    REASON,
+    WHOLE_BODY,
+    BodyEvent,
+    Exchange,
+    make_listener,
+)
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -428,6 +440,12 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
         ours = ("response_complete", "response_started", "more_body", "keep_alive", "expected_content_length")
         for name in (*ours, "chunked_encoding", "waiting_for_100_continue", "disconnected"):
             assert name in inspect.getsource(RequestResponseCycle.__init__), name
+        theirs = set(re.findall(r"self\.(\w+)", inspect.getsource(RequestResponseCycle.__init__)))
+        set_here = set(re.findall(r"self\.(\w+)", inspect.getsource(Exchange.__init__)))
+        assert theirs <= set_here | set(vars(Exchange)), "an exchange has all that uvicorn's initialiser sets"
+        assert {"asgi", "server", "client", "scheme", "root_path"} <= set(
+            re.findall(r'"(\w+)":', inspect.getsource(HttpToolsProtocol.on_message_begin))
+        )
         assert inspect.signature(uvicorn.Server.startup).parameters.keys() == {"self", "sockets"}
         assert "ssl=config.ssl" in inspect.getsource(uvicorn.Server.startup)
         assert isinstance(uvicorn.server.ServerState().connections, set)
@@ -491,3 +509,90 @@ def test_a_faulty_answer_ends_the_connection(fault: str) -> None:
         assert answer == b"" if fault != "control" else answer.startswith(b"HTTP/1.1 500 ")
 
     serve_app(answer_request, act)
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_whole_answer_is_one_message(method: bytes, version: bytes) -> None:
+    """An application that has all of the body sends it with the head, where the scope says that it may."""
+
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
+        del receive
+        assert WHOLE_BODY in scope["extensions"]
+        assert scope[HEADERS_BY_NAME][b"x-asked"] == b"b", "of a repeated header the last"
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers, WHOLE_BODY: b"ab"})
+
+    async def act(client: RawClient) -> None:
+        request = b"%b / HTTP/%b\r\nHost: x\r\nX-Asked: a\r\nX-Asked: b\r\nConnection: close\r\n\r\n"
+        head, _, body = (await client.exchange(request % (method, version))).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"content-length: 2" in head
+        assert body == (b"" if method == b"HEAD" else b"ab")
+
+    serve_app(answer_request, act)
+
+
+@settings(max_examples=30, deadline=None)
+@given(pieces=st.lists(st.integers(1, 70_000), max_size=5))
+def test_a_body_comes_as_it_was_sent_in_any_pieces(pieces: list[int]) -> None:
+    """One piece is handed on without a copy, several are put together; what was read is not there twice."""
+    sent = b"".join(bytes([65 + i]) * size for i, size in enumerate(pieces))
+
+    async def act(client: RawClient) -> None:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(sent)
+        answer = await client.exchange(head, *(sent[sum(pieces[:i]) :][:size] for i, size in enumerate(pieces)))
+        assert answer.endswith(b"\r\n\r\n" + sent)
+
+    async def send_back(scope: Message, receive: Any, send: Any) -> None:
+        del scope
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message["body"], message["more_body"]
+        headers = [(b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers, WHOLE_BODY: body})
+
+    serve_app(send_back, act)
+
+
+@pytest.mark.parametrize("target", [b"/a%20b?c=d", b"/a%20b?c=" + b"d" * LONGEST_KNOWN])
+def test_targets_are_split_alike_whether_known_or_not(target: bytes) -> None:
+    """A target that was seen before, and one that is too long to be remembered, say the same of themselves."""
+    found = []
+
+    async def answer_request(scope: Message, receive: Any, send: Any) -> None:
+        del receive
+        found.append((scope["path"], scope["raw_path"], scope["query_string"]))
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def act(client: RawClient) -> None:
+        again = b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target
+        await client.exchange(again + again.replace(b"Host", b"Connection: close\r\nHost"))
+
+    serve_app(answer_request, act)
+    raw_path, _, query = target.partition(b"?")
+    assert found == [("/a b", raw_path, query)] * 2
+
+
+def test_an_event_of_a_body_is_made_when_it_is_waited_for() -> None:
+    """Set, cleared and waited for in any order, it does what an `asyncio.Event` does."""
+
+    async def scenario() -> None:
+        event = BodyEvent()
+        event.set()
+        await event.wait()
+        event.clear()
+        waiting = asyncio.create_task(event.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        event.set()
+        await waiting
+        event.clear()
+        waiting = asyncio.create_task(event.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
+
+    asyncio.run(scenario())

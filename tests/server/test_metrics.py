@@ -236,7 +236,7 @@ def test_the_metrics_are_those_of_the_contract() -> None:
 
 @pytest.mark.slow
 def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
-    """CONTRIBUTING's page to the letter: the metric is exposed, has its README row, and its name is public."""
+    """CONTRIBUTING's page to the letter: the metric is exposed, has its row of reference, and its name is public."""
     tree = copied_tree(tmp_path / "tree")
     spec, created = read_steps("A new metric")
     for file, mark, block in (
@@ -251,8 +251,8 @@ def test_a_new_metric_is_a_description_and_a_line(tmp_path: Path) -> None:
     exposed = run_in(tree, "-c", count_it)
     assert "# HELP fleetcast_queued_requests Queued requests\n" in exposed
     assert 'fleetcast_queued_requests{device="cpu",worker="0"} 12.0\n' in exposed
-    run_in(tree, "-m", "server.cli.main", "settings-table", str(tree / "README.md"))
-    assert "| `fleetcast_queued_requests` | Queued requests |" in (tree / "README.md").read_text()
+    run_in(tree, "docs/write_reference.py")
+    assert "| `fleetcast_queued_requests` | Queued requests |" in (tree / "docs/reference/metrics.md").read_text()
     assert (
         run_in(tree, "-c", "from server import contract; print(contract.QUEUED.series)")
         == "fleetcast_queued_requests\n"

@@ -116,14 +116,14 @@ def test_a_child_has_its_parents_settings_whatever_its_own_environment(monkeypat
 
 @pytest.mark.slow
 def test_a_new_setting_is_one_field(tmp_path: Path) -> None:
-    """CONTRIBUTING's page to the letter: the field alone gives flag, variable, file key, help and README row."""
+    """CONTRIBUTING's page to the letter: the field alone gives flag, variable, file key, help and row of reference."""
     tree = copied_tree(tmp_path / "tree")
     (field,) = read_steps("A new setting")
     source = tree / "server" / "settings.py"
     source.write_text(source.read_text().replace("    @field_validator", f"{field}\n    @field_validator", 1))
-    run_in(tree, "-m", "server.cli.main", "settings-table", str(tree / "README.md"))
+    run_in(tree, "docs/write_reference.py")
     row = "| `--idle-timeout-s` | 75.0 | maximum time that a client connection may be idle |"
-    assert row in (tree / "README.md").read_text()
+    assert row in (tree / "docs/reference/settings.md").read_text()
     assert "--idle-timeout-s SECONDS" in run_in(tree, "-m", "server.cli.main", "serve", "--help")
     read_it = (
         "from server.cli.setting_flags import settings_from as read; print(read({'store': 'x', **%s}).idle_timeout_s)"

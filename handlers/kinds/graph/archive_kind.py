@@ -9,13 +9,13 @@ import structlog
 from handlers.base import Float32
 from handlers.codecs.codec import FamilyCodec
 from handlers.forecasters import check_forecast
-from handlers.kinds.forecaster import describe_tensors, open_calibration, read_row
+from handlers.kinds.forecaster import open_calibration, read_row
 from handlers.kinds.graph.family import GraphFamily, graph_family
 from handlers.kinds.models import BuiltModel, RowModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
-from model_store.archives.archive import Archive
+from model_store.archives.archive import Archive, list_tensor_shapes
 from model_store.archives.manifest import FLEETCAST_JSON, GRAPH_FILE, Kind, Spec, Weights
 from model_store.archives.packing import WEIGHTS_FILE
 from model_store.errors import ArchiveInvalid
@@ -62,7 +62,7 @@ class GraphKind:
             "runs": network.runs,
             "operators": dict(operators.most_common()),
         }
-        return {"graph": graph, **describe_tensors(archive)}
+        return {"graph": graph, "tensors": list_tensor_shapes(archive)}
 
     def pack(self, parts: ArchiveParts) -> tuple[Spec, Mapping[str, bytes]]:
         """The `program` and its `tensors`."""

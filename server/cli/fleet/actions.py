@@ -18,7 +18,7 @@ from server.cli.fleet.management import (
     shorten_version,
 )
 from server.cli.terminal import BAD
-from server.logs import escape_text
+from server.shell.escaping import escape_text
 
 Tell = Callable[[Mapping[str, Any]], str]  #: an answer -> what was done, in words
 

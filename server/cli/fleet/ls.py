@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import typer
 
+from model_store.names import VERSION_MARK
 from server.cli.fleet.management import (
     DEFAULT_URL,
     Management,
@@ -19,7 +20,6 @@ from server.cli.fleet.management import (
 )
 from server.cli.fleet.rows import BAD_STATES, find_reason, find_state, sum_usage
 from server.cli.terminal import fail, verbatim
-from server.settings import format_bytes
 
 _UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -77,7 +77,9 @@ def _select_rows(management: Management, prefix: str, *, failed: bool, pinned: b
 def _print_models(rows: Iterator[Mapping[str, Any]], *, names: bool, as_json: bool) -> None:
     if names or as_json:
         for row in rows:
-            print(row["model"] if names else json.dumps(row))  # noqa: T201 -- the answer
+            # A version that an alias or a rollback holds has a row of its own, but no command takes its name.
+            if not (names and VERSION_MARK in row["model"]):
+                print(row["model"] if names else json.dumps(row))  # noqa: T201 -- the answer
         return
     table = make_table("model", "state", "workers", ">size", "version", ">answers", ">used", ">loaded")
     reasons = make_table("failed model", "why")
@@ -96,6 +98,8 @@ def _print_models(rows: Iterator[Mapping[str, Any]], *, names: bool, as_json: bo
 
 def _describe_row(row: Mapping[str, Any]) -> Iterator[Any]:
     """The cells of one model."""
+    from server.settings import format_bytes  # noqa: PLC0415 -- pydantic, which help need not import
+
     state, held = find_state(row), [holder for holder in row["holders"] if "bytes" in holder]
     yield verbatim(row["model"])
     yield verbatim(state + (", pinned" if row["pinned"] else ""), "red" if state in BAD_STATES else "")
@@ -141,6 +145,8 @@ def _print_versions(found: Mapping[str, Any], as_json: bool) -> None:
     if not found["versions"]:
         print_wide("this host keeps no version: the model has not been served since the disk tier was made")
         return
+    from server.settings import format_bytes  # noqa: PLC0415 -- pydantic, which help need not import
+
     table = make_table("version", ">size", "served at", "")
     for each in found["versions"]:
         at = datetime.fromtimestamp(each["served_at"], UTC).isoformat(sep=" ", timespec="seconds")

@@ -16,7 +16,6 @@ from server.cli.fleet.management import DEFAULT_URL, Management, Url, make_table
 from server.cli.fleet.rates import Change, Reading
 from server.cli.fleet.rows import BAD_STATES, Row, count_answers, find_reason, find_state, sum_usage
 from server.cli.terminal import verbatim
-from server.settings import format_bytes
 
 SHOWN_MODELS, SHOWN_FAILURES = 10, 5
 NOTHING = "-"  #: what stands where nothing was observed
@@ -142,6 +141,8 @@ def _describe_loads(change: Change) -> str:
 
 
 def _describe_memory(now: Reading) -> str:
+    from server.settings import format_bytes  # noqa: PLC0415 -- pydantic, which help need not import
+
     used, capacity = now["cache_bytes"], now["cache_capacity_bytes"]
     parts = [
         f"{tier} {format_bytes(int(used.get(tier, 0)))} of {format_bytes(int(capacity[tier]))}"

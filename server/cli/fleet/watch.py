@@ -10,7 +10,8 @@ import typer
 from server.cli.fleet.diagnosis import LEAST_REQUESTS, Finding, Observation, diagnose
 from server.cli.fleet.management import make_table, open_management, print_wide
 from server.cli.fleet.rates import Change
-from server.cli.terminal import BAD, show_progress, verbatim
+from server.cli.terminal import BAD, verbatim
+from server.shell.progress import show_progress
 
 
 def watch_server(url: str, seconds: float, *, as_json: bool) -> None:

@@ -12,7 +12,14 @@ from model_store.names import ModelName
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront
+from server.front.dataplane import (
+    InferencePlane,
+    InferRequest,
+    InferResponse,
+    PlaneInFront,
+    TogetherAnswer,
+    TogetherRequest,
+)
 from server.ipc.operations import (
     ActualsReply,
     KnownModel,
@@ -47,6 +54,17 @@ class PermittedPlane(PlaneInFront):
         """The model's answer. Raises Refused(FORBIDDEN), and what the plane raises."""
         require(self._token, request.model)
         return await self._plane.infer(request)
+
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which of these models can be asked together: those that the token does not allow are refused alone."""
+        found = self._plane.select_together(models)
+        return [can and self.permits(model) for can, model in zip(found, models, strict=True)]
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """What came of each item. Raises Refused(FORBIDDEN), and what the plane raises."""
+        for item in request.items:
+            require(self._token, item.model)
+        return await self._plane.infer_together(request)
 
     def permits(self, model: ModelName) -> bool:
         """Whether the token allows this model."""
@@ -122,7 +140,7 @@ class Permissions:
             return None
         if signed:
             message = "this server takes bearer tokens, not signatures: send the header Authorization: Bearer TOKEN"
-            raise Refused(Situation.UNAUTHORIZED, f"{message} in the place of boto3's (README, Security)")
+            raise Refused(Situation.UNAUTHORIZED, f"{message} in the place of boto3's (docs/security.md)")
         try:
             token = self._tokens.current.find(authorization)
         except Unauthorized as error:

@@ -13,6 +13,9 @@ from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
+from server.front.columns.answered_table import read_rows, write_arrow
+from server.front.columns.arrow_reader import ARROW
+from server.front.columns.table_calls import choose_answer, is_table, read_table_call, replace_numbers
 from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
@@ -88,9 +91,17 @@ class Forecasts:
         """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
         del operation
         pacer = Pacer()
-        call = await pacer.run(parse_call(request.body, self._item_limit))
+        wanted = choose_answer(request.content_type, request.accept)
+        if is_table(request.content_type):
+            call = await pacer.run(read_table_call(request.body, self._item_limit))
+        else:
+            call = await pacer.run(parse_call(request.body, self._item_limit))
+        if wanted == ARROW:
+            call = replace_numbers(call)
         origin = (request.arrived, request.id, request.client)
         with FanOut(plane, call, self._limit, request.deadline, request.client_gone, *origin) as fan_out:
+            if wanted == ARROW:
+                return await self._answer_table(call, fan_out, pacer)
             return await self._answer(call, fan_out, request, pacer)
 
     async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest, pacer: Pacer) -> HttpReply:
@@ -105,6 +116,14 @@ class Forecasts:
                 return HttpReply(OK, NPY, scenarios, stats=stats, counted=counted)
             found = await pacer.run(put_samples(found, scenarios))
         return HttpReply(OK, JSON, await pacer.run(build_answer(found)), stats=stats, counted=counted)
+
+    async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer) -> HttpReply:
+        """One table of all answers; an item that failed has a row with its error."""
+        found = await fan_out.infer()
+        models = [item.model if isinstance(item, Item) else "" for item in call.items]
+        rows = await pacer.run(read_rows(models, found))
+        body = await pacer.run(write_arrow(rows, self._limit))
+        return HttpReply(OK, ARROW, body, stats=summarise_items(found), counted=self.statuses(found))
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The call's error, as an item's is."""

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ from server.front.dataplane import DataPlane, InferencePlane, InferStats, Refuse
 from server.front.dialects.open_inference import STATUS as COUNTED
 from server.front.grpc.statuses import AnsweredBadly, choose_statuses, describe_refusal, list_advice
 from server.front.releases import Releases, make_plane
+from server.front.tracing.descriptions import describe_rpc
+from server.front.tracing.request_trace import RequestTrace
+from server.front.tracing.traced_plane import trace_plane
+from server.front.tracing.tracer import Tracer
 from server.metrics import AnswerSeries, FrontMetrics
 from server.settings import Settings
 
@@ -68,6 +73,7 @@ class Call:
     certificate: str = ""  #: how its client is called by the certificate that it shows; empty without one
     client: str = ""
     stats: InferStats | None = None  #: of the answer, for the trailing metadata
+    trace: RequestTrace | None = None  #: where it is sampled
 
     def limit(self, seconds: float = math.inf) -> float:
         """The deadline of a message that is here now and asks for an answer within so many seconds."""
@@ -102,6 +108,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
     ) -> None:
         """Raises ValueError for a file of tokens that is wrong."""
         self._draining, self._is_over = asyncio.Event(), False
+        self.tracer: Tracer | None = None
         self._settings, self._metrics, self._plane, self._releases = settings, metrics, plane, releases
         self._permissions = open_permissions(settings)
         self._statuses = choose_statuses(settings)
@@ -148,6 +155,7 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
         assert task is not None, "grpcio runs each call in a task"
         call = self._open(method, context)
         self._running.add(task)
+        why: Refused | None = None
         try:
             await self._answer(method, call, context)
         except asyncio.CancelledError:
@@ -166,14 +174,35 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
             return
         finally:
             self._running.discard(task)
-        if isinstance(why, AnsweredBadly):
-            status, code = why.status, why.code
-        else:
-            status, code = COUNTED[why.situation], self._statuses[why.situation]
+            if call.trace is not None:
+                self._end_trace(method, call, call.trace, why or sys.exception())
+        assert why is not None, "every other way returns or raises"
+        status, code = self._choose_status(why)
         self._count(method, status, call)
         stats = why.stats if isinstance(why, RefusedByWorker) else None
         trailing = [*_list_trailers(call, stats), *list_advice(why)]
         await context.abort(code, describe_refusal(why), tuple(trailing))
+
+    def _choose_status(self, why: Refused) -> tuple[int, grpc.StatusCode]:
+        """The HTTP status that is counted, and gRPC's."""
+        if isinstance(why, AnsweredBadly):
+            return why.status, why.code
+        return COUNTED[why.situation], self._statuses[why.situation]
+
+    def _end_trace(self, method: Method, call: Call, trace: RequestTrace, error: BaseException | None) -> None:
+        """Hand over the trace of a call, which `error` has ended; None where it was answered."""
+        assert self.tracer is not None, "it has begun the trace"
+        status, code = OK, grpc.StatusCode.OK
+        if error is not None:
+            trace.note_error(error)
+            status, code = CLIENT_GONE, grpc.StatusCode.CANCELLED
+        if isinstance(error, Refused):
+            status, code = self._choose_status(error)
+        describe_rpc(trace, method.path, call.id, code.value[0])
+        self.tracer.end(trace, status)
+        series = self._answered.get((method.protocol, status))
+        if series is not None and method.stream is None:
+            series.seconds.show_trace(time.monotonic() - call.started, call.id, trace.trace_id)
 
     async def _answer(self, method: Method, call: Call, context: Context) -> None:
         """Raises Refused."""
@@ -220,6 +249,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
 
     def _admit(self, call: Call) -> None:
         """Find who asks, and what it may. Raises Refused."""
+        if self.tracer is not None:
+            call.trace = self.tracer.begin(call.headers, call.started)
         wanted = call.headers.get(_TIMEOUT_MS)
         if wanted is not None:
             call.longest_s = min(call.longest_s, parse_timeout(wanted))
@@ -228,6 +259,8 @@ class Calls(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # it is generic 
             raise Refused(Situation.UNAUTHORIZED, "calls by gRPC are not signed: send authorization: Bearer TOKEN")
         call.client = call.certificate if token is None else token.name
         call.plane = make_plane(self._plane, token, self._releases)
+        if call.trace is not None:
+            call.plane = trace_plane(call.plane, call.trace, call.started)
         self._plane.held.check()
 
     # --- messages ---------------------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from server.front.main import ORPHAN_S, Front
 from server.front.nodes.cluster_plane import open_cluster
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases
+from server.front.tracing.opening import open_tracing
+from server.front.tracing.tracer import Tracer
 from server.ipc.control import ChildChannel, ControlChannel
 from server.ipc.operations import AskedOfFront, JoinAsFront
 from server.logs import configure_logs
@@ -41,6 +43,7 @@ class GrpcApp:
         self.cluster = open_cluster(settings, self.plane, metrics)
         self._entry = self.cluster or self.plane
         self.releases = Releases(metrics)
+        self.tracer: Tracer | None = None
         self._settings, self._metrics, self._channel = settings, metrics, channel
 
     def __repr__(self) -> str:
@@ -62,6 +65,7 @@ class GrpcApp:
         health = HealthService(inference.has_ready_worker, lambda: calls.is_draining, list(services))
         methods = [*chain(*services.values()), *health.list_methods()]
         calls = Calls(self._settings, self._metrics, self._entry, self.releases, methods)
+        calls.tracer = self.tracer
         return calls
 
     def _list_inference(self) -> Mapping[str, Sequence[Method]]:
@@ -89,6 +93,8 @@ async def main(control_fd: int) -> None:
     try:
         app = GrpcApp(settings, metrics, member.channel)
         app.plane.expected = assignment.workers
+        tracing = open_tracing(settings, metrics)
+        app.tracer = tracing.tracer
         listener = app.open_listeners(assignment.grpc)
     except (ValueError, RuntimeError) as error:  # a file went bad since the supervisor has read it, or a port is taken
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's, not our bug
@@ -106,6 +112,7 @@ async def main(control_fd: int) -> None:
     await serving
     for task in tasks:
         task.cancel()
+    await tracing.close()
 
 
 if __name__ == "__main__":

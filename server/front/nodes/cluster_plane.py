@@ -8,7 +8,7 @@ answered for a model are preferred for it. A node that is lost, drains or falls 
 import asyncio
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -24,6 +24,8 @@ from server.front.dataplane import (
     InferRequest,
     InferResponse,
     RefusedByWorker,
+    TogetherAnswer,
+    TogetherRequest,
     holds_model,
 )
 from server.front.handler_calls import open_code_calls
@@ -124,6 +126,19 @@ class ClusterPlane(DataPlane):
             waited_s = max(0.0, time.monotonic() - now - load_s)
             self.router.count_end(lane, request.model, counted, held=held, wait_s=waited_s, load_s=load_s)
         return response
+
+    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
+        """Say which can be asked together: of those that live here, what the local plane says."""
+        now = time.monotonic()
+        lanes = [self.router.route(model, now) for model in models]
+        together = self._local.select_together(models)
+        return [
+            each and lane is not None and lane.worker == self.here for each, lane in zip(together, lanes, strict=True)
+        ]
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """The local plane's answers. Raises Refused."""
+        return await self._local.infer_together(request)
 
     async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
         """Load or unload a model where it lives. Raises Refused."""

@@ -28,6 +28,7 @@ from server.ipc.frames import (
     Partial,
     Request,
     Response,
+    Stages,
     Tier,
     WireError,
 )
@@ -64,7 +65,7 @@ class NodeGate(FrameConnection):
         super().connection_made(transport)
         set_socket_options(transport)
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
         """A request, a part of its body, or its end."""
         if isinstance(frame, Request):
             self._receive(frame)

@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from server.front.nodes.handshake import ConnectingHandshake
+from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink
-from server.ipc.frames import Cancel, Credit, Held, Partial, Request, Response
+from server.ipc.frames import Cancel, Credit, Held, Partial, Request, Response, Stages
 
 CONNECT_S = 5.0
 #: A host that is gone without a word ends the connection by then; the kernel asks it every second.
@@ -50,13 +51,18 @@ class NodeLink(WorkerLink):
         super().give_up()
         self._calls.update(beats)
 
+    def _trace(self, call: WorkerCall, request: Request, question: Question) -> Request:
+        """As any other: what the other node's stages say is on its own clock."""
+        del call, question
+        return request
+
     def beat(self, deadline: float) -> WorkerCall:
         """Ask whether the node's front turns."""
         call = self.call("", BEAT, "", deadline, b"")
         self._beats = {call.id}
         return call
 
-    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial) -> None:
+    def send(self, frame: Request | Response | Cancel | Credit | Held | Partial | Stages) -> None:
         """Send a frame; a request's times become spans."""
         super().send(spread_times(frame, time.monotonic_ns()) if isinstance(frame, Request) else frame)
 

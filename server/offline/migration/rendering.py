@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Iterator
 from textwrap import wrap
 
-from server.logs import escape_text
 from server.offline.migration.outcome import Fate, Value
 from server.offline.migration.translation import Finding, Translation
+from server.shell.escaping import escape_text
 
 _WIDTH = 116
 

@@ -27,7 +27,8 @@ _HEAD = f"""<!doctype html>
 """
 _WORDS = (
     f"<p>The last {SHOWN_DAYS} days with prices of each archive. A band of 80 % should hold 80 % of them; one that is "
-    f"more than {FAR:.0%} off is marked. Pinball loss below 1 is better than the naive forecast. The drawing is the "
+    f"more than {100 * FAR:.0f} percentage points off is marked. Pinball: the mean quantile loss, in the unit of the "
+    "prices; to naive: that loss divided by the naive forecast's, below 1 is better. The drawing is the "
     "share inside the band by day, the dashed line what it promises. Offset: the largest of its levels, in widths of "
     "the band of 80 %; marked at the bound. Drift: the losses of days grew; where days are alike, an archive has a "
     f"false alarm once in ten years. An alarm is shown for {ALARM_DAYS} days.</p>"
@@ -52,12 +53,14 @@ def render_page(reports: Sequence[MarketReport], *, is_on: bool, prefix: str = "
         "drift",
     ]
     rows = "\n".join(_render_row(report, promised) for report in reports)
-    table = f"<table>\n<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>\n{rows}\n</table>"
+    named = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    table = f"<table>\n<tr>{named}</tr>\n{rows}\n</table>"
+    wide = f'<div class="wide" tabindex="0" role="region" aria-label="Archives">{table}</div>'
     more = ""
     if following is not None:
         query = urlencode({"prefix": prefix, "after": following})
         more = f'<p><a href="{ACCURACY_PAGE_PATH}?{escape(query)}">more</a></p>'
-    return f'{_HEAD}{_WORDS}<div class="wide">{table}</div>{more}</body></html>\n'
+    return f"{_HEAD}{_WORDS}{wide}{more}</body></html>\n"
 
 
 def _render_row(report: MarketReport, promised: Sequence[float]) -> str:

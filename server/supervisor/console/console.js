@@ -2,9 +2,15 @@
 
 import { drawFan, drawLines, formatNumber } from "./shapes.js";
 
-const READ_MS = 2000, LIST_MS = 15000, SLOTS = 150, PAGE = 1000, ROW_PX = 35.2, BUSY_ROWS = 12;
+const READ_MS = 4000, LOOK_MS = 5000, SLOTS = 75, PAGE = 1000, ROW_PX = 35.2, BUSY_ROWS = 12;
+// A listing costs the server time for each model: it is made every 15 s, of more than a thousand models every 15 ms for
+// each, and while nothing has happened to any of them every five minutes.
+const LIST_MS = 15000, EACH_MS = 15, STALE_MS = 300000;
+const TIERS = ["host", "disk", "store"];
 const at = (id) => document.getElementById(id);
 const readings = [];
+const built = new Map(); // of the rows in the document: index among the shown -> element
+const listed = { at: -Infinity, when: "" }; // when the models were listed, and what had happened by then
 let models = [], shown = [], sortBy = "model", downwards = false, open = null, rates = new Map();
 
 function make(tag, text, parent, name) {
@@ -84,6 +90,7 @@ function summarise(before, now) {
     "request time, ms": [milliseconds(quantile(times, 0.5)), milliseconds(quantile(times, 0.99))],
     "cache hits, %": [asked ? 100 * change(before, now, "cache_requests", (result) => result === "hit") / asked : null],
     "load time, ms": load ? [milliseconds(quantile(load, 0.5)), milliseconds(quantile(load, 0.99))] : [null, null],
+    "load time by tier, median, ms": TIERS.map((tier) => (now.load_seconds[tier] ? milliseconds(quantile(subtract(before.load_seconds[tier], now.load_seconds[tier]), 0.5)) : null)),
     "rows a batch": [mean(subtract(before.batch_rows, now.batch_rows))],
     "evictions a second": [change(before, now, "evictions") / seconds],
     "memory in use, %": [share("device"), share("disk")],
@@ -92,6 +99,7 @@ function summarise(before, now) {
 }
 
 const LEGENDS = {
+  "load time by tier, median, ms": TIERS,
   "requests a second": ["answered", "failed"], "request time, ms": ["p50", "p99"], "load time, ms": ["p50", "p99"],
   "memory in use, %": ["device", "disk"],
 };
@@ -139,7 +147,8 @@ async function readOverview() {
 
 const held = (row) => row.holders.filter((each) => each.bytes !== undefined);
 const sum = (row, key) => row.holders.reduce((found, each) => found + (each.usage?.[key] || 0), 0);
-const least = (row, key) => Math.min(...held(row).map((each) => each[key]));
+const sinceListed = () => Math.max(0, performance.now() - listed.at) / 1e3;
+const least = (row, key) => Math.min(...held(row).map((each) => each[key])) + sinceListed();
 const findReason = (row) => row.reason || row.holders.find((each) => each.error)?.error || "";
 
 function findState(row) {
@@ -162,6 +171,10 @@ const COLUMNS = {
   version: { of: (row) => (held(row)[0]?.version || "").slice(0, 13) },
   "requests/s": { of: (row) => rates.get(row.model) || 0, show: formatNumber, number: true },
   answers: { of: (row) => sum(row, "answers"), show: formatNumber, number: true },
+  errors: { of: (row) => sum(row, "failures"), show: formatNumber, number: true },
+  "loaded from": { of: (row) => [...new Set(held(row).map((each) => each.tier))].join(", ") },
+  "load, ms": { of: (row) => Math.max(-1, ...held(row).map((each) => each.load_ms)), show: (ms) => (ms < 0 ? "" : formatNumber(ms)), number: true },
+  "loaded ago": { of: (row) => least(row, "loaded_s_ago"), show: formatAge, number: true },
   "used ago": { of: (row) => least(row, "used_s_ago"), show: formatAge, number: true },
 };
 
@@ -196,14 +209,22 @@ function choose() {
   showRows();
 }
 
-// Only the rows in sight are elements, so that thousands scroll as a few do.
-function showRows() {
-  const grid = at("grid"), first = Math.max(0, Math.floor(grid.scrollTop / ROW_PX) - BUSY_ROWS);
+// Only the rows in sight are elements, so that thousands scroll as a few do. Scrolling keeps those that stay in sight.
+function showRows(anew = true) {
+  const grid = at("grid"), rows = at("rows"), first = Math.max(0, Math.floor(grid.scrollTop / ROW_PX) - BUSY_ROWS);
   const last = Math.min(shown.length, Math.ceil((grid.scrollTop + grid.clientHeight) / ROW_PX) + BUSY_ROWS);
   const focused = document.activeElement?.dataset?.model;
-  at("rows").style.height = `${shown.length * ROW_PX}px`;
-  at("rows").replaceChildren(...shown.slice(first, last).map((row, i) => makeRow(row, first + i)));
-  if (focused) [...at("rows").querySelectorAll("button")].find((each) => each.dataset.model === focused)?.focus({ preventScroll: true });
+  rows.style.height = `${shown.length * ROW_PX}px`;
+  for (const [index, line] of built) {
+    if (anew || index < first || index >= last) { line.remove(); built.delete(index); }
+  }
+  for (let index = last - 1; index >= first; index--) { // from below, so that each is put before the one that follows it
+    if (built.has(index)) continue;
+    const line = makeRow(shown[index], index);
+    rows.insertBefore(line, built.get(index + 1) ?? null);
+    built.set(index, line);
+  }
+  if (anew && focused) [...rows.querySelectorAll("button")].find((each) => each.dataset.model === focused)?.focus({ preventScroll: true });
 }
 
 function makeRow(row, index) {
@@ -239,7 +260,25 @@ function moveFocus(event) {
   [...at("rows").querySelectorAll("button")].find((each) => each.dataset.model === shown[next]?.model)?.focus({ preventScroll: true });
 }
 
+// What tells that a model was loaded, evicted, swapped or asked, in the numbers of a reading.
+function tellEvents(now) {
+  if (!now) return "";
+  const loads = Object.values(now.load_seconds).map((each) => each.counts.at(-1));
+  return JSON.stringify([now.requests, now.cache_requests, now.loaded_models, now.evictions, loads, now.load_failures,
+    now.loads_under_way, now.swaps, now.quarantined_models, now.processes.map((each) => [each.up, each.incarnation])]);
+}
+
+async function followModels() {
+  const age = performance.now() - listed.at;
+  if (age < Math.max(LIST_MS, EACH_MS * models.length)) return;
+  if (age < STALE_MS && listed.when === tellEvents(readings.at(-1))) {
+    rates.clear(); // nothing was asked since the models were listed
+    showRows();
+  } else await readModels();
+}
+
 async function readModels() {
+  const when = tellEvents(readings.at(-1));
   const found = [], before = new Map(models.map((row) => [row.model, sum(row, "answers")])), since = readModels.at;
   let after = "";
   while (after !== null) {
@@ -247,7 +286,8 @@ async function readModels() {
     found.push(...page.models);
     after = page.next_after;
   }
-  readModels.at = performance.now();
+  readModels.at = listed.at = performance.now();
+  listed.when = when;
   const seconds = since ? (readModels.at - since) / 1e3 : 0;
   rates = new Map(seconds ? found.map((row) => [row.model, Math.max(0, sum(row, "answers") - (before.get(row.model) ?? 0)) / seconds]) : []);
   models = found;
@@ -300,7 +340,7 @@ async function showModel(name) {
     return button;
   }));
   showTable("holders", row.holders.map((each) => ({ worker: each.worker, state: each.state, version: each.version, bytes: each.bytes,
-    "loaded ago": formatAge(each.loaded_s_ago), "used ago": formatAge(each.used_s_ago), answers: each.usage?.answers, failures: each.usage?.failures })));
+    "loaded from": each.tier, "load, ms": each.load_ms, "loaded ago": formatAge(each.loaded_s_ago), "used ago": formatAge(each.used_s_ago), answers: each.usage?.answers, failures: each.usage?.failures })));
   const kept = await ask(`/fleet/versions/${encodeName(name)}`).catch(() => ({ versions: [] }));
   if (open !== name) return;
   showTable("versions", kept.versions.map((each) => ({ version: each.version, bytes: each.bytes,
@@ -368,10 +408,10 @@ at("filters").addEventListener("submit", (event) => {
   if (at("new-model").value.trim()) openModel(at("new-model").value.trim());
 });
 for (const id of ["search", "state"]) at(id).addEventListener("input", choose);
-at("grid").addEventListener("scroll", () => requestAnimationFrame(showRows));
+at("grid").addEventListener("scroll", () => requestAnimationFrame(() => showRows(false)));
 at("grid").addEventListener("keydown", moveFocus);
 at("try").addEventListener("click", tryModel);
 at("model").addEventListener("close", () => { open = null; });
 showHeads();
 repeat(readOverview, READ_MS);
-repeat(readModels, LIST_MS);
+repeat(followModels, LOOK_MS);

@@ -33,7 +33,7 @@ function niceTop(value) {
   return unit * [1, 2, 5, 10].find((each) => each * unit >= value);
 }
 
-// series: one or two lists of numbers or null, equally spaced, the last one now.
+// series: one to three lists of numbers or null, equally spaced, the last one now.
 export function drawLines(series, slots) {
   const width = 300, height = 92, left = 34, top = 8, bottom = 16;
   const found = series.flat().filter((value) => value !== null && !Number.isNaN(value));
@@ -49,7 +49,7 @@ export function drawLines(series, slots) {
   draw("text", { x: width, y: height - 3, "text-anchor": "end" }, svg, "now");
   series.forEach((values, i) => {
     const points = values.map((value, at) => [x(at, values.length), value === null || Number.isNaN(value) ? null : y(value)]);
-    draw("path", { class: i ? "second" : "first", d: path(points) }, svg);
+    draw("path", { class: ["first", "second", "third"][i], d: path(points) }, svg);
   });
   return svg;
 }

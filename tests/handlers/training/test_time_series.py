@@ -99,7 +99,7 @@ def test_lines_are_those_of_an_editor(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_a_series_says_why(tmp_path: Path) -> None:
     """A missing column lists those there are; one row has no frequency; a gzip name needs gzip bytes."""
-    with pytest.raises(SeriesInvalid, match="0 columns 'SA1'; the columns are hour, NSW1, VIC1, load_NSW1"):
+    with pytest.raises(SeriesInvalid, match="there is no column 'SA1'; the columns are hour, NSW1, VIC1, load_NSW1"):
         read_csv(write(tmp_path, HEAD), "hour", ["SA1"])
     with pytest.raises(SeriesInvalid, match="1 rows of data"):
         read_csv(write(tmp_path, HEAD + LINES[0]), "hour", ["NSW1"])

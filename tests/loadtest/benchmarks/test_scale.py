@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from loadtest.benchmarks.growth_checks import judge_counts, judge_crowd
 from loadtest.benchmarks.scale import ScalePlan, app, load_crowd, measure_cost, run_traffic, serve_store, start_driver
-from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import Fleet, write_fleet
 from server.contract import EVICTIONS
+from server.shell.progress import follow_tasks
 
 SMALL = ScalePlan(
     models=150, resident=30, disk=60, many=100, workers=2, spans=4, span_s=0.8, rate=220.0, slab_rows=8, family="tcn-8"
@@ -24,11 +24,11 @@ def test_nothing_leaks(tmp_path: Path) -> None:
     three. A restart of a worker would show as another process.
     """
     store = tmp_path / "store"
-    with make_progress_bar() as bar:
-        write_fleet(Fleet(SMALL.models, 0, {SMALL.family: 1.0}), str(store), bar)
+    with follow_tasks() as tasks:
+        write_fleet(Fleet(SMALL.models, 0, {SMALL.family: 1.0}), str(store), tasks)
         with (
             serve_store(SMALL, store, tmp_path / "run", SMALL.resident, SMALL.workers) as (server, disk, temp),
-            start_driver(server, SMALL.models, bar, "traffic", 6) as drive,
+            start_driver(server, SMALL.models, tasks, "traffic", 6) as drive,
         ):
             spans = run_traffic(SMALL, server, disk, temp, drive)
             cost = measure_cost(server, SMALL.models, drive, requests=200)
@@ -51,11 +51,11 @@ def test_nothing_leaks(tmp_path: Path) -> None:
 def test_many_in_one_worker(tmp_path: Path) -> None:
     """As many as there is room for stay resident and are hits when asked again; a page lists a hundred of them."""
     store = tmp_path / "store"
-    with make_progress_bar() as bar:
-        write_fleet(Fleet(SMALL.many, 0, {SMALL.family: 1.0}), str(store), bar)
+    with follow_tasks() as tasks:
+        write_fleet(Fleet(SMALL.many, 0, {SMALL.family: 1.0}), str(store), tasks)
         with (
             serve_store(SMALL, store, tmp_path / "crowd", SMALL.many, 1) as (server, *_),
-            start_driver(server, SMALL.many, bar, "crowd", 1) as drive,
+            start_driver(server, SMALL.many, tasks, "crowd", 1) as drive,
         ):
             found = load_crowd(SMALL, server, drive)
     assert list(found.resident) == [20, 40, 60, 80, 100]

@@ -25,6 +25,7 @@ from loadtest.report.market_cycle import (
     render_cycle_page,
 )
 from tests.loadtest.browser import CHROMIUM, Browser, open_browser
+from tests.loadtest.contrast import find_faint_text
 
 ROOT = Path(__file__).parents[3]
 STORE = ".fleetcast/cycle/store"
@@ -155,13 +156,15 @@ def html(tmp_path: Path, reader: Browser) -> Path:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_draws_itself_at_every_width(html: Path, reader: Browser, scheme: str) -> None:
     """Nothing runs out of the side, every chart and the map are there, names stay text, the console stays empty."""
-    for width in (360, 1600):
+    for width in (360, 390, 1400):
         reader.open(html, width, scheme)
         assert reader.value("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), width
         assert (
             reader.value("[...document.querySelectorAll('.fans canvas')].map((c) => c.clientWidth > 200)") == [True] * 3
         )
         assert reader.value("document.getElementById('map').clientWidth") > 100
+        assert find_faint_text(reader) == []
+    assert "quantiles of 10 % to 90 %" in reader.value("document.querySelector('.key').textContent")
     assert reader.value("document.images.length") == 0
     assert reader.said == []
 

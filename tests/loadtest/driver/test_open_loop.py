@@ -213,7 +213,8 @@ def test_a_load_over_tls_shows_what_the_server_asks_for(tmp_path: Path) -> None:
         assert peer.shown == {"Bearer desk-secret"}
         assert "desk-secret" not in repr(to)
         asked = peer.asked
+        few = Profile(1, 200, arrivals=ArrivalProcess.CONSTANT).schedule(0.1)
         for unknown in (ServerAccess(tmp_path / "ca.pem"), ServerAccess(client_cert=tmp_path / "desk.pem")):
-            refused = send_schedule(schedule, make_target(url, [request], access=unknown), patience_s=PATIENCE_S)
+            refused = send_schedule(few, make_target(url, [request], access=unknown), patience_s=PATIENCE_S)
             assert (refused.status == LOST).all()
         assert peer.asked == asked

@@ -247,3 +247,14 @@ def test_a_trace_is_replayed_on_a_fleet_by_name() -> None:
     assert a_trace([]).recording().seconds == 0.0
     with pytest.raises(ValueError, match="1 models of the trace are not in the fleet; the first is a"):
         made.recording(["b"])
+
+
+def test_an_access_log_with_traces_is_a_trace(tmp_path: Path) -> None:
+    """A server's rows end with the id of a trace, or with none; a replay needs neither. Each header has its rows."""
+    path = tmp_path / "log.csv"
+    path.write_text(f"{HEADER.rstrip()},trace_id\n1,a,2,hit,\n2,a,2,miss,{'0af7651916cd43dd' * 2}\n")
+    assert read_trace(path).time.tolist() == [1.0, 2.0]
+    for wrong in ("1,a,2,hit\n", "1,a,2,hit,x\n", "1,a,2,hit,,\n"):
+        path.write_text(f"{HEADER.rstrip()},trace_id\n{wrong}")
+        with pytest.raises(TraceInvalid, match="line 2"):
+            read_trace(path)

@@ -7,15 +7,15 @@ import pytest
 import urllib3
 from typer.testing import CliRunner
 
+from loadtest.cli import app
 from loadtest.driver.dialects import find_fault
 from loadtest.driver.request_bodies import read_request_bodies
-from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts, make_progress_bar
+from loadtest.fleets.archive_writer import StoreOccupied, WriteCounts
 from loadtest.fleets.fleet import (
     SEEDS_APART,
     TOGETHER,
     Fleet,
     FleetMember,
-    app,
     list_fleet_names,
     make_fleet,
     make_trained_fleet,
@@ -27,6 +27,7 @@ from loadtest.observe.local_server import run_local_server
 from model_store.errors import StoreDenied
 from model_store.names import parse_model_name
 from model_store.stores.object_store import open_source
+from server.shell.progress import follow_tasks
 from tests.s3 import Fault, S3Server
 
 ALL = {"tcn": 3.0, "tcn-8": 1.0, "mlp-8": 1.0, "gru": 1.0, "seq2seq": 1.0, "onnx": 1.0, "trained": 1.0}
@@ -34,8 +35,8 @@ ALL = {"tcn": 3.0, "tcn-8": 1.0, "mlp-8": 1.0, "gru": 1.0, "seq2seq": 1.0, "onnx
 
 def write(fleet: Fleet, where: str, *, over: bool = False) -> WriteCounts:
     """Without a look at the progress."""
-    with make_progress_bar() as bar:
-        return write_fleet(fleet, where, bar, over=over)
+    with follow_tasks() as tasks:
+        return write_fleet(fleet, where, tasks, over=over)
 
 
 def bytes_in(folder: Path) -> dict[str, bytes]:
@@ -207,19 +208,19 @@ def test_the_command_tells_what_it_made(tmp_path: Path) -> None:
     """A table by kind, and the range of names; again, that all was there; otherwise why not, and 1."""
     flags = [str(tmp_path / "models"), "--models", "5"]
     mixed = [*flags, "--families", "tcn-8:1,onnx:1"]
-    first, again = (CliRunner().invoke(app, mixed) for _ in range(2))
+    first, again = (CliRunner().invoke(app, ["fleet", *mixed]) for _ in range(2))
     assert first.exit_code == again.exit_code == 0, first.output
     assert "tcn-8" in first.output
     assert "5 archives in" in first.output
     assert "from au/nsw1/energy.mar to au/nsw1/raisereg.mar\n" in first.output
     assert "raisereg.mar, 5 of them there before\n" in again.output
-    refused = CliRunner().invoke(app, [*flags, "--sizes", "70KB:1"])
+    refused = CliRunner().invoke(app, ["fleet", *flags, "--sizes", "70KB:1"])
     assert refused.exit_code == 1
     assert "no fleet: au/nsw1/" in refused.output
-    assert CliRunner().invoke(app, [*flags, "--sizes", "70KB:1", "--over"]).exit_code == 0
-    both = CliRunner().invoke(app, [*mixed, "--sizes", "70KB:1"])
+    assert CliRunner().invoke(app, ["fleet", *flags, "--sizes", "70KB:1", "--over"]).exit_code == 0
+    both = CliRunner().invoke(app, ["fleet", *mixed, "--sizes", "70KB:1"])
     assert (both.exit_code, both.output) == (1, "no fleet: give either --families or --sizes\n")
-    folder = CliRunner().invoke(app, [*flags, "--create-bucket"])
+    folder = CliRunner().invoke(app, ["fleet", *flags, "--create-bucket"])
     assert "--create-bucket is for s3:// URLs" in folder.output
 
 
@@ -227,6 +228,6 @@ def test_the_command_makes_a_bucket(s3: S3Server, bucket: str) -> None:
     """It is made, and that it is there already is no error."""
     where = f"s3://{bucket}-made/demo"
     for _ in range(2):
-        made = CliRunner().invoke(app, [where, "--models", "2", "--create-bucket"])
+        made = CliRunner().invoke(app, ["fleet", where, "--models", "2", "--create-bucket"])
         assert made.exit_code == 0, made.output
     assert len(list(open_source(where).list())) == 2

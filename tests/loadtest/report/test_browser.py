@@ -9,6 +9,7 @@ import pytest
 from loadtest.report import render_page
 from tests.loadtest import runs
 from tests.loadtest.browser import CHROMIUM, Browser, open_browser
+from tests.loadtest.contrast import find_faint_text
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH to open the report in")
 
@@ -91,6 +92,17 @@ def test_colours_follow_the_reader(reader: Browser, report: Path) -> None:
     reader.open(report, scheme="dark")
     assert reader.value(FIRST_HUE) == [dark, dark_pixels]
     assert reader.said == []
+
+
+@pytest.mark.parametrize("report", ["two"], indirect=True)
+def test_a_telephone_reads_it_light_and_dark(reader: Browser, report: Path) -> None:
+    """Every text stands out from its ground, and the tables of two runs do not scroll sideways."""
+    for scheme in ("light", "dark"):
+        reader.open(report, 390, scheme)
+        assert find_faint_text(reader) == []
+        assert reader.value("document.documentElement.scrollWidth <= 390")
+        tables = "[...document.querySelectorAll('.tables .scroll')]"
+        assert reader.value(f"{tables}.filter((each) => each.scrollWidth > each.clientWidth + 1).length") == 0
 
 
 @pytest.mark.parametrize("report", ["two"], indirect=True)

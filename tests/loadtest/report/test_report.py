@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from loadtest.report import NotAResult, load_record, render_page, write_report
-from loadtest.report.charts import build_charts, format_number
+from loadtest.report.charts import NOTHING, build_charts, format_number
 from loadtest.report.results_schema import Record, check_record
 from loadtest.report.tables import RunFact, build_tables, judge_run, list_headlines, list_remarks
 from tests.loadtest import runs
@@ -158,6 +158,18 @@ def test_two_runs_share_axes_and_rows() -> None:
     assert p50[4] == "B worse"
     differing = {row[0] for row in table_named("What ran", *pair) if row[3] == "differs"}
     assert {"profile", "profile seed", "seed", "asked"} == differing
+
+
+def test_a_run_that_is_not_valid_is_not_compared() -> None:
+    """Its numbers are shown beside the other's, but no ratio and no verdict, at the top or in a table."""
+    pair = [check_record(runs.record(seconds=5)), make_run(invalid=["the driver was too busy"])]
+    found = [record["results"] for record in pair]
+    assert {fact.cells()[2:] == [NOTHING, NOTHING] for fact in list_headlines(found)} == {True}
+    assert {tuple(row[3:]) for row in table_named("Latency", *pair)} == {(NOTHING, NOTHING)}
+    page = render_page(pair, ["a.json", "b.json"])
+    assert "Not compared: a run that is not valid says nothing about its server." in page
+    assert not re.search(r"B (better|worse)", page)
+    assert "Not compared" not in render_page([pair[0], pair[0]], ["a.json", "b.json"])
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,22 @@ def test_with_the_store_down_a_due_copy_is_served_stale(
     assert s3.probes[-1] == ("GET", f"/{bucket}/{PROBE}", 404)
 
 
+def test_a_probe_says_once_what_is_wrong_with_the_store(s3: S3Server, bucket: str, store: ModelStore) -> None:
+    """A bucket that is not there fails the health and is logged with its address; a store that answers is no news."""
+    absent = ModelStore(open_source(f"s3://{bucket}-absent/fleet"), None, Limits())
+    with capture_logs() as logs:
+        store.probe()
+        absent.probe()
+        absent.probe()
+    (said,) = logs
+    assert (said["event"], said["reason"]) == ("store_does_not_serve", "store_unavailable")
+    assert f"s3://{bucket}-absent/fleet" in said["error"]
+    assert (absent.health.failing_s() > 0, store.health.failing_s()) == (True, 0)
+    with s3.outage(bucket), capture_logs() as logs:
+        store.probe()
+    assert [each["event"] for each in logs] == ["store_does_not_serve"]
+
+
 def test_what_is_at_hand_waits_for_nobody(s3: S3Server, bucket: str, store: ModelStore, clock: Clock) -> None:
     """A fresh copy, and a due one if it may be stale, are read while a download holds the name's lock; no request."""
     assert store._disk is not None

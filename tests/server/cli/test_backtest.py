@@ -103,7 +103,7 @@ def test_an_archive_of_another_frequency_is_named(csv: Path, store: Path) -> Non
     ("flags", "said"),
     [
         (["--from", "yesterday"], "--from: expected a date such as 2024-01-01, not 'yesterday'"),
-        (["--target", "X9"], "0 columns 'X9'"),
+        (["--target", "X9"], "there is no column 'X9'"),
         (["--name-template", "no/{target}.mar"], "has no archive no/{target}.mar of any column"),
         (["--models", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
@@ -230,7 +230,7 @@ def test_the_archive_is_scored_beside_a_column(tmp_path: Path) -> None:
     assert against["p_value"] > 0.99, "random weights are worse than an operator who is 3 off"
     page = (tmp_path / "r.html").read_text()
     assert "Beside a column of the file" in page
-    assert f"<td>{against['mae']:.3f}</td>" in page
+    assert f'<td data-head="MAE">{against["mae"]:.3f}</td>' in page
     shown = run(*asked)
     assert "pre_M00" in shown.output
     wrong = run(*asked[:-1], "pre")

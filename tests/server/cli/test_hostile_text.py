@@ -18,7 +18,7 @@ import server
 from model_store.archives.archive import open_archive
 from model_store.archives.manifest import FLEETCAST_JSON
 from server.cli.main import app
-from server.logs import escape_text
+from server.shell.escaping import escape_text
 from tests.archives import make_forecaster, make_zip, repack
 from tests.e2e.models import pack_forecaster
 

@@ -1,4 +1,4 @@
-"""The command line: settings, making and verification of archives, the server as a process, and the README."""
+"""The command line: settings, making and verification of archives, and the server as a process."""
 
 import json
 import os
@@ -24,13 +24,12 @@ from loadtest.fleets.network_shape import make_request
 from model_store.archives.archive import open_archive, read_tensors
 from model_store.archives.manifest import GoldenSample
 from server.cli.main import app
-from server.cli.setting_flags import render_settings, settings_from
-from server.cli.settings_table import update_tables
+from server.cli.setting_flags import settings_from
 from tests.handlers.kinds.test_onnx import make_doubling
 from tests.patience import PATIENCE_S
 
 ROOT = Path(__file__).parents[3]
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/models-from-torch.md").read_text()
 PORTS = ["--inference-port", "0", "--management-port", "0", "--metrics-port", "0"]
 
 
@@ -41,12 +40,12 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture
 def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder without settings, with the files of the README's forecaster."""
+    """A working folder without settings, with the files of the forecaster of docs/models-from-torch.md."""
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith("FLEETCAST_") and name != "FLEETCAST_TEST_S3"]:
         monkeypatch.delenv(name)
-    (config,) = re.findall(r"--config '(\{.*\})'", README)
-    (forecast,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (config,) = re.findall(r"--config '(\{.*\})'", PAGE)
+    (forecast,) = re.findall(r"```json.*?\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "forecast.json").write_text(forecast)
     save_file(random_tensors(build_family("tcn", json.loads(config)), 3), tmp_path / "w.safetensors")
@@ -54,7 +53,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pack(out: str, *more: str) -> Result:
-    """The README's forecaster into `out`."""
+    """The page's forecaster into `out`."""
     files = ("--weights", "w.safetensors", "--config", "config.json", "--forecast", "forecast.json")
     return run("pack", out, "--architecture", "tcn", *files, *more)
 
@@ -115,12 +114,6 @@ def test_a_list_in_a_variable_is_json(desk: Path, monkeypatch: pytest.MonkeyPatc
     assert (result.exit_code, "is JSON" in result.stderr) == (2, True)
 
 
-def test_the_readme_lists_the_settings() -> None:
-    """The README's table is the settings' own; `make docs` writes it."""
-    assert update_tables(README) == README
-    assert run("settings-table").stdout.strip() == render_settings()
-
-
 def test_help_teaches() -> None:
     """Every command's help has an example to copy; serve's has every setting."""
     for command in ("serve", "pack", "inspect", "verify", "invoke"):
@@ -143,8 +136,8 @@ def test_help_imports_nothing_of_the_work() -> None:
 
 
 def test_the_readmes_forecaster(desk: Path) -> None:
-    """What the README says about an own model works as it stands: pack, inspect, verify."""
-    packed = pack("lu.mar", "--description", "the README's")
+    """What the page says about an own model works as it stands: pack, inspect, verify."""
+    packed = pack("lu.mar", "--description", "the page's")
     assert packed.exit_code == 0, packed.stderr
     shown = run("inspect", "lu.mar", "--json")
     found = json.loads(shown.stdout)
@@ -156,7 +149,7 @@ def test_the_readmes_forecaster(desk: Path) -> None:
     assert f"clock {zone}, forecasts start at any time covariates {names or 'none'} tails" in words
     verified = run("verify", "lu.mar")
     assert (verified.exit_code, verified.stdout[:9]) == (0, "ok   lu.m")
-    assert pack("again.mar", "--description", "the README's", "--name", "lu").exit_code == 0
+    assert pack("again.mar", "--description", "the page's", "--name", "lu").exit_code == 0
     assert (desk / "lu.mar").read_bytes() == (desk / "again.mar").read_bytes()
 
 
@@ -177,7 +170,7 @@ def test_what_would_not_load_is_not_written(desk: Path) -> None:
 
 
 def test_pack_makes_the_folder_of_its_path(desk: Path) -> None:
-    """A first archive in a store that does not exist yet, as the README writes it."""
+    """A first archive in a store that does not exist yet, as the page writes it."""
     result = pack("models/de/lu.mar")
     assert result.exit_code == 0, result.stderr
     assert (desk / "models/de/lu.mar").is_file()

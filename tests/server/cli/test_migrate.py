@@ -50,7 +50,7 @@ def test_flags_are_a_command_to_copy(config: Path) -> None:
     [
         (b"a=\\u00", "line 1: \\\\u00 is no character"),
         (b"#" * (MAX_BYTES + 1), "more than 1048576 bytes"),
-        (None, "No such file"),
+        (None, "does not exist"),
     ],
 )
 def test_what_is_no_configuration_is_one_line(tmp_path: Path, raw: bytes | None, said: str) -> None:

@@ -133,7 +133,7 @@ def test_retraining_keeps_the_column_and_can_add_one(csv: Path, store: Path, tmp
     ("flags", "said"),
     [
         (["--residual-to", "A"], "--residual-to A: A is a target, whose future no request can know"),
-        (["--residual-to", "pre"], "0 columns 'pre'"),
+        (["--residual-to", "pre"], "there is no column 'pre'"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(csv: Path, tmp_path: Path, flags: list[str], said: str) -> None:

@@ -215,7 +215,7 @@ def test_the_help_lists_every_architecture() -> None:
         (["--target", "NSW1", "--origin", "00:30"], "no step of 1h from 2024-03-01 00:00:00 on is at 00:30 every day"),
         (["--target", "NSW1", "--architecture", "deepar", "--members", "2"], "the mean of paths is no path"),
         (["--target", "NSW1", "--config", '{"members": 2}'], "which other options set"),
-        (["--target", "SA1"], "prices.csv.gz, line 1: 0 columns 'SA1'; the columns are hour, NSW1"),
+        (["--target", "SA1"], "prices.csv.gz, line 1: there is no column 'SA1'; the columns are hour, NSW1"),
         (["--target", "NSW1", "--target", "VIC1", "--name-template", "a.mar"], "put {target} into it"),
         (["--target", "NSW1", "--target", "NSW1"], "--target names a column twice"),
         (["--target", "NSW1", "--name-template", "../{target}.mar"], ".."),

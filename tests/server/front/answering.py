@@ -1,7 +1,7 @@
 """A worker client that answers as a test defines, and a caller of the app that behaves like uvicorn."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -9,8 +9,9 @@ from server.errors import Situation
 from server.front.app import App
 from server.front.backlog import Backlog
 from server.front.dataplane import DataPlane
+from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
-from server.ipc.frames import CacheResult, Response, Tier
+from server.ipc.frames import CacheResult, Response, Stage, Tier
 
 JSON = "application/json"
 
@@ -40,6 +41,8 @@ class Worker:
     waiting: list[WorkerCall] = field(default_factory=list)
     rest_of: dict[int, list[bytes]] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
+    stages: Sequence[Stage] = ()
+    lent: None = None
 
     def call(
         self,
@@ -52,8 +55,11 @@ class Worker:
         alone: bool = False,
         client: str = "",
         handler_call: bytes = b"",
+        question: Question | None = None,
     ) -> WorkerCall:
-        """A link's: the answer comes in a later pass of the loop."""
+        """A link's: the answer comes in a later pass of the loop, and what it says of a traced request is `stages`."""
+        if question is not None:
+            question.stages = self.stages
         request = Asked(model, content_type, accept, bytes(body), arrived, alone, client, handler_call)
         self.asked.append(request)
         call = WorkerCall(len(self.asked), asyncio.get_running_loop().create_future(), deadline)

@@ -6,10 +6,17 @@ import pytest
 from hypothesis import given, settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from server.front.backlog import FEW, Backlog, Bounds, Turns
+from server.front.backlog import FEW, Backlog, Bounds, NoAdmission, Turns
 
 WIDE = Bounds(100_000, 100_000)
 FAR = 1e6
+
+
+def check_admission(
+    backlog: Backlog, model: str, client: str, now: float, left_s: float, bounds: Bounds, *, is_work: bool
+) -> NoAdmission | None:
+    """What the backlog says of one more request, of which as many are ahead as it counts."""
+    return backlog.check(model, client, now, left_s, backlog.count_ahead(model, client), bounds, is_work=is_work)
 
 
 def fill(backlog: Backlog, model: str, count: int, *, is_work: bool = True) -> None:
@@ -22,7 +29,7 @@ def find_refusal(
     backlog: Backlog, model: str, left_s: float = FAR, bounds: Bounds = WIDE, *, is_work: bool = True
 ) -> str:
     """Why one more is not admitted; empty where it is."""
-    found = backlog.check(model, "", 0.0, left_s, bounds, is_work=is_work)
+    found = check_admission(backlog, model, "", 0.0, left_s, bounds, is_work=is_work)
     return "" if found is None else found.reason
 
 
@@ -70,7 +77,7 @@ def test_what_cannot_make_its_deadline_is_refused_with_the_time() -> None:
     assert not find_refusal(backlog, "hot", 0.5), "nothing is known yet"
     for _ in range(100):
         backlog.learn(100, -1.0, 0.0)
-    found = backlog.check("hot", "", 0.0, 0.5, WIDE, is_work=True)
+    found = check_admission(backlog, "hot", "", 0.0, 0.5, WIDE, is_work=True)
     assert found is not None
     assert "expected in 1010 ms, the deadline is in 500 ms: 100 requests are ahead" in found.reason
     assert found.retry_s == pytest.approx(1.01)
@@ -111,8 +118,8 @@ def test_silence_is_added_to_the_wait() -> None:
     backlog.learn(10, 0.0, 0.1)
     assert backlog.expected_s(11, 0.1) == pytest.approx(0.11)
     assert backlog.expected_s(11, 0.5) == pytest.approx(0.51)
-    assert backlog.check("a", "", 0.1, 0.4, WIDE, is_work=True) is None
-    assert backlog.check("a", "", 0.5, 0.4, WIDE, is_work=True) is not None
+    assert check_admission(backlog, "a", "", 0.1, 0.4, WIDE, is_work=True) is None
+    assert check_admission(backlog, "a", "", 0.5, 0.4, WIDE, is_work=True) is not None
     for _ in range(10):
         backlog.end("a", "", was_work=True)
     assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
@@ -135,7 +142,7 @@ def test_the_admitted_are_answered_in_time(each_s: float, deadline_s: float, mod
     warm_up = 400
     for ident in range(3 * warm_up, 3 * warm_up + 3000):
         model = f"m{ident % models}"
-        if backlog.check(model, "", now, deadline_s, Bounds(2000, 2000), is_work=True) is None:
+        if check_admission(backlog, model, "", now, deadline_s, Bounds(2000, 2000), is_work=True) is None:
             waiting.put(model, ident, (model, backlog.count_ahead(model), now))
             backlog.start(model, "", now, is_work=True)
         if ident % 3:
@@ -228,13 +235,13 @@ def test_a_client_leaves_room_for_others() -> None:
     """With one request for each of many models it gets half of the room; another one gets in, and waits little."""
     backlog, bounds = Backlog(), Bounds(100, 100)
     for i in range(200):
-        if backlog.check(f"m{i}", "greedy", 0.0, 60.0, bounds, is_work=True) is None:
+        if check_admission(backlog, f"m{i}", "greedy", 0.0, 60.0, bounds, is_work=True) is None:
             backlog.start(f"m{i}", "greedy", 0.0, is_work=True)
-    refused = backlog.check("new", "greedy", 0.0, 60.0, bounds, is_work=True)
+    refused = check_admission(backlog, "new", "greedy", 0.0, 60.0, bounds, is_work=True)
     assert refused is not None
     assert refused.reason.startswith(
         "51 requests of greedy are under way already; the rest of 100 is for other clients"
     )
-    assert backlog.check("m0", "quiet", 0.0, 60.0, bounds, is_work=True) is None
+    assert check_admission(backlog, "m0", "quiet", 0.0, 60.0, bounds, is_work=True) is None
     assert backlog.count_ahead("m0", "quiet") == 2
     assert backlog.count_ahead("m0", "greedy") == 51 + 1

@@ -21,6 +21,7 @@ from server.ipc.frames import (
     Partial,
     Request,
     Response,
+    Stages,
     Tier,
     WireError,
 )
@@ -35,10 +36,10 @@ class End(FrameConnection):
 
     def __init__(self) -> None:
         super().__init__()
-        self.frames: asyncio.Queue[Request | Data | Response | Cancel | Held | Partial] = asyncio.Queue()
+        self.frames: asyncio.Queue[Request | Data | Response | Cancel | Held | Partial | Stages] = asyncio.Queue()
         self.ended = asyncio.Event()
 
-    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial) -> None:
+    def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
         """Keep the frame."""
         if frame.id == 13:
             raise WireError("thirteen")

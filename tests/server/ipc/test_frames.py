@@ -22,7 +22,10 @@ from server.ipc.frames import (
     Held,
     Request,
     Response,
+    Stage,
+    Stages,
     Tier,
+    TracedRequest,
     WireError,
     append_frame,
 )
@@ -34,6 +37,10 @@ TEXTS = strategies.text(strategies.characters(exclude_categories=["Cs"]), max_si
 BODIES = strategies.binary(max_size=200)
 MORE = strategies.integers(0, 10**9)
 CODES = strategies.tuples(*map(strategies.sampled_from, (Situation, CacheResult, Tier)))
+
+
+def _is_short(text: str) -> bool:
+    return len(text) <= 32  # a name of a number
 
 
 def list_three(values: strategies.SearchStrategy[T]) -> strategies.SearchStrategy[list[T]]:
@@ -61,12 +68,25 @@ def make_response(
     return Response(ident, *codes, version, kind, queue, load, inference, len(body) + more, body)
 
 
+def make_traced(ident: int, texts: list[str], body: bytes) -> TracedRequest:
+    """A request that is traced."""
+    model, content_type, accept = texts
+    return TracedRequest(
+        ident, 0, model, content_type, accept, len(body), body, trace_id="0af7651916cd43dd8448eb211c80319c"
+    )
+
+
+STAGES = strategies.builds(
+    Stage, TEXTS, IDS, IDS, strategies.dictionaries(TEXTS.filter(_is_short), IDS, max_size=3), TEXTS
+)
 FRAMES: strategies.SearchStrategy[Frame] = strategies.one_of(
     strategies.builds(make_request, IDS, IDS, list_three(TEXTS), BODIES, MORE),
     strategies.builds(make_response, IDS, CODES, list_three(TEXTS), list_three(IDS), BODIES, MORE),
     strategies.builds(Data, IDS, BODIES),
     strategies.builds(Cancel, IDS),
     strategies.builds(Credit, IDS, IDS),
+    strategies.builds(make_traced, IDS, list_three(TEXTS), BODIES),
+    strategies.builds(Stages, IDS, strategies.lists(STAGES, max_size=4)),
 )
 REQUEST = Request(1, 2, "model", "type", "accept", 4, b"body")
 RESPONSE = Response(1, Situation.OK, CacheResult.HIT, Tier.NONE, "v", "type", 1, 2, 3, 4, b"body")
@@ -144,7 +164,7 @@ def test_wrong_bytes_in_a_payload_stay_in_their_frame(frame: Frame, flips: list[
     with contextlib.suppress(WireError):
         first, second = read(frame_payload(payload) + pack(behind))
         assert second == behind
-        assert isinstance(first, Cancel | Credit | Held) or len(first.body) <= len(payload)
+        assert isinstance(first, Cancel | Credit | Held | Stages) or len(first.body) <= len(payload)
 
 
 def change_field(frame: Frame, place: int, value: object) -> bytes:
@@ -169,7 +189,7 @@ def change_field(frame: Frame, place: int, value: object) -> bytes:
         (frame_payload(b"\x93\x04\x01" + b"\x91" * 70_000), "length"),  # nested so deep that skipping it would recurse
         (frame_payload(b"\x91" * 70_000), "int"),
         (frame_payload(pack(Cancel(1))[5:] + b"\x00"), "trailing"),
-        (change_field(Cancel(1), 0, 9), "Invalid value 9"),
+        (change_field(Cancel(1), 0, 12), "Invalid value 12"),
         (change_field(Cancel(1), 1, -1), ">= 0"),
         (change_field(Cancel(1), 1, 2**63), "<="),
         (change_field(Credit(1, 5), 2, -1), ">= 0"),

@@ -1,5 +1,6 @@
 """`fleetcast tune`: halving keeps the better half, chooses by nothing of the test, and goes on after an end."""
 
+import re
 from math import inf
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from handlers.training.time_series import read_csv
 from server.offline.tuning import choose_units, list_units, rank_candidates
 from server.offline.tuning_journal import Journal, OtherSearch, Trial
+from server.shell import progress
 from tests.server.markets import run, write_prices
 
 pytestmark = pytest.mark.slow
@@ -38,13 +40,20 @@ def read_trials(log: Path) -> int:
     return len(log.read_text().splitlines()) - 1
 
 
-def test_a_search_halves_and_prints_a_command_that_trains_the_winner(csv: Path, tmp_path: Path) -> None:
-    """Rounds have fewer candidates on more fits; the command is that of a candidate and works; the page is whole."""
+def test_a_search_halves_and_prints_a_command_that_trains_the_winner(
+    csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds have fewer candidates on more fits; the command is that of a candidate and works; the page is whole.
+
+    Meanwhile lines say how much of the time is used up, and what is fitted.
+    """
+    monkeypatch.setattr(progress, "LINE_S", 0.0)
     log, page = tmp_path / "tune.jsonl", tmp_path / "tune.html"
     code, said = tune(csv, log, "--html", str(page), target="M*", candidates=CANDIDATES)
     assert code == 0, said
     assert "round 1: 3 candidates on 3 of 9 fits" in said
     assert "round 2: 2 candidates on 9 of 9 fits" in said
+    assert re.search(r"^tuning, seconds: \d+ of 1800\b.*, --architecture", said, re.MULTILINE), said
     assert read_trials(log) == 3 * 3 + 2 * 6
     (command,) = (line for line in said.splitlines() if line.startswith("fleetcast train "))
     assert any(each in command for each in CANDIDATES)

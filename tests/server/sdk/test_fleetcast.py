@@ -19,7 +19,7 @@ from tests.e2e.models import pack_forecaster
 from tests.e2e.server import upload
 from tests.s3 import S3Server
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs/python-client.md").read_text()
 TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
 FORECAST = {
     "frequency": "1h",
@@ -134,11 +134,11 @@ def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archi
 
 
 @pytest.mark.e2e
-def test_the_readmes_example(
+def test_the_pages_example(
     s3: S3Server, store: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the README says of Python runs as it stands, against a server and a folder that have its models."""
-    (example,) = re.findall(r"```python\n(import asyncio\n(?:(?!```).)*import fleetcast\n.*?)```", README, re.DOTALL)
+    """docs/python-client.md runs as it stands, against a server and a folder that have its models."""
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     fleet = [pack_forecaster(f"au/{name}.mar", i, config=TCN, forecast=True) for i, name in enumerate(("nsw1", "vic1"))]
     upload(s3, store, fleet)
     (tmp_path / "models" / "au").mkdir(parents=True)

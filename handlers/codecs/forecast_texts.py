@@ -1,0 +1,88 @@
+"""Reads the instances of a call for many models, and writes their predictions, without an object for each number.
+
+Both have a careful way beside them, `handlers.codecs.deepar_schema` and `handlers.codecs.deepar`, with which they
+agree: what looks unusual here is left to it. No torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import numpy as np
+import simdjson
+
+from handlers.base import Float32
+from handlers.codecs.deepar_schema import Configuration, Instance
+from handlers.codecs.forecast_groups import ForecastNumbers, GroupEncode
+from handlers.codecs.tensors import BLOCK, write_json
+
+#: The keys of an instance that is read here; what has others is read carefully, and may be wrong.
+_PLAIN = frozenset(("start", "target", "item_id", "target_model"))
+_configuration = msgspec.json.Decoder(Configuration)
+
+
+def read_instance(raw: bytes | memoryview) -> Instance[Any] | None:
+    """Read an instance without covariates, its target as an array of float64; None where it is not as plain as that."""
+    text = bytes(raw)
+    try:
+        document: Any = simdjson.Parser().parse(text)
+        keys = list(document)
+        if not _PLAIN.issuperset(keys) or len(keys) != len(set(keys)) or text.count(b"[") != 1:
+            return None
+        start, item_id, target = document["start"], document.get("item_id"), document["target"]
+        if type(start) is not str or not (item_id is None or type(item_id) is str):
+            return None
+        numbers = np.frombuffer(target.as_buffer(of_type="d"), np.float64)
+    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError):
+        return None
+    return Instance(start, numbers, item_id=item_id)
+
+
+def read_configuration(text: bytes) -> Configuration | None:
+    """Read what all items of a call share; None where it is wrong, which each item's own reader says."""
+    try:
+        return _configuration.decode(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def write_predictions(encoders: Sequence[GroupEncode], numbers: Sequence[ForecastNumbers]) -> list[bytes]:
+    """Write the predictions of one group as JSON, an object each, to the bytes that `DeepAr` writes."""
+    names = encoders[0].group.names
+    means = quantiles = None
+    if numbers[0].mean is not None:
+        means = _write_rows(np.stack([each.mean for each in numbers if each.mean is not None]), b"],[")
+    if numbers[0].quantiles is not None:
+        arrays = np.stack([each.quantiles for each in numbers if each.quantiles is not None])
+        quantiles = _write_rows(arrays, b"]],[[")
+        template = b',"quantiles":{' + b",".join(_write_key(name) + b"[%b]" for name in names) + b"}"
+    found = list[bytes]()
+    for i, (encoder, each) in enumerate(zip(encoders, numbers, strict=True)):
+        item = b"" if encoder.item_id is None else b'"item_id":' + write_json(encoder.item_id) + b","
+        body = b"{" + item + _write_label(each.start, encoder.group.get_zone(encoder.at))
+        if means is not None:
+            body += b',"mean":[' + means[i] + b"]"
+        if quantiles is not None:
+            body += template % tuple(quantiles[i].split(b"],["))
+        found.append(body + b"}")
+    return found
+
+
+def _write_rows(array: Float32, border: bytes) -> list[bytes]:
+    """Write an array [n, ...] in blocks, and cut its text into those of its rows, without their outer brackets."""
+    depth, texts = array.ndim, list[bytes]()
+    rows = max(1, BLOCK * len(array) // array.size)
+    for at in range(0, len(array), rows):
+        texts += write_json(array[at : at + rows])[depth:-depth].split(border)
+    return texts
+
+
+@lru_cache(maxsize=256)
+def _write_label(start: str, zone: str) -> bytes:
+    label: Mapping[str, str] = {"start": start, "time_zone": zone}
+    return write_json(label)[1:-1]
+
+
+def _write_key(name: str) -> bytes:
+    return write_json(name).replace(b"%", b"%%") + b":"

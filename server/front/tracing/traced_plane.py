@@ -1,0 +1,55 @@
+"""The data plane of one sampled request: each question to a model is noted."""
+
+import time
+
+from msgspec.structs import replace
+
+from server.front.dataplane import (
+    InferencePlane,
+    InferRequest,
+    InferResponse,
+    InferStats,
+    PlaneInFront,
+    RefusedByWorker,
+)
+from server.front.tracing.request_trace import Question, RequestTrace
+
+
+class TracedPlane(PlaneInFront):
+    """See the module. Requests that are not sampled never see it."""
+
+    def __init__(self, plane: InferencePlane, trace: RequestTrace) -> None:
+        super().__init__(plane)
+        self._trace = trace
+
+    def __repr__(self) -> str:
+        """For example `<TracedPlane <RequestTrace ...> over <DataPlane ...>>`."""
+        return f"<TracedPlane {self._trace!r} over {self._plane!r}>"
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """The plane's answer. Raises what the plane raises."""
+        question = self._trace.ask(request.model)
+        if question is None:
+            return await self._plane.infer(request)
+        try:
+            response = await self._plane.infer(replace(request, question=question))
+        except BaseException as error:
+            question.note_error(error)
+            if isinstance(error, RefusedByWorker):
+                _note_stats(question, error.stats)
+            raise
+        finally:
+            question.ended = time.monotonic()
+        _note_stats(question, response.stats)
+        return response
+
+
+def trace_plane(plane: InferencePlane, trace: RequestTrace, read: float) -> InferencePlane:
+    """The plane of a sampled request, all of whose body was here at `read`."""
+    trace.read = read
+    return TracedPlane(plane, trace)
+
+
+def _note_stats(question: Question, stats: InferStats) -> None:
+    question.cache, question.tier, question.version = stats.cache, stats.tier, stats.version
+    question.times = (stats.queue_us, stats.inference_us)

@@ -1,0 +1,170 @@
+"""A call for many models in a worker: its items become jobs of their own, and their answers one response.
+
+Runs on the step thread. An item is admitted, leased, queued, counted and logged like any other request; only its bytes
+come and go with those of the others.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import msgspec
+
+from handlers.codecs.deepar_schema import Configuration
+from handlers.codecs.forecast_texts import read_configuration
+from server.errors import Detail, Refused, Situation
+from server.ipc.frames import CHUNK, Request
+from server.ipc.packed import is_packed
+from server.ipc.together import ItemAnswer, read_asked, write_answered
+from server.worker.scheduler import Job
+
+JSON = "application/json"
+TOO_LARGE = "the answers of this call have more than {} bytes together (max_forecasts_bytes); ask for less in one call"
+
+NO_ROOM = "bytes of answers wait in the worker already, as many as max_inflight_bytes allows"
+
+
+class Submits(Protocol):
+    """What a call needs of the step loop."""
+
+    def submit(self, request: Request, origin: Any) -> Job:
+        """Accept a request."""
+
+    def cancel(self, job: Job) -> None:
+        """Give up a job."""
+
+
+class TogetherCall:
+    """See the module. `end` gets the request's situation and the body of its response, once.
+
+    It is the origin of its jobs (`server.worker.replies.Origin`). INVARIANT: each item is answered or refused once, or
+    the whole call is cancelled.
+    """
+
+    def __init__(
+        self, request: Request, end: Callable[[Situation, bytes], None], has_room: Callable[[], bool] = lambda: True
+    ) -> None:
+        """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
+        self._request, self._end, self._has_room = request, end, has_room
+        self._head, self._instances = read_asked(request.body)
+        self._begun = 0  # items that have been made jobs
+        self._jobs: list[Job] = []
+        self._answers: list[ItemAnswer | None] = [None] * len(self._instances)
+        self._bodies: list[bytes] = [b""] * len(self._instances)
+        self._missing, self._checked = len(self._instances), 0
+        self.kept_bytes = 0  #: of its items' answers
+        self._ended = False
+        self.configuration: Configuration | None = read_configuration(self._head.configuration)
+
+    def __repr__(self) -> str:
+        """For example `<TogetherCall 7: 12 of 1000 items are not answered>`."""
+        return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._instances)} items are not answered>"
+
+    @property
+    def jobs(self) -> Iterator[Job]:
+        """The jobs of its items that are not done."""
+        return (job for job in self._jobs if not job.done)
+
+    def submit(self, steps: Submits, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Make a job of each item, until time is over. Returns whether some are left: then it is to be called again."""
+        while self._has_more():
+            place = self._begun
+            self._begun += 1
+            instance, self._instances[place] = self._instances[place], memoryview(b"")  # the job has it now
+            job = steps.submit(self._make_request(place, self._head.models[place], instance), self)
+            if self._ended:
+                steps.cancel(job)
+            elif not job.done:
+                job.together, job.instance = self, instance
+                self._jobs.append(job)
+            if is_over():
+                break
+        return self._has_more()
+
+    def _has_more(self) -> bool:
+        """Whether items are left that shall become jobs."""
+        return self._begun < len(self._instances) and not self._ended
+
+    def cancel(self, steps: Submits) -> None:
+        """Give up all items that are not answered; there is no response then."""
+        self._ended = True
+        self._drop_jobs(steps)
+
+    def _drop_jobs(self, steps: Submits) -> None:
+        for job in self.jobs:
+            steps.cancel(job)
+        self._jobs.clear()
+
+    @property
+    def wants_numbers(self) -> bool:
+        """Whether predictions are wanted as packed numbers."""
+        return self._head.numbers
+
+    def wrap_instance(self, instance: bytes | memoryview) -> bytes:
+        """The body of a request for one instance in JSON."""
+        return b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
+
+    def _make_request(self, place: int, model: str, instance: memoryview) -> Request:
+        """The request that the item would be alone; a row of a table gets its body when it is needed."""
+        body = b"" if is_packed(instance) else self.wrap_instance(instance)
+        whole = self._request
+        return Request(
+            place,
+            deadline_ns=whole.deadline_ns,
+            model=model,
+            content_type=JSON,
+            accept=JSON,
+            body_bytes=len(body),
+            body=body,
+            client=whole.client,
+            alone=whole.alone,
+            arrived_ns=whole.arrived_ns,
+        )
+
+    # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
+
+    def answer(
+        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+    ) -> None:
+        """Keep an item's answer until all are there."""
+        del head
+        self._take(job, Situation.OK, content_type, body, queue_s, inference_s)
+
+    def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
+        """No item asks for an answer in parts."""
+        del job, content_type, body, head
+        return False
+
+    def refuse(self, job: Job, refused: Refused) -> None:
+        """Keep why an item has no answer."""
+        detail = msgspec.json.encode(refused.detail)
+        self._take(job, refused.situation, JSON, detail, job.queued_s(time.monotonic()), 0.0)
+
+    def _take(
+        self, job: Job, situation: Situation, content_type: str, body: bytes, queue_s: float, inference_s: float
+    ) -> None:
+        if self._ended:
+            return
+        place = job.request.id
+        version = job.slot.version if job.slot is not None else ""
+        times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
+        self._answers[place] = ItemAnswer(
+            situation, job.cache, job.tier, version, content_type, *times, len(body), *job.marks
+        )
+        self._bodies[place] = body
+        self._missing -= 1
+        self.kept_bytes += len(body)
+        if self.kept_bytes > self._head.most_bytes:
+            self._fail(Situation.TOO_LARGE, TOO_LARGE.format(self._head.most_bytes))
+        elif self.kept_bytes - self._checked > CHUNK and not self._has_room():
+            self._fail(Situation.OVERLOADED, NO_ROOM)
+        elif not self._missing:
+            self._ended = True
+            answers = [each for each in self._answers if each is not None]
+            self._end(Situation.OK, write_answered(answers, self._bodies))
+        self._checked = self.kept_bytes - self.kept_bytes % CHUNK
+
+    def _fail(self, situation: Situation, message: str) -> None:
+        """Refuse the whole call."""
+        self._ended, self._bodies = True, []
+        self._end(situation, msgspec.json.encode(Detail(message)))

@@ -1,0 +1,254 @@
+"""Forecasts computed together have the bytes that each would have alone, over everything an archive may say."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from handlers.base import Float32
+from handlers.codecs.calibration import make_calibration
+from handlers.codecs.deepar import DeepAr
+from handlers.codecs.deepar_schema import Configuration
+from handlers.codecs.features import KEPT_STEPS, compute_calendar_feature, find_calendar_feature
+from handlers.codecs.forecast_groups import (
+    AskedForecast,
+    DecodedForecast,
+    ForecastNumbers,
+    GroupEncode,
+    decode_together,
+    encode_together,
+)
+from handlers.codecs.forecast_texts import read_configuration, read_instance, write_predictions
+from handlers.codecs.tensors import check_finite
+from handlers.errors import RequestError, RunFailed
+from model_store.archives.manifest import Feature, ForecastSpec, HistoryRules, InputChannel, Scaler, Tails
+
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
+CONTEXT, AHEAD, LAG = 48, 24, 24
+NEEDED = CONTEXT + LAG
+CALENDAR: tuple[Feature, ...] = ("hour_sin", "weekday_cos", "year_sin", "weekend", "monday")
+CONFIGURATIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"output_types": ["mean"]},
+    {"output_types": ["quantiles"], "quantiles": ["0.5", "0.1", "0.33"]},
+    {"quantiles": ["0.9"], "seed": 3},
+    {"quantiles": ["0.5", "0.5"]},
+    {"quantiles": ["0.99"]},
+    {"output_types": ["mean", "samples"], "num_samples": 2, "seed": 1},
+    {"output_types": ["marginal"]},
+)
+
+
+def make_codec(rng: random.Random) -> DeepAr:
+    """The contract of one archive of a market with a few kinds of them, each with numbers of its own."""
+    linear = Scaler(kind="linear", center=rng.uniform(40, 90), scale=rng.uniform(10, 40))
+    scaler = rng.choice((Scaler(), linear, Scaler(kind="asinh", center=linear.center, scale=linear.scale)))
+    channels = [InputChannel(source="target"), InputChannel(source="target", lag=LAG)]
+    channels += [InputChannel(source="calendar", feature=each, shift=AHEAD) for each in CALENDAR]
+    covariates, categories = rng.choice((((), ()), (("load", "wind"), ("region",))))
+    channels += [
+        InputChannel(source="dynamic_feat", index=i, shift=AHEAD, scaler=linear) for i in range(len(covariates))
+    ]
+    channels += [InputChannel(source="static", index=i, scaler=linear) for i in range(len(categories))]
+    tails: dict[str, Any] = rng.choice(
+        ({"tail": "clamp"}, {"tail": "exponential", "tails": Tails(low=0.2, high=0.4, band=(0.1, 0.9))})
+    )
+    profile = np.sin(np.arange(24) * np.pi / 12)
+    rules = HistoryRules(
+        flat_steps=6, stale_steps=6, low=-50, high=rng.choice((120.0, 400.0)), shift_gain=0.2,
+        profile=tuple(profile / np.linalg.norm(profile)),
+    )  # fmt: skip
+    history: dict[str, Any] = {"history": rules} if rng.random() < 0.5 else {}
+    forecast = ForecastSpec(
+        frequency="1h", context_length=CONTEXT, prediction_length=AHEAD, quantile_levels=LEVELS,
+        inputs=tuple(channels), dynamic_feat=covariates, cat=categories, scaler=scaler,
+        time_zone=rng.choice(("UTC", "Europe/Berlin")), floor=rng.choice((None, 0.0)), cap=rng.choice((None, 95.0)),
+        pad_context=rng.random() < 0.2, **tails, **history,
+    )  # fmt: skip
+    codec = DeepAr(forecast)
+    codec.keeps_levels = rng.random() < 0.5
+    calibration = make_calibration(forecast)
+    assert calibration is not None
+    if rng.random() < 0.4:
+        codec.adapt(np.array([[rng.uniform(-0.2, 0.2) for _ in LEVELS] for _ in range(24)], np.float32))
+    return codec
+
+
+def make_instance(codec: DeepAr, rng: random.Random) -> dict[str, Any]:
+    """A request that is mostly right: some have gaps, are doubtful, begin at an instant, or are wrong."""
+    steps = rng.choice((NEEDED, NEEDED, NEEDED, NEEDED + 24))
+    target: list[Any] = [round(60 + 20 * np.sin(i * np.pi / 12) + rng.gauss(0, 5), 2) for i in range(steps)]
+    forecast = codec.forecast
+    instance: dict[str, Any] = {"start": "2026-01-01 00:00:00", "target": target, "target_model": "m.mar"}
+    if forecast.dynamic_feat:
+        instance["dynamic_feat"] = [[rng.gauss(50, 9) for _ in range(steps + AHEAD)] for _ in forecast.dynamic_feat]
+    if forecast.cat:
+        instance["cat"] = [rng.randrange(9) for _ in forecast.cat]
+    if rng.random() < 0.3:
+        instance["item_id"] = rng.choice(("a", 'ü"%b', 7))
+    odd = rng.randrange(24)
+    changes: dict[int, dict[str, Any]] = {
+        0: {"start": "2026-01-01 00:30:00"}, 1: {"start": "2026-03-28 00:00:00+01:00"}, 2: {"start": "no"},
+        3: {"target": [*target[:-3], None, "NaN", None]}, 4: {"target": target[5:]}, 5: {"target": []},
+        6: {"target": [*target[:-8], *[target[0]] * 8]}, 7: {"target": target[:-24] + target[-48:-24]},
+        8: {"target": [1e300, *target[1:]]}, 9: {"cat": [1, 2, 3]}, 10: {"dynamic_feat": [[1.0]]},
+        11: {"target": [*target[:-1], 300.0]}, 12: {"misspelt": 1}, 13: {"target": [*target[:-1], True]},
+        14: {"target": [*target[:-1], [1.0]]}, 15: {"target": target[::-1]}, 16: {"target": [3 for _ in target]},
+    }  # fmt: skip
+    return {**instance, **changes.get(odd, {})}
+
+
+def answer_alone(codec: DeepAr, body: bytes, output: Float32) -> Any:
+    """The prediction's bytes, its rows and the levels that are kept, or the error."""
+    try:
+        rows, encode = codec.decode(body)
+        return encode(check_finite("predictions", output)), rows.tobytes(), list(encode.answered), encode.marks
+    except (RequestError, RunFailed) as error:
+        return str(error)
+
+
+def answer_together(
+    codecs: Sequence[DeepAr], bodies: Sequence[bytes], texts: Sequence[bytes], shared: Configuration, outputs: Float32
+) -> list[Any]:
+    """The same, of all at once."""
+    found: list[Any] = [None] * len(codecs)
+    asked, places = list[AskedForecast](), list[int]()
+    for i, (codec, body, text) in enumerate(zip(codecs, bodies, texts, strict=True)):
+        try:
+            instance = read_instance(text)
+            asked.append(AskedForecast(codec, instance or codec.read_body(body).instances[0]))
+            places.append(i)
+        except RequestError as error:
+            found[i] = str(error)
+    together = list[tuple[int, DecodedForecast]]()
+    for i, each in zip(places, decode_together(asked, shared), strict=True):
+        if isinstance(each, RequestError):
+            found[i] = str(each)
+        elif isinstance(each.encode, GroupEncode):
+            together.append((i, each))
+        else:
+            try:
+                text = each.encode(check_finite("predictions", outputs[i : i + 1]))
+                found[i] = text, each.rows.tobytes(), list(each.encode.answered), each.encode.marks
+            except RunFailed as error:
+                found[i] = str(error)
+    return _write_together(found, together, outputs)
+
+
+def _write_together(found: list[Any], together: Sequence[tuple[int, DecodedForecast]], outputs: Float32) -> list[Any]:
+    """Encode those that are computed as arrays, in two parts as if they had run in two batches."""
+    half = len(together) // 2
+    for part in (together[half:], together[:half]):
+        encoders = [each.encode for _, each in part if isinstance(each.encode, GroupEncode)]
+        numbers = encode_together(encoders, [outputs[i : i + 1] for i, _ in part])
+        for (i, each), encoder, number in zip(part, encoders, numbers, strict=True):
+            if isinstance(number, ForecastNumbers):
+                (text,) = write_predictions([encoder], [number])
+                marks = ("", "")
+                found[i] = b'{"predictions":[' + text + b"]}", each.rows.tobytes(), list(encoder.answered), marks
+            else:
+                found[i] = str(number)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_together_and_alone_are_equal(seed: int) -> None:
+    """Mixed archives and requests: bytes, rows, kept levels and every error, for every kind of configuration."""
+    rng = random.Random(seed)
+    kinds = [make_codec(rng) for _ in range(8)]
+    codecs = [rng.choice(kinds) for _ in range(120)]
+    instances = [make_instance(codec, rng) for codec in codecs]
+    outputs = np.random.default_rng(seed).normal(size=(len(codecs), AHEAD, len(LEVELS))).astype(np.float32)
+    outputs[5, 3, 2], outputs[11] = np.nan, 3e38
+    for configuration in CONFIGURATIONS:
+        text = json.dumps(configuration).encode()
+        shared = read_configuration(text)
+        assert shared is not None
+        texts = [json.dumps(each).encode() for each in instances]
+        bodies = [b'{"instances":[' + each + b'],"configuration":' + text + b"}" for each in texts]
+        found = answer_together(codecs, bodies, texts, shared, outputs)
+        for i, (codec, body) in enumerate(zip(codecs, bodies, strict=True)):
+            expected = answer_alone(codec, body, outputs[i : i + 1])
+            assert found[i] == expected, (i, configuration)
+
+
+def test_most_are_computed_as_arrays() -> None:
+    """What is regular is one group for each recipe: the comparison above would pass if nothing were."""
+    rng = random.Random(1)
+    codecs = [make_codec(rng) for _ in range(60)]
+    plain = [codec for codec in codecs if not codec.forecast.dynamic_feat and not codec.forecast.history]
+    target = np.array([60 + rng.gauss(0, 5) for _ in range(NEEDED)])
+    text = json.dumps({"start": "2026-01-01 00:00:00", "target": target.tolist()}).encode()
+    asked = []
+    for codec in plain:
+        instance = read_instance(text)
+        assert instance is not None
+        asked.append(AskedForecast(codec, instance))
+    found = decode_together(asked, Configuration())
+    encoders = [each.encode for each in found if isinstance(each, DecodedForecast)]
+    groups = {id(each.group) for each in encoders if isinstance(each, GroupEncode)}
+    recipes = {codec.recipe for codec in plain}
+    assert 2 <= len(groups) <= len(recipes) < len(plain)
+    assert sum(isinstance(each, GroupEncode) for each in encoders) > len(plain) - len(recipes)
+
+
+def test_many_predictions_are_written_in_one_pass() -> None:
+    """The text of all is cut at the right borders, also where it is written in several blocks."""
+    rng = random.Random(3)
+    codecs = [make_codec(rng) for _ in range(4)]
+    codec = next(each for each in codecs if not each.forecast.dynamic_feat)
+    target = [60 + rng.gauss(0, 5) for _ in range(NEEDED)]
+    texts = [json.dumps({"start": "2026-01-01 00:00:00", "target": target, "item_id": f"{i}"}) for i in range(700)]
+    instances = [read_instance(text.encode()) for text in texts]
+    found = decode_together([AskedForecast(codec, each) for each in instances if each is not None], Configuration())
+    encoders = [
+        each.encode for each in found if isinstance(each, DecodedForecast) and isinstance(each.encode, GroupEncode)
+    ]
+    outputs = np.random.default_rng(3).normal(size=(700, AHEAD, len(LEVELS))).astype(np.float32)
+    numbers = encode_together(encoders, [outputs[i : i + 1] for i in range(700)])
+    good = [each for each in numbers if isinstance(each, ForecastNumbers)]
+    written = write_predictions(encoders, good)
+    assert len(written) == 700
+    for i in (0, 1, 272, 273, 699):
+        _, encode = codec.decode(b'{"instances":[' + texts[i].encode() + b"]}")
+        assert encode(outputs[i : i + 1]) == b'{"predictions":[' + written[i] + b"]}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"[]", b"{", b'{"start":1,"target":[1]}', b'{"start":"x","target":[1],"start":"y"}', b'{"start":"x"}',
+     b'{"start":"x","target":[1,null]}', b'{"start":"x","target":[[1]]}', b'{"start":"x","target":{"a":1}}',
+     b'{"start":"x","target":"1"}', b'{"start":"x","target":[true]}',
+     b'{"start":"x","target":[1e999]}', b'{"start":"x","target":[1],"item_id":{}}', b'{"start":"\xff","target":[1]}'],
+)  # fmt: skip
+def test_odd_instances_are_read_carefully(text: bytes) -> None:
+    """The fast reader takes nothing that the careful one would refuse or read otherwise."""
+    assert read_instance(text) is None
+
+
+def test_calendar_features_are_kept_for_the_next_request() -> None:
+    """A kept feature is the computed one, cannot be changed, and a long one is not kept."""
+    for length in (48, KEPT_STEPS + 1):
+        found = find_calendar_feature(1_767_225_600, 3600, length, "hour_sin")
+        again = find_calendar_feature(1_767_225_600, 3600, length, "hour_sin")
+        assert np.array_equal(found, compute_calendar_feature(1_767_225_600 + 3600 * np.arange(length), "hour_sin"))
+        assert (found is again) == (length == 48)
+        assert found.flags.writeable == (length != 48)
+
+
+def test_levels_of_a_start_with_an_offset_are_kept() -> None:
+    """An archive whose bands adapt answers a request that begins at an instant, and keeps it by its wall clock."""
+    codec = next(each for each in map(make_codec, map(random.Random, range(50))) if _takes_instants(each))
+    codec.keeps_levels = True
+    body = {"instances": [{"start": "2026-02-01 00:00:00Z", "target": [60.0 + i for i in range(NEEDED)]}]}
+    rows, encode = codec.decode(json.dumps(body).encode())
+    encode(np.zeros((len(rows), AHEAD, len(LEVELS)), np.float32))
+    assert [each.start for each in encode.answered] == [(31 + 3) * 86_400 + 1_767_225_600 + 3600]
+
+
+def _takes_instants(codec: DeepAr) -> bool:
+    forecast = codec.forecast
+    return forecast.time_zone == "Europe/Berlin" and not forecast.dynamic_feat and not forecast.pad_context
