@@ -24,6 +24,7 @@ from server.settings import Settings
 from server.store_access import open_settings_store
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost, PreparedCode
+from server.worker.survivors.surviving_rows import DescribeRow, RowRecord, describe_no_row
 
 Body: TypeAlias = RowModel | SingleModel | ChildProcess  #: how a loaded model runs
 
@@ -45,6 +46,7 @@ class LoadedModel:
     golden: GoldenSample | None
     validated_at: float = 0.0
     stale: bool = False
+    record: RowRecord | None = None  #: of a row: what is kept of it should this worker die
 
     def prove(self, run_row: RunRow) -> None:
         """Run the golden sample of a row, if there is one: the loader has run that of a model without a row.
@@ -118,7 +120,7 @@ class ModelBuilder(Protocol):
 class ModelLoader:
     """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family.
 
-    `code` runs code archives; None: none is run.
+    `code` runs code archives; None: none is run. `describe_row` makes the record of a row, see `LoadedModel`.
     """
 
     def __init__(
@@ -128,8 +130,10 @@ class ModelLoader:
         measure: Callable[[Family], object] = lambda _: None,
         *,
         code: CodeHost | None = None,
+        describe_row: DescribeRow = describe_no_row,
     ) -> None:
         self._store, self._target, self._measure, self._code = store, target, measure, code
+        self._describe_row = describe_row
 
     def __repr__(self) -> str:
         """For example `<ModelLoader of ModelStore(...)>`."""
@@ -205,8 +209,11 @@ class ModelLoader:
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
         if golden is not None and built.row is None:
             built.body.prove(model, golden, None)
+        record = None
         if isinstance(built.body, RowModel):
             self._measure(built.body.family)
+            assert built.row is not None, "a row model is built with its row"
+            record = self._describe_row(found.archive, built.body, built.row)
         return LoadedModel(
             model,
             found.version,
@@ -217,6 +224,7 @@ class ModelLoader:
             golden,
             found.validated_at,
             found.stale,
+            record,
         )
 
     def forget(self, model: ModelName) -> None:

@@ -10,7 +10,7 @@ INVARIANT: loads and residents change only on this thread, so no row changes whi
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -46,9 +46,11 @@ from server.worker.sandbox.code_host import CodeHost
 from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.store_probe import StoreProbe
+from server.worker.survivors.surviving_rows import SurvivingRows
 
 SWEEP_S = 0.05
 LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
+PROVE_S = 0.005  #: of a sweep, for rows that an earlier worker has left
 BEAT_S = 0.2  #: between two beats of the step loop's pulse
 _TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
 
@@ -151,6 +153,8 @@ class StepLoop:
             self._replies.refuse(job, Refused(situation_of(quarantined), str(quarantined)))
             return job
         slot = self._cache.lease(model, now)
+        if slot is not None and slot in self._residents.unproven and not self._residents.prove_leased(slot):
+            slot = None
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
             self._metrics.hits.inc()
@@ -159,6 +163,10 @@ class StepLoop:
         else:
             self._await_model(job, now)
         return job
+
+    def adopt(self, survivors: SurvivingRows, distrusted: Collection[str], *, trusts: bool) -> None:
+        """Take the rows of an earlier worker for residents; see `ResidentModels.adopt`."""
+        self._residents.adopt(survivors, distrusted, trusts=trusts)
 
     def cancel(self, job: Job) -> None:
         """Cancel a job whose client has left. It is skipped in its batch, where its lease ends."""
@@ -326,6 +334,7 @@ class StepLoop:
             self._long.tell_late(self._replies, self._now())
             self._code.advance_time(self._now())
             self._learn()
+            self._residents.prove_idle(self._now() + PROVE_S)
             if self._loads.built:
                 self.wake()
             self._loads.advance_time(self._now())
