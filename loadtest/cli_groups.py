@@ -24,6 +24,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "core": CommandModule("benchmarks.core", "throughput, cold start and memory beside a plain server; needs wrk"),
     "accuracy": CommandModule("benchmarks.accuracy", "accuracy in five day-ahead markets beside published results"),
     "code": CommandModule("benchmarks.code", "archives with code beside Multi Model Server; needs wrk and Java"),
+    "cold-thousand": CommandModule("benchmarks.cold_thousand", "a thousand cold models at once from a slow store"),
     "cores": CommandModule("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
     "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"

@@ -161,8 +161,15 @@ class Settings(BaseSettings):
         contract.LOADER_THREADS,
         ge=1,
         le=64,
-        description="models that one worker builds and verifies concurrently; it fetches as many at the same time, "
-        "and up to twice as many more while the store is slow",
+        description="models that one worker builds and verifies concurrently; it fetches as many at the same time "
+        "while archives are large, and up to twice as many more while the store is slow",
+    )
+    store_requests: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="requests that one worker has at the store at a time while it answers within a second and archives "
+        "are small (64 MiB together); 0: eight for each of `loader_threads`",
     )
 
     disk_cache: Path = Field(

@@ -54,6 +54,8 @@ from server.worker.store_probe import StoreProbe
 from server.worker.survivors.surviving_rows import SurvivingRows, describe_no_row, describe_row
 from server.worker.version_keeper import VersionKeeper
 
+ASKS_PER_THREAD = 8  #: requests to the store for each loader thread, which a request keeps busy for a millisecond
+
 log = structlog.get_logger()
 
 
@@ -98,6 +100,7 @@ def build_steps(
         long=LongJobs(asyncio.get_running_loop(), pulse),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
+        store_requests=settings.store_requests or ASKS_PER_THREAD * settings.loader_threads,
         patience_s=settings.request_timeout_s,
         foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,

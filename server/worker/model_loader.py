@@ -81,9 +81,13 @@ class AskStore:
 
 @dataclass(frozen=True, slots=True)
 class BuildFetched:
-    """The load's next step builds what the store gave. `stale`: the store did not answer, so it is the copy on disk."""
+    """The load's next step builds what the store gave. `stale`: the store did not answer, so it is the copy on disk.
+
+    `size`: bytes of the archive, which is in memory until it is built.
+    """
 
     stale: bool
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +155,7 @@ class ModelLoader:
         if found is None:
             yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
             found = self._store.fetch(model, revalidate)
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         for repairs_left in reversed(range(REPAIRS + 1)):
             try:
                 built = self._build_fetched(model, found)
@@ -167,7 +171,7 @@ class ModelLoader:
             if fresh is None:
                 break
             found = fresh
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         self._store.forget(model)
         raise problem
 
@@ -177,7 +181,7 @@ class ModelLoader:
         if found is None:
             yield AskStore(has_copy=False)
             found = self._store.fetch_version(name, version)
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         built = self._build_fetched(model, found)
         del found
         return built if isinstance(built, LoadedModel) else (yield from self._start_code(model, built))

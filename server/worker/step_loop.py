@@ -64,7 +64,7 @@ class StepLoop:
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
     known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
     loaded. `code` runs code archives, None where none may run. `bands` adapts bands to observed prices, None where that
-    is off.
+    is off. `store_requests`: most requests to the store at a time, where it is quick and archives are small.
     """
 
     def __init__(
@@ -88,12 +88,13 @@ class StepLoop:
         note_served: Callable[[LoadedModel], None] = lambda _: None,
         code: CodeHost | None = None,
         bands: AdaptiveBands | None = None,
+        store_requests: int = 0,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._residents.bands = bands
         self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
-            probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
+            probe=probe, threads=loader_threads, patience_s=patience_s, now=now, asks=store_requests,
         )  # fmt: skip
         self._note_served = note_served
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
