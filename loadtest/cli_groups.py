@@ -29,6 +29,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"
     ),
+    "death": CommandModule("benchmarks.death", "a worker is killed with 2,500 residents under load"),
     "first-gpu": CommandModule("benchmarks.first_gpu", "the first ten minutes on a real GPU; `make gpu` runs it"),
     "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
     "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),
