@@ -151,7 +151,7 @@ def summarise_span(
 ) -> dict[str, float | int]:
     """The latencies in ms of what was due in this span around any death."""
     found = [each.seconds * 1e3 for each in outcomes for at in killed if start <= each.due - at < end]
-    p50, p99, most = np.percentile(found, [50, 99, 100]) if found else (0.0, 0.0, 0.0)
+    p50, p99, most = map(float, np.percentile(found or [0.0], [50, 99, 100]))
     return {"requests": len(found), "p50_ms": round(p50, 1), "p99_ms": round(p99, 1), "max_ms": round(most, 1)}
 
 
