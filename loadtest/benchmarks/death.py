@@ -81,9 +81,10 @@ async def measure_deaths(
     assert address.hostname is not None
     assert address.port is not None
     connections = [Connection(address.hostname, address.port) for _ in range(CONNECTIONS)]
-    for each in connections:
-        await each.open()
+    await connections[0].open()
     answers = {name: (await connections[0].ask(name, body)).partition(b"\r\n\r\n")[2] for name in names}
+    for each in connections[1:]:  # only now: the server ends connections that are idle for long
+        await each.open()
     loads = await asyncio.to_thread(count_loads, server)
     outcomes, killed = list[Outcome](), list[float]()
     stop = asyncio.Event()
