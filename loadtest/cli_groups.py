@@ -27,10 +27,12 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "console": CommandModule(
         "benchmarks.console", "what a viewer of the console costs with 5,000 models; needs Chromium"
     ),
+    "cold-thousand": CommandModule("benchmarks.cold_thousand", "a thousand cold models at once from a slow store"),
     "cores": CommandModule("benchmarks.cores", "throughput by number of workers and fronts; CPU time per request"),
     "eviction-policies": CommandModule(
         "benchmarks.eviction_policies", "hit ratios of the eviction policies at equal size"
     ),
+    "death": CommandModule("benchmarks.death", "a worker is killed with 2,500 residents under load"),
     "first-gpu": CommandModule("benchmarks.first_gpu", "the first ten minutes on a real GPU; `make gpu` runs it"),
     "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
     "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),

@@ -114,6 +114,16 @@ class Settings(BaseSettings):
         description="memory for resident models on this host, all workers together; 0: 40 % of the host's memory, or "
         "on GPUs an equal share of theirs less 512 MiB for CUDA and `gpu_reserve_bytes`",
     )
+    keep_rows: Literal["on", "off"] = Field(
+        "on",
+        description="on: rows of resident models on the CPU lie in memory that outlives their worker, so that the next "
+        "one takes them back without loading; off: they end with it",
+    )
+    spare_worker: Literal["on", "off"] = Field(
+        "on",
+        description="on: one process is started ahead of the death of a worker on the CPU, so that another takes its "
+        "place at once; it takes about the memory of a worker without models",
+    )
     gpu_reserve_bytes: ByteSize = Field(
         _to_byte_size(contract.GPU_RESERVE_BYTES),
         description="memory of a GPU that each of its workers leaves to forward passes, ONNX models and other programs",
@@ -151,8 +161,15 @@ class Settings(BaseSettings):
         contract.LOADER_THREADS,
         ge=1,
         le=64,
-        description="models that one worker builds and verifies concurrently; it fetches as many at the same time, "
-        "and up to twice as many more while the store is slow",
+        description="models that one worker builds and verifies concurrently; it fetches as many at the same time "
+        "while archives are large, and up to twice as many more while the store is slow",
+    )
+    store_requests: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="requests that one worker has at the store at a time while it answers within a second and archives "
+        "are small (64 MiB together); 0: eight for each of `loader_threads`",
     )
 
     disk_cache: Path = Field(

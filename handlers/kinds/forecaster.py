@@ -34,10 +34,13 @@ class ForecasterKind:
         tensors = read_tensors(archive)
         check_tensors(tensors, network.parameters, archive.name)
         row = network.row(tensors)
-        budget = RequestBudget(row_work(network), target.limits)
-        facts = describe_mixture(network, tensors)
-        codec = FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive), facts)
-        return BuiltModel(RowModel(network, codec), row, network.key)
+        return BuiltModel(_make_model(archive, network, describe_mixture(network, tensors), target), row, network.key)
+
+    def restore(self, archive: Archive, row: Float32, facts: Mapping[str, Any], target: Target) -> RowModel:
+        """See `handlers.kinds.kept_rows.RowKind`."""
+        del row
+        assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
+        return _make_model(archive, get_family(archive.spec), facts, target)
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """The one input of its family. Raises ArchiveInvalid."""
@@ -67,6 +70,12 @@ class ForecasterKind:
             fingerprint=parts.fingerprint,
         )
         return spec, {WEIGHTS_FILE: parts.save_tensors()}
+
+
+def _make_model(archive: Archive, network: Family, facts: Mapping[str, Any], target: Target) -> RowModel:
+    assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
+    budget = RequestBudget(row_work(network), target.limits)
+    return RowModel(network, FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive), facts))
 
 
 def read_row(archive: Archive, network: Family) -> Float32:

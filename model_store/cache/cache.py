@@ -207,6 +207,16 @@ class Cache:
             self._policy.enter(model, slot.family, now, asked=old is None and not load.speculative)
         return old if old is not None and old.leases == 0 else None
 
+    def adopt(self, model: ModelName, version: str, family: str, charge: int, offset: int, now: float) -> Slot | None:
+        """Serve a row that lies at this offset already; None where its place is no empty row, or its model is known."""
+        if model in self._slots or model in self._loads or not self._room.take_at(family, charge, offset):
+            return None
+        slot = self._slots[model] = Slot(model, version, family, charge, offset, State.READY, now, now)
+        self._room.put(slot)
+        if model not in self._pins:
+            self._policy.enter(model, family, now, asked=False)
+        return slot
+
     def abandon(self, slot: Slot) -> None:
         """Free a slot whose numbers could not be copied. The caller still ends the load by `failed`."""
         self._room.free(self._loading.pop(slot.model))

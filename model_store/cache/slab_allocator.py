@@ -104,6 +104,25 @@ class Room:
         self._single_bytes += charge
         return NO_ROW
 
+    def take_at(self, family: str, row_bytes: int, offset: int) -> bool:
+        """Take the empty row at this very offset; False, and nothing is changed, where there is none.
+
+        INVARIANT: as for `take`.
+        """
+        slab, at = divmod(offset, self.slab_bytes)
+        known = self.banks.get(family)
+        fits = 0 < row_bytes <= self.slab_bytes and at % row_bytes == 0 and at + row_bytes <= self.slab_bytes
+        if not fits or not 0 <= slab < self.slabs or (known is not None and known.row_bytes != row_bytes):
+            return False
+        bank = known or self.bank(family, row_bytes)
+        if slab in bank.slabs:
+            return at // row_bytes in bank.slabs[slab].holes
+        if slab not in self._free_slabs or self.free_bytes < self.slab_bytes:
+            return False
+        self._free_slabs.remove(slab)
+        self._open_slab(bank, slab)
+        return True
+
     def put(self, slot: Slot) -> None:
         """Fill the row at the slot's offset."""
         self._bank_of(slot).put(*self._row_of(slot), slot)
@@ -134,13 +153,16 @@ class Room:
             slab = max(bank.open, key=lambda index: len(bank.slabs[index]))
         elif self.free_bytes >= self.slab_bytes:
             slab = self._free_slabs.pop()
-            bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
-            bank.open.add(slab)
-            self.banks[bank.family] = bank
+            self._open_slab(bank, slab)
         else:
             return None
         row = next(iter(bank.slabs[slab].holes))
         return slab * self.slab_bytes + row * bank.row_bytes
+
+    def _open_slab(self, bank: Bank, slab: int) -> None:
+        bank.slabs[slab] = Slab({}, set(range(bank.rows_per_slab)))
+        bank.open.add(slab)
+        self.banks[bank.family] = bank
 
     def _vacate(self, slot: Slot) -> None:
         bank = self._bank_of(slot)

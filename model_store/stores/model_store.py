@@ -40,6 +40,11 @@ class FetchedArchive:
     stale: bool
     validated_at: float
 
+    @property
+    def size(self) -> int:
+        """Bytes that it holds in memory."""
+        return len(self.archive.container.data)
+
 
 class ModelStore:
     """One source behind an optional disk tier. Thread-safe. The caller makes sure that a process loads a model once.

@@ -235,18 +235,23 @@ class ChildChannel:
         return f"<ChildChannel {'joining' if self._handler is None else 'ready'}>"
 
     async def join(
-        self, control_fd: int, request: Operation[Reply], *, orphaned: signal.Signals = signal.SIGCONT
+        self,
+        control_fd: int,
+        request: Operation[Reply],
+        *,
+        orphaned: signal.Signals = signal.SIGCONT,
+        patience_s: float = JOIN_S,
     ) -> Reply | None:
         """The supervisor's assignment; None when it has told us to stop before we began.
 
-        `orphaned`: what the kernel sends should the supervisor die.
+        `orphaned`: what the kernel sends should the supervisor die. `patience_s`: how long the supervisor may take.
         """
         send_on_parent_death(orphaned)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is the supervisor's to act on, and drops no request here
         self.channel = await ControlChannel.open(socket.socket(fileno=control_fd), self._accepted, self._handle)
         self.released = asyncio.create_task(self.channel.run())
         try:
-            return await self.channel.ask(request, timeout_s=JOIN_S)
+            return await self.channel.ask(request, timeout_s=patience_s)
         except ChannelClosed:
             return None
 

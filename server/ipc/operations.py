@@ -43,6 +43,9 @@ class WorkerAssignment(Struct, frozen=True):
     torch_device: str
     socket: str  #: path where the worker listens for the fronts
     pulse: str  #: path of the link to its `server.ipc.pulse`
+    rows: int = -1  #: descriptor of its `server.ipc.row_memory`, which it has inherited; -1: its rows end with it
+    distrusted: list[str] = []  #: models of an earlier worker that it may have died of
+    trusts_rows: bool = True  #: whether rows of an earlier worker may be taken back
 
 
 class JoinAsFront(Operation[FrontAssignment]):

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +25,7 @@ from server.host import WorkerPlan
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
 from server.ipc.operations import AskedByFront, AskedByWorker, Drain, Operation, Ping, Reply
 from server.ipc.pulse import PulseReader
+from server.supervisor.spare_worker import SpareWorker, StartedProcess
 
 BACK_OFF_S = (0.1, 10.0)
 STABLE_S = 30.0
@@ -52,6 +53,8 @@ class Child:
     failures: int = 0
     condemned: bool = False  #: killed by us, because it was silent
     proven: bool = False  #: has been ready at least once
+    rows: int | None = None  #: a worker's descriptor of `server.ipc.row_memory`, for all its incarnations
+    own_deaths: int = 0  #: of a worker, without one from outside or STABLE_S of peace in between
     process: asyncio.subprocess.Process | None = None
     channel: ControlChannel | None = None
     pulse: PulseReader | None = None  #: a worker's that has been ready
@@ -100,13 +103,19 @@ class Parent(Protocol):
 
 
 class Children:
-    """Keeps the children running. `fatal` resolves with the reason when they cannot run with these settings."""
+    """Keeps the children running. `fatal` resolves with the reason when they cannot run with these settings.
 
-    def __init__(self, children: Sequence[Child], parent: Parent, silence_s: float) -> None:
+    `spare_for`: a worker for whose likes a spare is started ahead; None: there is no spare.
+    """
+
+    def __init__(
+        self, children: Sequence[Child], parent: Parent, silence_s: float, *, spare_for: Child | None = None
+    ) -> None:
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._children, self._parent, self._silence_s = children, parent, silence_s
         self._stopping = False
         self._listen: Sequence[socket.socket] = ()
+        self.spare = None if spare_for is None else SpareWorker(spare_for, self._start, self._are_workers_up)
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
@@ -118,6 +127,8 @@ class Children:
         self._listen = listen
         self._tasks = [asyncio.create_task(self._keep(child)) for child in self._children]
         self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._watch())]
+        if self.spare is not None:
+            self._tasks.append(asyncio.create_task(self.spare.keep()))
 
     def stop_restarting(self) -> None:
         """From now on a child that ends is not started again."""
@@ -128,6 +139,8 @@ class Children:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.spare is not None:
+            await self.spare.end()
 
     async def end(self, children: Sequence[Child], patience_s: float) -> None:
         """Drain fronts, let workers go; kill the ones that have not ended in time."""
@@ -151,6 +164,8 @@ class Children:
         self._stopping = True
         for child in self._children:
             _kill_process(child)
+        if self.spare is not None:
+            self.spare.kill()
 
     def set_fatal(self, reason: str) -> None:
         """The server cannot run: the first reason counts."""
@@ -164,7 +179,9 @@ class Children:
             await self._run_once(child)
             if self._stopping or self.fatal.done():
                 return
-            child.failures = 0 if time.monotonic() - started > STABLE_S else child.failures + 1
+            was_stable = time.monotonic() - started > STABLE_S
+            child.failures = 0 if was_stable else child.failures + 1
+            child.own_deaths = min(child.own_deaths, 1) if was_stable else child.own_deaths
             first, longest = BACK_OFF_S
             pause = min(longest, first * 2 ** min(child.failures - 1, 10)) if child.failures > 1 else 0.0
             log.warning("restarting", child=child.name, in_s=round(pause, 2))
@@ -175,12 +192,10 @@ class Children:
         """One incarnation, from spawn to its end."""
         child.incarnation += 1
         child.condemned = False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child.process = await self._spawn(child, theirs)
-        accepted = AskedByFront if child.kind == "front" else AskedByWorker
-        child.channel = await ControlChannel.open(ours, accepted, lambda asked: self._parent.answer_child(child, asked))
-        served = asyncio.create_task(child.channel.run())
+        started = None if self.spare is None or child.kind != "worker" else self.spare.claim(child)
+        if started is None:
+            started = await self._start(child)
+        child.process, child.channel, served = started
         code = await child.process.wait()
         await served
         if not child.proven and child.incarnation >= MAX_FALSE_STARTS:
@@ -190,11 +205,30 @@ class Children:
         if not (self._stopping or self.fatal.done()):
             log.error("ended", child=child.name, code=code)
 
-    async def _spawn(self, child: Child, control: socket.socket) -> asyncio.subprocess.Process:
+    async def _start(self, child: Child, claimed: "Callable[[], Awaitable[Child]] | None" = None) -> StartedProcess:
+        """Start a process for the child. `claimed`: it is a spare, and this says which child it is once it is one."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await self._spawn(child, theirs, ahead=claimed is not None)
+
+        async def answer(asked: Any) -> object:
+            return await self._parent.answer_child(child if claimed is None else await claimed(), asked)
+
+        accepted = AskedByFront if child.kind == "front" else AskedByWorker
+        channel = await ControlChannel.open(ours, accepted, answer)
+        return StartedProcess(process, channel, asyncio.create_task(channel.run()))
+
+    def _are_workers_up(self) -> bool:
+        return all(child.ready.is_set() for child in self._children if child.kind == "worker")
+
+    async def _spawn(self, child: Child, control: socket.socket, *, ahead: bool) -> asyncio.subprocess.Process:
         fds = [control.fileno()]
         if child.kind == "front" and not child.grpc:
             fds += [each.fileno() for each in self._listen]
+        rows_of = self._children if ahead else [child]  # a spare may become any worker
+        fds += [each.rows for each in rows_of if each.rows is not None]
         module = "server.front.grpc.main" if child.grpc else f"server.{child.kind}.main"
+        module = "server.worker.spare" if ahead else module
         return await asyncio.create_subprocess_exec(
             # -P: the working folder is not on the path, a user's own server/ or handlers/ there is never ours
             sys.executable, "-P", "-m", module, *map(str, fds),

@@ -47,6 +47,10 @@ class ServerQuarantine:
         """Whether a worker has died of its own while the model ran, and no culprit has been found since."""
         return model in self._blamed
 
+    def list_suspects(self) -> list[str]:
+        """Models that are refused, or of which a worker may have died."""
+        return sorted(self._blamed.union(self.reasons))
+
     def note_death(self, running: Sequence[RunningModel], *, tried: str = "", from_outside: bool = False) -> bool:
         """Count a worker's death against the models that ran. True if one of them is refused now.
 

@@ -54,6 +54,7 @@ from server.ipc.operations import (
 )
 from server.ipc.pulse import SUFFIX, PulseReader
 from server.ipc.readiness import Readiness, describe_workers, stuck_after_s
+from server.ipc.row_memory import create_row_memory
 from server.metrics import HostMetrics, MergedMetrics
 from server.sagemaker_container.environment import MULTI_MODEL
 from server.sdk import __version__
@@ -98,6 +99,7 @@ FRONTS_END_S = 1.0  #: beyond `drain_s`, for fronts to refuse what is left and e
 LOG_END_S = 1.0  #: for the last rows of the access log
 ACTUALS_END_S = 0.5  #: for the last forecasts to be kept
 WORKERS_END_S = 1.5  #: for workers to end, which then have no requests
+MOST_OWN_DEATHS = 3  #: of a worker in a row, after which the next one begins with empty memory
 LONGEST_END_S = 4.0  #: beyond `drain_s`, after which nothing of the server is left
 CONNECT_S = 5.0  #: how long the start waits for a front to reach the workers that are up
 
@@ -118,12 +120,17 @@ class Supervisor:
         self.fronts = [Child("front", index, has_output=writes) for index in range(settings.fronts)]
         if grpc:
             self.fronts.append(Child("front", settings.fronts, grpc=grpc))
-        self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s)
+        on_cpu = [worker for worker in workers if worker.plan is not None and worker.plan.device == "cpu"]
+        spare_for = on_cpu[0] if on_cpu and settings.spare_worker == "on" else None
+        self._children = Children([*self.workers, *self.fronts], self, settings.worker_timeout_s, spare_for=spare_for)
         self._metrics, self._merged = HostMetrics(__version__), MergedMetrics()
         files = {name: getattr(settings, name) for name in ("tls_certificate", "tls_client_ca")}
         self._measures = HostMeasures({name: path for name, path in files.items() if path is not None})
         self._metrics.registry.register(self._measures)
         self._show_workers()
+        for worker in on_cpu if settings.keep_rows == "on" else ():
+            assert worker.plan is not None, "every worker has a plan"
+            worker.rows = create_row_memory(worker.index, worker.plan.budget_bytes)
         self._folder = RuntimeFolder()
         self._quarantine, self._pins = ServerQuarantine(), PinnedModels(settings.pin)
         self._trials = Trials(self._quarantine, self.workers.find_ready, len(self.workers))
@@ -352,11 +359,12 @@ class Supervisor:
     def _note_death(self, worker: Child) -> None:
         """Blame the models that the worker ran, and log them."""
         code = None if worker.process is None else worker.process.returncode
+        from_outside = code == -signal.SIGKILL and not worker.condemned
+        worker.own_deaths = 0 if from_outside or not code else worker.own_deaths + 1
         running = [] if worker.pulse is None or not code else worker.pulse.running()  # code 0: it was told to end
         if running:
             names = [each.model for each in running]
             log.error("suspects", child=worker.name, models=names[:LOGGED_MODELS], count=len(names))
-        from_outside = code == -signal.SIGKILL and not worker.condemned
         if self._quarantine.note_death(running, tried=self._trials.model, from_outside=from_outside):
             self._announce_quarantine()
 
@@ -391,6 +399,9 @@ class Supervisor:
             torch_device="cpu" if worker.plan.device == "cpu" else "cuda:0",  # the only GPU that it sees
             socket=self._socket(worker),
             pulse=self._pulse(worker),
+            rows=-1 if worker.rows is None else worker.rows,
+            distrusted=self._quarantine.list_suspects(),
+            trusts_rows=worker.own_deaths < MOST_OWN_DEATHS,
         )
 
     def _socket(self, worker: Child) -> str:
@@ -426,8 +437,13 @@ class Supervisor:
         return describe_workers(up, len(self.workers), stuck_after_s(self.settings))
 
     def processes(self) -> list[dict[str, Any]]:
-        """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget."""
-        return [
+        """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget.
+
+        The spare worker too: it is up in that it waits.
+        """
+        pid = self._spare_pid()
+        spare = [] if pid is None else [{"kind": "spare", "index": 0, "pid": pid, "incarnation": 0, "up": True}]
+        return spare + [
             {
                 "kind": child.kind,
                 "index": child.index,
@@ -441,11 +457,16 @@ class Supervisor:
             for child in (*self.workers, *self.fronts)
         ]
 
+    def _spare_pid(self) -> int | None:
+        return None if self._children.spare is None else self._children.spare.pid
+
     async def metrics(self) -> MergedMetrics:
         """The metrics of all processes, now. A process too busy to answer contributes what it answered last."""
         children = [child for child in (*self.workers, *self.fronts) if child.ready.is_set() and not child.is_silent]
         everyone = (*self.workers, *self.fronts)
         pids = {f"{child.kind}-{child.index}": child.process.pid for child in everyone if child.process is not None}
+        if (spare := self._spare_pid()) is not None:
+            pids["spare-0"] = spare
         reading = asyncio.to_thread(self._measures.read, {"supervisor": os.getpid(), **pids})
         await asyncio.gather(reading, *(self._scrape(child) for child in children))
         self._metrics.quarantined.set(len(self._quarantine.reasons))

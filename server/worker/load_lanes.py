@@ -37,6 +37,8 @@ from server.worker.model_loader import (
 KEPT = 7 / 8  #: weight of the times that were measured before
 #: Seconds for which the store may be asked: then a due copy is served meanwhile, and another request may begin.
 SLOW_S = 1.0
+#: Bytes of archives that requests to the store may bring at a time, by the size of the latest ones.
+FETCHED_BYTES = 64 << 20
 #: Slow requests to the store for each loader thread, beside those that are not slow.
 SLOW_PLACES = 2
 #: Seconds for which a key that timed out is suspected to do so again.
@@ -86,14 +88,14 @@ class LoadRun:
 
 
 class Lane:
-    """Threads and who waits for them. `most`: steps at a time."""
+    """Threads and who waits for them. `most`: steps at a time, beyond which it is full; it may have more threads."""
 
-    def __init__(self, name: str, most: int, now: float) -> None:
+    def __init__(self, name: str, most: int, now: float, threads: int = 0) -> None:
         self.most = most
         self.running: set[LoadRun] = set()
         self.seconds = 0.0  #: what a step takes, as a moving mean
         self._moved_at = now  # when a step last began or ended
-        self._threads = ThreadPoolExecutor(most, thread_name_prefix=name)
+        self._threads = ThreadPoolExecutor(max(most, threads), thread_name_prefix=name)
 
     @property
     def is_full(self) -> bool:
@@ -125,15 +127,26 @@ class Lane:
 
 
 class LoadLanes:
-    """The lanes of one worker: `threads` for the disk, as many and SLOW_PLACES times more for the store."""
+    """The lanes of one worker: `threads` for the disk, as many and SLOW_PLACES times more for the store.
+
+    While the store answers quickly and its archives are small, it is asked for `asks` at a time.
+    """
 
     def __init__(
-        self, loader: ModelBuilder, owner: LaneOwner, *, pulse: Pulse, threads: int, now: Callable[[], float]
+        self,
+        loader: ModelBuilder,
+        owner: LaneOwner,
+        *,
+        pulse: Pulse,
+        threads: int,
+        now: Callable[[], float],
+        asks: int = 0,
     ) -> None:
         self._loader, self._owner, self._pulse, self._now = loader, owner, pulse, now
-        self._threads = threads
+        self._threads, self._asks = threads, max(threads, asks)
+        self._archive_bytes = 0.0  # of the largest of the latest archives from the store; 0: none is known
         self.disk = Lane("loader", threads, now())
-        self.store = Lane("store", threads * (1 + SLOW_PLACES), now())
+        self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), self._asks)
         self.code = Lane("code", CODE_PLACES, now())
         self._to_start = deque[LoadRun]()
         self._to_build = deque[LoadRun]()
@@ -250,15 +263,19 @@ class LoadLanes:
     def _choose_to_ask(self, now: float) -> LoadRun | None:
         """The load that may ask the store next.
 
-        1. All places are taken: none.
-        2. As many as there are loader threads ask and are not slow, or have got what waits to be built: none. So a
-           request that hangs gives its place to another after SLOW_S, and archives in memory are few.
-        3. Keys that timed out lately have at most half of the loader threads. Else the one that waits for longest.
+        1. A request is slow, and all places are taken: none.
+        2. A request is slow, and as many as there are loader threads ask and are not slow, or have got what waits to be
+           built: none. So a request that hangs gives its place to another after SLOW_S, and archives in memory are few.
+        3. None is slow, and as many as `_most_asked` ask or have got what waits to be built: none.
+        4. Keys that timed out lately have at most half of the loader threads. Else the one that waits for longest.
         """
-        if self.store.is_full or not self.waiting_to_ask:
+        if not self.waiting_to_ask:
             return None
         quick = sum(now - run.began_at < SLOW_S for run in self.store.running)
-        if quick + self._fetched >= self._threads:
+        is_slow = quick < len(self.store.running)
+        if is_slow and self.store.is_full:
+            return None
+        if quick + self._fetched >= (self._threads if is_slow else self._most_asked):
             return None
         suspects = sum(run.model in self._suspects for run in self.store.running)
         queues = [self._to_ask]
@@ -266,6 +283,13 @@ class LoadLanes:
             queues.append(self._to_ask_suspects)
         filled = [queue for queue in queues if queue]
         return min(filled, key=lambda queue: queue[0].entered_at).popleft() if filled else None
+
+    @property
+    def _most_asked(self) -> int:
+        """Requests to a quick store at a time: as many as loader threads while nothing is known of its archives."""
+        if not self._archive_bytes:
+            return self._threads
+        return min(self._asks, max(self._threads, int(FETCHED_BYTES / self._archive_bytes)))
 
     def _begin(self, lane: Lane, run: LoadRun) -> None:
         self._fetched -= run.fetched
@@ -326,6 +350,7 @@ class LoadLanes:
         elif isinstance(outcome, BuildFetched):
             run.fetched, run.entered_at, run.has_copy = True, now, False
             self._fetched += 1
+            self._archive_bytes = max(outcome.size, KEPT * self._archive_bytes)
             self._expect(run.model, self._build_wait(), now)
             self._to_build.append(run)
         elif isinstance(outcome, StartCode):
@@ -342,7 +367,7 @@ class LoadLanes:
             run.steps.close()
             return
         run.entered_at, run.has_copy = now, ask.has_copy
-        wait = self.store.seconds * (1 + self.waiting_to_ask / self._threads) + self.disk.seconds
+        wait = self.store.seconds * (1 + self.waiting_to_ask / self._most_asked) + self.disk.seconds
         self._expect(run.model, min(wait, SLOW_S + self.disk.seconds) if ask.has_copy else wait, now)
         refused = None if ask.has_copy else self._owner.refuse_asking(run.model)
         if refused is not None:

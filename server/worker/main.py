@@ -1,14 +1,16 @@
 """A worker process: its parts are put together here, and it serves until the supervisor lets it go.
 
 One event loop thread runs everything but loads: `server.worker.front_connection` receives requests and sends answers,
-`server.worker.step_loop` runs batches. Started as `python -m server.worker.main FD` with one end of the
-control channel.
+`server.worker.step_loop` runs batches. Started as `python -m server.worker.main FD ROWS` with one end of the
+control channel, and descriptors of memory for rows.
 """
 
 import asyncio
+import mmap
 import os
 import signal
 import sys
+from collections.abc import Sequence
 
 import structlog
 import torch
@@ -21,10 +23,10 @@ from model_store.stores.disk_cache import DiskTier
 from model_store.stores.model_store import ModelStore
 from server.access_log import ArrivalBuffer
 from server.host import WorkerPlan
-from server.ipc.control import ChildChannel
+from server.ipc.control import JOIN_S, ChildChannel
 from server.ipc.frames import CHUNK
 from server.ipc.lends import listen_for_lends
-from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun
+from server.ipc.operations import AskedOfWorker, Fatal, JoinAsWorker, ReportOverrun, WorkerAssignment
 from server.ipc.pulse import Pulse
 from server.ipc.sockets import listen_at
 from server.logs import STANDARD_ERROR, configure_logs
@@ -50,7 +52,10 @@ from server.worker.sandbox.code_host import CodeHost, CodePolicy
 from server.worker.scheduler import FEW, Scheduler
 from server.worker.step_loop import StepLoop
 from server.worker.store_probe import StoreProbe
+from server.worker.survivors.surviving_rows import SurvivingRows, describe_no_row, describe_row
 from server.worker.version_keeper import VersionKeeper
+
+ASKS_PER_THREAD = 8  #: requests to the store for each loader thread, which a request keeps busy for a millisecond
 
 log = structlog.get_logger()
 
@@ -71,9 +76,10 @@ def build_steps(
     store: ModelStore,
     code: CodeHost | None,
     bands: AdaptiveBands | None = None,
+    survivors: SurvivingRows | None = None,
 ) -> StepLoop:
     """The worker's parts, put together. Raises LoadError or ValueError for settings that cannot work."""
-    engine, budget, memory = open_memory(settings, plan, where)
+    engine, budget, memory = open_memory(settings, plan, where, None if survivors is None else survivors.pool)
     cache = Cache(budget, int(settings.slab_bytes), policy=make_policy(settings.eviction_policy))
     metrics = WorkerMetrics(plan.index, plan.device, settings.metrics_per_model)
     measures = (engine.measure,) if isinstance(engine, DeviceEngine) else ()
@@ -83,12 +89,19 @@ def build_steps(
         cache,
         Scheduler(settings.queue_per_model, settings.queue_per_worker, few),
         engine,
-        ModelLoader(store, target_of(settings, where.type, plan.threads), *measures, code=code),
+        ModelLoader(
+            store,
+            target_of(settings, where.type, plan.threads),
+            *measures,
+            code=code,
+            describe_row=describe_row if survivors else describe_no_row,
+        ),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
         long=LongJobs(asyncio.get_running_loop(), pulse),
         batch=settings.max_batch_rows,
         loader_threads=settings.loader_threads,
+        store_requests=settings.store_requests or ASKS_PER_THREAD * settings.loader_threads,
         patience_s=settings.request_timeout_s,
         foresight=Prefetcher(cache, metrics, ahead) if settings.prefetch == "on" else None,
         arrivals=arrivals,
@@ -111,15 +124,18 @@ def open_code(settings: Settings, plan: WorkerPlan) -> CodeHost | None:
 
 
 def open_memory(
-    settings: Settings, plan: WorkerPlan, where: torch.device
+    settings: Settings, plan: WorkerPlan, where: torch.device, outliving: mmap.mmap | None = None
 ) -> tuple[Engine | DeviceEngine, int, torch.Tensor]:
     """The engine with its pool, the pool's bytes, and the memory of the host tier [floats].
+
+    `outliving`: the pool's memory where it outlives this process, which no GPU's does.
 
     Raises ValueError when the device cannot be used or has no room for them.
     """
     rows = settings.max_batch_rows
     if where.type == "cpu":
-        return Engine(Pool(plan.budget_bytes, where), rows), plan.budget_bytes, torch.empty(plan.host_bytes // 4)
+        on_cpu = Engine(Pool(plan.budget_bytes, where, outliving), rows)
+        return on_cpu, plan.budget_bytes, torch.empty(plan.host_bytes // 4)
     device, memory = open_device(settings, plan, where)
     budget = plan_device_memory(settings, plan, memory)
     try:
@@ -160,10 +176,30 @@ def open_device(settings: Settings, plan: WorkerPlan, where: torch.device) -> tu
         return device, device.free_and_total()
 
 
-async def main(control_fd: int) -> None:
-    """Get an assignment from the supervisor, get ready, serve until it closes the channel."""
+def open_survivors(assignment: WorkerAssignment) -> SurvivingRows | None:
+    """The rows that an earlier worker has left, and that outlive this one; None where there is no memory for that."""
+    settings, plan = assignment.settings, assignment.plan
+    if assignment.rows < 0:
+        return None
+    try:
+        return SurvivingRows(
+            assignment.rows, plan, int(settings.slab_bytes), target_of(settings, plan.device, plan.threads)
+        )
+    except (OSError, ValueError) as error:
+        log.warning("rows_die_with_their_worker", why=str(error))
+        return None
+
+
+async def main(control_fd: int, inherited: Sequence[int], patience_s: float = JOIN_S) -> None:
+    """Get an assignment from the supervisor, get ready, serve until it closes the channel.
+
+    `patience_s`: how long the supervisor may take to say what this process is to be. `inherited`: descriptors of memory
+    for rows. INVARIANT: no child of this process inherits them, or it could read and write the rows of all models.
+    """
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, False)
     member = ChildChannel(AskedOfWorker)
-    assignment = await member.join(control_fd, JoinAsWorker(), orphaned=signal.SIGKILL)
+    assignment = await member.join(control_fd, JoinAsWorker(), orphaned=signal.SIGKILL, patience_s=patience_s)
     if assignment is None:
         return
     settings, plan = assignment.settings, assignment.plan
@@ -175,7 +211,13 @@ async def main(control_fd: int) -> None:
         pulse = Pulse(assignment.pulse)
         store = open_archives(settings)
         code = open_code(settings, plan)
-        steps = build_steps(settings, plan, torch.device(assignment.torch_device), arrivals, pulse, store, code, bands)
+        survivors = open_survivors(assignment)
+        for descriptor in inherited:
+            os.close(descriptor)  # what it maps stays mapped
+        where = torch.device(assignment.torch_device)
+        steps = build_steps(settings, plan, where, arrivals, pulse, store, code, bands, survivors)
+        if survivors is not None:
+            steps.adopt(survivors, frozenset(assignment.distrusted), trusts=assignment.trusts_rows)
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
@@ -210,7 +252,7 @@ def largest_body(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1])))
+    uvloop.run(main(int(sys.argv[1]), list(map(int, sys.argv[2:]))))
     STANDARD_ERROR.flush()
     # Loader threads may hang in a store request: do not wait for them.
     os._exit(0)

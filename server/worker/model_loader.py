@@ -22,6 +22,7 @@ from model_store.stores.model_store import REPAIRS, FetchedArchive, ModelStore
 from server.settings import Settings
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost, PreparedCode
+from server.worker.survivors.surviving_rows import DescribeRow, RowRecord, describe_no_row
 
 Body: TypeAlias = RowModel | SingleModel | ChildProcess  #: how a loaded model runs
 
@@ -43,6 +44,7 @@ class LoadedModel:
     golden: GoldenSample | None
     validated_at: float = 0.0
     stale: bool = False
+    record: RowRecord | None = None  #: of a row: what is kept of it should this worker die
 
     def prove(self, run_row: RunRow) -> None:
         """Run the golden sample of a row, if there is one: the loader has run that of a model without a row.
@@ -77,9 +79,13 @@ class AskStore:
 
 @dataclass(frozen=True, slots=True)
 class BuildFetched:
-    """The load's next step builds what the store gave. `stale`: the store did not answer, so it is the copy on disk."""
+    """The load's next step builds what the store gave. `stale`: the store did not answer, so it is the copy on disk.
+
+    `size`: bytes of the archive, which is in memory until it is built.
+    """
 
     stale: bool
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ class ModelBuilder(Protocol):
 class ModelLoader:
     """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family.
 
-    `code` runs code archives; None: none is run.
+    `code` runs code archives; None: none is run. `describe_row` makes the record of a row, see `LoadedModel`.
     """
 
     def __init__(
@@ -126,8 +132,10 @@ class ModelLoader:
         measure: Callable[[Family], object] = lambda _: None,
         *,
         code: CodeHost | None = None,
+        describe_row: DescribeRow = describe_no_row,
     ) -> None:
         self._store, self._target, self._measure, self._code = store, target, measure, code
+        self._describe_row = describe_row
 
     def __repr__(self) -> str:
         """For example `<ModelLoader of ModelStore(...)>`."""
@@ -147,7 +155,7 @@ class ModelLoader:
             yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
             with timing_part("store"):
                 found = self._store.fetch(model, revalidate)
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         for repairs_left in reversed(range(REPAIRS + 1)):
             try:
                 with timing_part("build"):
@@ -165,7 +173,7 @@ class ModelLoader:
             if fresh is None:
                 break
             found = fresh
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         self._store.forget(model)
         raise problem
 
@@ -177,7 +185,7 @@ class ModelLoader:
             yield AskStore(has_copy=False)
             with timing_part("store"):
                 found = self._store.fetch_version(name, version)
-            yield BuildFetched(found.stale)
+            yield BuildFetched(found.stale, found.size)
         with timing_part("build"):
             built = self._build_fetched(model, found)
         del found
@@ -211,8 +219,11 @@ class ModelLoader:
         built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
         if golden is not None and built.row is None:
             built.body.prove(model, golden, None)
+        record = None
         if isinstance(built.body, RowModel):
             self._measure(built.body.family)
+            assert built.row is not None, "a row model is built with its row"
+            record = self._describe_row(found.archive, built.body, built.row)
         return LoadedModel(
             model,
             found.version,
@@ -223,6 +234,7 @@ class ModelLoader:
             golden,
             found.validated_at,
             found.stale,
+            record,
         )
 
     def forget(self, model: ModelName) -> None:

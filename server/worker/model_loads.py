@@ -62,7 +62,7 @@ class LoadListener(Protocol):
 class ModelLoads:
     """The loads of one worker. A built model waits for memory at most `patience_s`; `now` is the monotonic clock.
 
-    `health`: what is known of the store; `probe` asks it, None where nobody shall.
+    `health`: what is known of the store; `probe` asks it, None where nobody shall. `asks`: see LoadLanes.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class ModelLoads:
         threads: int,
         patience_s: float,
         now: Callable[[], float],
+        asks: int = 0,
     ) -> None:
         self._residents, self._waiting, self._loader, self._metrics = residents, waiting, loader, metrics
         self._cache, self._shelf, self._foresight = residents.cache, residents.shelf, foresight
         self._pulse, self._patience_s, self._now = pulse, patience_s, now
         self._health, self._probe, self._threads = health, probe, threads
-        self.lanes = LoadLanes(loader, self, pulse=pulse, threads=threads, now=now)
+        self.lanes = LoadLanes(loader, self, pulse=pulse, threads=threads, now=now, asks=asks)
         self._loop = asyncio.get_running_loop()
         self._started: dict[ModelName, float] = {}
         self.built: deque[tuple[LoadedModel, float]] = deque()  # verified models that wait for memory, and since when

@@ -7,7 +7,7 @@ import asyncio
 import sys
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -30,6 +30,8 @@ from server.worker.model_loader import LoadedModel
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.replicas import Replicas
+from server.worker.survivors.row_ledger import RowReady
+from server.worker.survivors.surviving_rows import SurvivingRows
 
 NO_ROOM_S = 30.0  #: after a replica has had to go for want of memory, until another may be started
 
@@ -58,6 +60,8 @@ class ResidentModels:
         self.note_death: Callable[[ModelName], None] = _ignore  #: called when such a process has ended by itself
         self.note_gone: Callable[[ModelName], None] = _ignore  #: called when no slot has a model any more
         self.bands: AdaptiveBands | None = None  #: adapts bands to observed prices; None where that is off
+        self.survivors: SurvivingRows | None = None  #: where rows outlive this worker; None where they do not
+        self.unproven: dict[Slot, RowReady] = {}  #: `survivors.unproven`, or always empty
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
@@ -73,6 +77,8 @@ class ResidentModels:
         row = built.row
         if row is not None:
             self.with_memory(lambda: self.engine.pool.write(slot.offset, row))
+            if self.survivors is not None and built.record is not None:
+                self.survivors.note_written(slot, built.record, built.validated_at)
 
     def settle(self, slot: Slot, built: LoadedModel, now: float) -> bool:
         """Serve from a written slot and retire the old version. True if there was one."""
@@ -96,6 +102,48 @@ class ResidentModels:
             self.retire(old)
         return swapped
 
+    # --- rows of an earlier worker ----------------------------------------------------------------------------------
+
+    def adopt(self, survivors: SurvivingRows, distrusted: Collection[str], *, trusts: bool) -> None:
+        """Take the rows of an earlier worker for residents, and have rows outlive this one."""
+        self.survivors, self.unproven = survivors, survivors.unproven
+        self._validated |= survivors.adopt(self.cache, self._now(), distrusted, trusts=trusts)
+        self._sorted = sorted(self._validated, key=_slot_name)
+
+    def prove_leased(self, slot: Slot) -> bool:
+        """Prove an adopted row of which a request has just taken the first lease; False: there is no such model."""
+        if self._prove(slot):
+            return True
+        self.cache.release(slot)
+        self.retire(slot)
+        return False
+
+    def prove_idle(self, until: float) -> None:
+        """Prove adopted rows that no request has wanted yet, until that time."""
+        while self.unproven and self._now() < until:
+            slot = next(iter(self.unproven))
+            if not self._prove(slot):
+                self.retire(slot)
+
+    def _prove_named(self, prefix: str, after: str, limit: int) -> None:
+        """Prove the adopted rows of a page of whole descriptions: these need the models."""
+        page = (slot for slot in self.unproven if slot.model.startswith(prefix) and slot.model > after)
+        for slot in sorted(page, key=_slot_name)[:limit]:
+            if not self._prove(slot):
+                self.retire(slot)
+
+    def _prove(self, slot: Slot) -> bool:
+        """Whether the row is sound: then it can run. Else its model is unloaded, and the caller retires it."""
+        assert self.survivors is not None, "only survivors leave rows that are not proven"
+        model = self.survivors.prove(slot)
+        if model is None:
+            self.cache.unload(slot.model)
+            return False
+        self.rows[slot] = model
+        if self.bands is not None:
+            self.bands.equip(slot, model.codec)
+        return True
+
     def revalidate_same(self, built: LoadedModel) -> Slot | None:
         """The slot that serves this version already, revalidated; None if another version serves."""
         slot = self.cache.unchanged(built.model, built.version)
@@ -108,6 +156,8 @@ class ResidentModels:
         with ending_if_lost():
             for slot, offset in moves:
                 self.engine.pool.move(slot.offset, offset, slot.charge)
+                if self.survivors is not None:
+                    self.survivors.note_moved(slot.offset, offset)
                 self.cache.moved(slot, offset)
 
     def with_memory(self, work: Callable[[], _Result]) -> _Result:
@@ -151,6 +201,8 @@ class ResidentModels:
         started = time.perf_counter()
         if not self.cache.retired(slot):
             return
+        if self.survivors is not None and slot.family is not None:
+            self.survivors.note_gone(slot)
         self.rows.pop(slot, None)
         if self.bands is not None:
             self.bands.forget(slot)
@@ -266,6 +318,8 @@ class ResidentModels:
         a page does not grow with the number of resident models.
         """
         now, found = self._now(), dict[ModelName, list[dict[str, Any]]]()
+        if whole and self.unproven:
+            self._prove_named(prefix, after, limit)
         for at in range(bisect_left(self._sorted, max(prefix, after), key=_slot_name), len(self._sorted)):
             slot = self._sorted[at]
             if not slot.model.startswith(prefix) or (len(found) >= limit and slot.model not in found):

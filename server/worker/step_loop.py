@@ -10,7 +10,7 @@ INVARIANT: loads and residents change only on this thread, so no row changes whi
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -48,10 +48,12 @@ from server.worker.scheduler import Job, QueueFull, Scheduler
 from server.worker.single_batches import SingleBatches
 from server.worker.stage_times import StageTimes
 from server.worker.store_probe import StoreProbe
+from server.worker.survivors.surviving_rows import SurvivingRows
 from server.worker.together_batches import build_bodies
 
 SWEEP_S = 0.05
 LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
+PROVE_S = 0.005  #: of a sweep, for rows that an earlier worker has left
 BEAT_S = 0.2  #: between two beats of the step loop's pulse
 _TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
 
@@ -65,7 +67,7 @@ class StepLoop:
     access log, None without one. `long`: runs long requests. `now`: the monotonic clock in seconds. `health`: what is
     known of the store; `probe` asks it, None where nobody shall. `note_served` is told of each model that was
     loaded. `code` runs code archives, None where none may run. `bands` adapts bands to observed prices, None where that
-    is off.
+    is off. `store_requests`: most requests to the store at a time, where it is quick and archives are small.
     """
 
     def __init__(
@@ -89,12 +91,13 @@ class StepLoop:
         note_served: Callable[[LoadedModel], None] = lambda _: None,
         code: CodeHost | None = None,
         bands: AdaptiveBands | None = None,
+        store_requests: int = 0,
     ) -> None:
         self._residents = ResidentModels(cache, engine, shelf, metrics, foresight, now)
         self._residents.bands = bands
         self._loads = ModelLoads(
             self._residents, self, loader, metrics, foresight, pulse=long.pulse, health=health or StoreHealth(now),
-            probe=probe, threads=loader_threads, patience_s=patience_s, now=now,
+            probe=probe, threads=loader_threads, patience_s=patience_s, now=now, asks=store_requests,
         )  # fmt: skip
         self._note_served = note_served
         self._cache, self._scheduler, self._engine = cache, scheduler, engine
@@ -156,6 +159,8 @@ class StepLoop:
             self._replies.refuse(job, Refused(situation_of(quarantined), str(quarantined)))
             return job
         slot = self._cache.lease(model, now)
+        if slot is not None and slot in self._residents.unproven and not self._residents.prove_leased(slot):
+            slot = None
         if slot is not None:
             job.cache, job.slot = CacheResult.HIT, slot
             self._metrics.hits.inc()
@@ -164,6 +169,10 @@ class StepLoop:
         else:
             self._await_model(job, now)
         return job
+
+    def adopt(self, survivors: SurvivingRows, distrusted: Collection[str], *, trusts: bool) -> None:
+        """Take the rows of an earlier worker for residents; see `ResidentModels.adopt`."""
+        self._residents.adopt(survivors, distrusted, trusts=trusts)
 
     def cancel(self, job: Job) -> None:
         """Cancel a job whose client has left. It is skipped in its batch, where its lease ends."""
@@ -342,6 +351,7 @@ class StepLoop:
             self._long.tell_late(self._replies, self._now())
             self._code.advance_time(self._now())
             self._learn()
+            self._residents.prove_idle(self._now() + PROVE_S)
             if self._loads.built:
                 self.wake()
             self._loads.advance_time(self._now())

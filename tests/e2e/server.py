@@ -260,6 +260,7 @@ def run_server(s3: S3Server, folder: Path, store: str | None, **settings: Any) -
         "store_timeout_s": PATIENCE_S,
         "drain_s": 10,
         "log_format": "json",
+        "spare_worker": "off",  # importing torch once more would slow down all other tests
     }
     given = {"store": store, "announce": announce, **ports, **defaults, **settings}
     flags = _make_flags({name: value for name, value in given.items() if value is not None})

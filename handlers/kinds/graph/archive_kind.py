@@ -36,14 +36,21 @@ class GraphKind:
     def build(self, archive: Archive, target: Target) -> BuiltModel:
         """A row of the graph's family; its first archive decides how rows run. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a graph is known by its fleetcast.json"
-        network, forecast = graph_family(_read_program(archive)), archive.spec.forecast
-        if forecast is not None:
-            check_forecast(network, forecast)
+        network = graph_family(_read_program(archive))
+        if archive.spec.forecast is not None:
+            check_forecast(network, archive.spec.forecast)
         row = read_row(archive, network)
+        return BuiltModel(self.restore(archive, row, {}, target), row, f"{network.key}, {network.runs}")
+
+    def restore(self, archive: Archive, row: Float32, facts: Mapping[str, Any], target: Target) -> RowModel:
+        """See `handlers.kinds.kept_rows.RowKind`. The family's first row decides how its rows run."""
+        del facts
+        assert archive.spec is not None, "a graph is known by its fleetcast.json"
+        network = graph_family(_read_program(archive))
         budget = RequestBudget(row_work(network), target.limits)
         one_by_one = _decide_how_rows_run(network, row)
-        body = RowModel(network, FamilyCodec(network, forecast, budget, open_calibration(archive)), one_by_one)
-        return BuiltModel(body, row, f"{network.key}, {network.runs}")
+        codec = FamilyCodec(network, archive.spec.forecast, budget, open_calibration(archive))
+        return RowModel(network, codec, one_by_one)
 
     def tensor_inputs(self, archive: Archive) -> Mapping[str, TensorInput]:
         """The one input of its family. Raises ArchiveInvalid."""

@@ -18,14 +18,19 @@ _STEP = ALIGN_BYTES // 4  # floats between two possible row starts
 
 
 class Pool:
-    """`budget_bytes` of the CPU's memory (for GPUs see `accelerator`). Pages that were never written use no memory."""
+    """`budget_bytes` of the CPU's memory (for GPUs see `accelerator`). Pages that were never written use no memory.
 
-    def __init__(self, budget_bytes: int, device: torch.device) -> None:
+    `memory`: at least as many bytes that are mapped already, because they outlive this process; None: private memory.
+    """
+
+    def __init__(self, budget_bytes: int, device: torch.device, memory: mmap.mmap | None = None) -> None:
         count = budget_bytes // ALIGN_BYTES * _STEP
         self.device = device
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._memory = mmap.mmap(-1, count * 4, flags=flags)
-        self.floats = torch.frombuffer(self._memory, dtype=torch.float32)
+        if memory is None:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            memory = mmap.mmap(-1, count * 4, flags=flags)
+        self._memory = memory
+        self.floats = torch.frombuffer(self._memory, dtype=torch.float32, count=count)
         self._views: dict[int, torch.Tensor] = {}
 
     def __repr__(self) -> str:

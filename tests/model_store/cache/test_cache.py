@@ -919,3 +919,28 @@ def test_the_machine_finds_no_fault(policy: str) -> None:
     machine = type("Machine", (CacheMachine,), {"policy": policy})
     limits = settings(max_examples=60 if policy == "lru" else 30, stateful_step_count=60, deadline=None)
     run_state_machine_as_test(machine, settings=limits)
+
+
+def test_a_row_that_lies_there_already_is_adopted_where_its_place_is_empty() -> None:
+    """Adopted rows hold their slabs and are evicted as others; a place that is taken, or is no place, is refused."""
+    cache = Cache(4 * 100, 100)
+    first = cache.adopt(ModelName("a"), "v1", "f", 40, 140, 1.0)
+    assert first is not None
+    assert (first.offset, first.state, cache.used_bytes) == (140, State.READY, 100)
+    refused = [
+        cache.adopt(ModelName("b"), "v1", "f", 40, 140, 1.0),  # a's place
+        cache.adopt(ModelName("a"), "v1", "f", 40, 100, 1.0),  # a is there
+        cache.adopt(ModelName("b"), "v1", "g", 40, 100, 1.0),  # another family's slab
+        cache.adopt(ModelName("b"), "v1", "f", 50, 200, 1.0),  # rows of another size
+        cache.adopt(ModelName("b"), "v1", "f", 40, 110, 1.0),  # between two rows
+        cache.adopt(ModelName("b"), "v1", "f", 40, 180, 1.0),  # beyond the slab's last row
+        cache.adopt(ModelName("b"), "v1", "f", 40, 400, 1.0),  # outside of the pool
+        cache.adopt(ModelName("b"), "v1", "f", 40, -100, 1.0),
+        cache.adopt(ModelName("b"), "v1", "g", 0, 200, 1.0),
+        cache.adopt(ModelName("b"), "v1", "g", 101, 200, 1.0),
+    ]
+    assert refused == [None] * len(refused)
+    assert cache.adopt(ModelName("b"), "v1", "f", 40, 100, 2.0) is not None
+    cache.unload(ModelName("a"))
+    assert cache.retired(first)
+    assert (len(cache), cache.used_bytes) == (1, 100)

@@ -13,7 +13,15 @@ from model_store.errors import ArchiveInvalid, CodeBusy, LoadError, StoreUnavail
 from model_store.names import ModelName
 from server.ipc.pulse import Pulse
 from server.worker import load_lanes
-from server.worker.load_lanes import CODE_PLACES, MOST_CODE_WAITING, SLOW_PLACES, SLOW_S, SUSPECTED_S, LoadLanes
+from server.worker.load_lanes import (
+    CODE_PLACES,
+    FETCHED_BYTES,
+    MOST_CODE_WAITING,
+    SLOW_PLACES,
+    SLOW_S,
+    SUSPECTED_S,
+    LoadLanes,
+)
 from server.worker.model_loader import AskStore, BuildFetched, LoadedModel, LoadSteps, StartCode
 from tests.patience import PATIENCE_S
 from tests.server.worker.test_step_loop import FakeLoader, let_loop_run
@@ -31,6 +39,7 @@ class HeldStore(FakeLoader):
         self.asked: list[str] = []
         self.started: list[str] = []
         self.is_well = False  #: it answers at once
+        self.size = 0  #: bytes of what it gives
         self._answers: dict[str, Future[LoadError | None]] = {}
 
     def answer(self, model: str, error: LoadError | None = None) -> None:
@@ -69,7 +78,7 @@ class HeldStore(FakeLoader):
             raise error
         if error is None:
             self.fresh.add(model)
-        yield BuildFetched(stale=error is not None)
+        yield BuildFetched(stale=error is not None, size=self.size)
         return replace(self.build(model), stale=error is not None)
 
 
@@ -128,13 +137,13 @@ class Owner:
 Scenario = Callable[[Owner, HeldStore], Coroutine[Any, Any, None]]
 
 
-def play(scenario: Scenario, threads: int = 4) -> None:
+def play(scenario: Scenario, threads: int = 4, asks: int = 0) -> None:
     """Run a scenario on lanes of so many loader threads."""
 
     async def run() -> None:
         store, clock = HeldStore(), [1_000.0]
         owner = Owner(store, clock)
-        owner.lanes = LoadLanes(store, owner, pulse=Pulse(), threads=threads, now=lambda: clock[0])
+        owner.lanes = LoadLanes(store, owner, pulse=Pulse(), threads=threads, asks=asks, now=lambda: clock[0])
         try:
             await scenario(owner, store)
         finally:
@@ -341,6 +350,50 @@ def test_archives_in_memory_are_few() -> None:
         await let_loop_run(lambda: len(owner.ended) == 12)
 
     play(scenario)
+
+
+def test_a_quick_store_is_asked_for_many_small_archives_at_a_time() -> None:
+    """As many as are allowed once a size is known; before, and where archives are large, as many as loader threads."""
+
+    async def scenario(owner: Owner, store: HeldStore) -> None:
+        models = name_models("x", 40)
+        owner.start(*models)
+        await owner.asking(4)
+        store.size = 70_000
+        store.answer(models[0])
+        await owner.asking(1 + 20)
+        store.size = FETCHED_BYTES // 6
+        store.answer(models[1])
+        await let_loop_run(lambda: len(owner.ended) == 2)
+        assert len(store.asked) == 21, "19 are under way, and six may be"
+        for model in models[2:16]:
+            store.answer(model)
+        await owner.asking(22)
+        store.answer_all(None)
+        store.is_well = True
+        await let_loop_run(lambda: len(owner.ended) == 40)
+
+    play(scenario, asks=20)
+
+
+def test_a_store_that_has_slowed_down_is_asked_no_more_than_by_loader_threads() -> None:
+    """Twenty requests hang: no further one begins, the lane is full, and that is told."""
+
+    async def scenario(owner: Owner, store: HeldStore) -> None:
+        models = name_models("x", 40)
+        store.size = 70_000
+        owner.start(*models)
+        await owner.asking(4)
+        store.answer(models[0])
+        await owner.asking(21)
+        await owner.advance(2 * SLOW_S)
+        assert len(store.asked) == 21
+        assert owner.lanes.stuck_s(owner.clock[0]) == pytest.approx(2 * SLOW_S)
+        for model in store.asked[1:]:
+            store.answer(ModelName(model))
+        await let_loop_run(lambda: len(owner.ended) >= 21)
+
+    play(scenario, asks=20)
 
 
 def test_a_load_without_a_copy_may_be_refused_before_it_asks() -> None:
