@@ -8,6 +8,7 @@ from ray.serve.deployment import Application
 
 from server.cluster.options import MAX_ONGOING, ReplicaOptions, read_arguments
 from server.cluster.replica import EngineReplica, make_app
+from server.sdk import __version__
 from server.settings import Settings
 
 DEPLOYMENT = "engine"
@@ -43,6 +44,9 @@ def build_application(
         ),
         **scale,
     )
+    # Without a version of ours each deployment is new code to Ray, which then starts all replicas anew; with it other
+    # settings are a call of `reconfigure`, in place.
+    deployment = deployment.options(version=f"fleetcast-{__version__}", _internal=True)
     application: Application = deployment.bind()
     return application
 
