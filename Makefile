@@ -36,7 +36,7 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 fuzz chaos check format docs docs-site bench bench-code bench-peers gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ test-s3: $(READY) ## the tests of stores and processes once more, against OpenSt
 	FLEETCAST_TEST_S3=swift $(BIN)/python -m pytest $(IN_PARALLEL) \
 	  tests/model_store/stores $(STORE_TESTS) $(ARGS)
 
+test-ray: $(READY) ## a cluster on real Ray that loses replicas, nodes and its head; minutes, and a gigabyte of packages once
+	FLEETCAST_TEST_RAY=1 $(BIN)/python -m pytest -p no:randomly tests/e2e/test_ray.py $(ARGS)
+
 fuzz: $(READY) ## minutes of mutated archives, bodies, frames and requests (SECONDS=60 a target)
 	FLEETCAST_FUZZ_S=$(or $(SECONDS),60) $(BIN)/python -m pytest -p no:randomly --timeout 0 -s tests/fuzz $(ARGS)
 
@@ -102,6 +105,9 @@ bench-code: $(READY) ## archives with code beside Multi Model Server, a record; 
 
 bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
+
+bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour
+	@$(BIN)/fleetcast-load bench ray $(ARGS)
 
 gpu: ## the first ten minutes on a real GPU: checks, suites, benchmark, a record (makes .venv-cuda)
 	@ls /dev/nvidia[0-9]* /dev/dxg >/dev/null 2>&1 || { \

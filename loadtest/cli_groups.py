@@ -43,6 +43,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
     "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
     "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
+    "ray": CommandModule("benchmarks.ray_serve", "a cluster on Ray beside Ray's own multiplexing; needs wrk"),
     "scale": CommandModule("benchmarks.scale", "10,000 archives, thousands resident: no resource may grow"),
     "scenarios": CommandModule("benchmarks.scenarios", "joint scenarios on one core, without HTTP"),
     "scenarios-http": CommandModule("benchmarks.scenarios_http", "joint scenarios through a server"),

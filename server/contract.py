@@ -269,6 +269,9 @@ ASYNC_INVOCATIONS: Final = MetricSpec(
     "Asynchronous invocations, by result: accepted, done (the answer is written) or failed",
     ("result",),
 )
+FORWARDED: Final = MetricSpec(
+    "counter", "forwarded_requests", "Requests that another node of the cluster answered, counted where they came in"
+)
 ASYNC_UNDER_WAY: Final = MetricSpec("gauge", "async_invocations_under_way", "Asynchronous invocations that wait or run")
 WORKER_UP: Final = MetricSpec("gauge", "worker_up", "1 while the worker accepts requests, else 0", WORKER_LABELS)
 WORKER_RESTARTS: Final = MetricSpec("counter", "worker_restarts", "Worker restarts", WORKER_LABELS)

@@ -248,6 +248,7 @@ class FrontMetrics:
         counted = _make_counter(contract.ASYNC_INVOCATIONS, self.registry)
         accepted, done, failed = (counted.labels(result) for result in ("accepted", "done", "failed"))
         self.async_jobs = AsyncSeries(accepted, done, failed, _make_gauge(contract.ASYNC_UNDER_WAY, self.registry))
+        self.forwarded = _make_counter(contract.FORWARDED, self.registry)
         traced = _make_counter(contract.TRACES, self.registry)
         self.traces = TraceSeries(*map(traced.labels, contract.TRACE_RESULTS))
         self._releases = _make_counter(contract.RELEASE_REQUESTS, self.registry)

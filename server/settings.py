@@ -452,6 +452,25 @@ class Settings(BaseSettings):
         le=1000,
         description="maximum number of archives with series of coverage and drift of their own; the rest is `other`",
     )
+    node_name: str = Field(
+        "",
+        max_length=100,
+        pattern=r"([A-Za-z0-9][A-Za-z0-9_.:/-]*)?",
+        description="name of this server among the nodes of a cluster, which decides the models that it owns; a label "
+        "`node` of all metrics; empty: it serves alone",
+    )
+    nodes_file: Path | None = Field(
+        None,
+        description='JSON file of the nodes that share the models, {"nodes": [{"name": ..., "address": "HOST:PORT"}]}; '
+        "changes are followed, and a file that is missing changes nothing",
+    )
+    node_key_file: Path | None = Field(
+        None, description="file of the secret, of 16 bytes or more, by which the nodes of a cluster know each other"
+    )
+    node_host: str = Field(
+        "127.0.0.1", description="address at which other nodes reach this one; without TLS in a trusted network only"
+    )
+    node_port: Port = Field(0, description="port for other nodes; 0: a free port")
     announce: Path | None = Field(
         None, description="file to which the addresses of the listeners are written as JSON when the server is ready"
     )
@@ -502,6 +521,8 @@ class Settings(BaseSettings):
     @field_validator(
         "disk_cache",
         "access_log",
+        "nodes_file",
+        "node_key_file",
         "code_metrics",
         "actuals",
         "tokens",

@@ -210,15 +210,21 @@ def start_mlserver(models: Path, say: Callable[[str], None]) -> Iterator[PeerSer
 
 
 @contextmanager
-def start_ray(models: Path, say: Callable[[str], None], most: int = UNBOUNDED) -> Iterator[PeerServer]:
-    """Ray Serve: proxy, controller and one replica that multiplexes at most so many models."""
+def start_ray(
+    models: Path, say: Callable[[str], None], most: int = UNBOUNDED, environment: Mapping[str, str] | None = None
+) -> Iterator[PeerServer]:
+    """Ray Serve: proxy, controller and one replica that multiplexes at most so many models.
+
+    `environment`: Ray's own variables, which choose its shape.
+    """
     binaries = make_environment("ray", say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder, port = Path(text), find_free_port()
         for file in ("network.py", "ray/handler.py"):
             shutil.copy(HERE / file, folder)
         line = [str(binaries / "python"), "handler.py", str(models), str(port), str(most), str(folder / "ray")]
-        with start_process(line, folder, _make_environment(binaries, folder)) as (tree, log):
+        variables = {**_make_environment(binaries, folder), **(environment or {})}
+        with start_process(line, folder, variables) as (tree, log):
             _wait_for("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
             yield PeerServer("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
 

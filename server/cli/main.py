@@ -14,6 +14,7 @@ from server.shell.commands import CommandSource, make_command_group
 #: Command -> its line in `fleetcast --help`. The function NAME of `server.cli.NAME` is the command, but for FLEET.
 COMMANDS = {
     "serve": "Run the server.",
+    "cluster": "Run servers on several hosts, by Ray.",
     "train": "Fit forecasters to your prices.",
     "tune": "Find which recipe forecasts your prices best.",
     "batch": "Answer a file of requests.",
@@ -72,6 +73,7 @@ def fleetcast(
 
     \b
     fleetcast serve --store s3://models/prices        run the server
+    fleetcast cluster --store s3://models/prices --replicas 4    run servers on Ray
     fleetcast invoke au/nsw1.mar --body r.json        send it a request
     fleetcast train p.csv --time hour --target NSW1 --out models
     fleetcast pack au/nsw1.mar --onnx model.onnx      make an archive

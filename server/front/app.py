@@ -63,6 +63,7 @@ class App:
         self, settings: Settings, metrics: FrontMetrics, dialects: Sequence[MakeDialect] | None = None
     ) -> None:
         self.plane = open_plane(settings, metrics)
+        self.entry: InferencePlane = self.plane  #: what requests are put to: in a cluster one of all nodes
         self.releases = Releases(metrics)
         self.tracer: Tracer | None = None
         self._settings = settings
@@ -98,13 +99,13 @@ class App:
             else:
                 dialect = self._dialects[-1]
                 operation = self._refuse_path(request.path)
-            plane: InferencePlane = self.plane
+            plane: InferencePlane = self.entry
             if operation.body_limit is not None:
                 token = None if self._permissions is None else self._permissions.find_token(request.headers)
                 request.arrived = started
                 request.client = scope.get(CLIENT_NAME, "") if token is None else token.name
                 await self._read(request, operation.body_limit, scope, receive, signed=token is None)
-                plane = make_plane(self.plane, token, self.releases)  # as they are now: a body may have taken long
+                plane = make_plane(self.entry, token, self.releases)  # as they are now: a body may have taken long
                 plane = plane if request.trace is None else trace_plane(plane, request.trace, request.arrived)
             reply = _require_in_time(await dialect.answer(operation, request, plane), request)
         except ClientGone:
@@ -175,7 +176,7 @@ class App:
     def _find_plane(self, token: str) -> InferencePlane:
         """The plane of who has shown the token of this name. Raises Refused if it is none any more."""
         found = self._permissions.find_named(token) if token and self._permissions is not None else None
-        return make_plane(self.plane, found, self.releases)
+        return make_plane(self.entry, found, self.releases)
 
     # --- the request ------------------------------------------------------------------------------------------------
 

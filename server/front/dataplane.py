@@ -97,6 +97,7 @@ class InferRequest(msgspec.Struct, frozen=True):
     request_id: bytes = b""  #: as its client knows it
     client: str = ""
     call: CallDetails | None = None
+    told: bytes = b""  #: the same as another node's front has encoded it
     question: Question | None = None
 
 
@@ -605,7 +606,7 @@ class DataPlane:
         refusal = backlog.check(model, client, now, left_s, ahead, self._bounds, is_work=is_work)
         if refusal is not None:
             raise explain_overload(refusal)
-        told = b""
+        told = request.told
         if request.call is not None and self._code is not None:
             told = self._code.encode(model, request.request_id, request.call)
         counted = self.router.count_start(lane, model)
@@ -677,6 +678,11 @@ class DataPlane:
         stats = InferStats(None, int((time.monotonic() - (request.arrived or time.monotonic())) * 1e6), None, 0)
         said = decode_head(first.head) if first.head else None
         return InferResponse(first.content_type, first.body, len(first.body), stats, link, call, said)
+
+
+def holds_model(situation: Situation) -> bool:
+    """Whether only a worker that holds the model answers so."""
+    return situation in HOLDS
 
 
 def _refused_by_worker(situation: Situation, body: bytes, stats: InferStats, expected_s: float) -> RefusedByWorker:

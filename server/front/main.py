@@ -1,6 +1,6 @@
 """A front process: uvicorn on the shared inference socket, and connections to the workers that the supervisor names.
 
-The supervisor starts it as `python -m server.front.main CONTROL_FD LISTEN_FD`. It imports no torch.
+The supervisor starts it as `python -m server.front.main CONTROL_FD LISTEN_FD [NODE_FD]`. It imports no torch.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from server.access.tls import open_tls
 from server.front.app import App
 from server.front.dataplane import DataPlane
 from server.front.finished_jobs import FinishedJobs
+from server.front.nodes.cluster_plane import ClusterPlane, open_cluster, open_node_tls
 from server.front.releases import Releases
 from server.front.tracing.opening import open_tracing
 from server.front.worker_client import WorkerLink, connect_to_worker
@@ -69,8 +70,11 @@ class Stoppable(Protocol):
 class Front:
     """Keeps the links as the supervisor's list of workers says; the app sees only those that are connected."""
 
-    def __init__(self, app: FrontApp, server: Stoppable, metrics: FrontMetrics) -> None:
-        self._app, self._server, self._metrics = app, server, metrics
+    def __init__(
+        self, app: FrontApp, server: Stoppable, metrics: FrontMetrics, cluster: ClusterPlane | None = None
+    ) -> None:
+        """`cluster`: the plane of all nodes; None: this server is alone."""
+        self._app, self._server, self._metrics, self._cluster = app, server, metrics, cluster
         self._wanted: dict[int, str] = {}  # worker -> socket path, which is new for each incarnation
         self._linked: dict[int, str] = {}
         self._connecting: dict[int, asyncio.Task[None]] = {}
@@ -93,6 +97,8 @@ class Front:
                 return None
             case AwaitConnections():
                 await asyncio.gather(*self._connecting.values(), return_exceptions=True)
+                if self._cluster is not None:
+                    await self._cluster.join()
                 return None
             case ScrapeMetrics():
                 links = self._app.plane.links
@@ -174,8 +180,11 @@ def _keep_jobs(app: App, folder: str) -> "asyncio.Task[None] | None":
         return None
 
 
-async def main(control_fd: int, listen_fd: int) -> None:
-    """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone."""
+async def main(control_fd: int, listen_fd: int, node_fd: int = -1) -> None:
+    """Get an assignment from the supervisor, serve until told to stop or the supervisor is gone.
+
+    `node_fd`: where other nodes connect; -1: the server is no node of a cluster.
+    """
     member = ChildChannel(AskedOfFront)
     assignment = await member.join(control_fd, JoinAsFront())
     if assignment is None:
@@ -189,6 +198,7 @@ async def main(control_fd: int, listen_fd: int) -> None:
         app.plane.expected, app.plane.supervisor = assignment.workers, member.channel
         app.plane.suspects.channel = member.channel
         app.plane.finished_jobs = FinishedJobs(Path(assignment.folder, JOBS_FOLDER))
+        cluster = open_cluster(settings, app.plane, metrics)
         tracing = open_tracing(settings, metrics)
         app.tracer = tracing.tracer
         tls = open_tls(settings.tls_certificate, settings.tls_key, settings.tls_client_ca)
@@ -196,8 +206,12 @@ async def main(control_fd: int, listen_fd: int) -> None:
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's file, not our bug
         return
     server = make_listener(app, settings.drain_s, settings.client_timeout_s, settings.keep_alive_s, tls)
-    front = Front(app, server, metrics)
-    sweeper = asyncio.create_task(front.sweep())
+    front = Front(app, server, metrics, cluster)
+    tasks = [asyncio.create_task(front.sweep())]
+    if cluster is not None:
+        app.entry = cluster
+        await cluster.listen(socket.socket(fileno=node_fd), open_node_tls(settings))
+        tasks.append(asyncio.create_task(cluster.keep()))
     keeper = _keep_jobs(app, assignment.journal)
     serving = asyncio.create_task(server.serve(sockets=[socket.socket(fileno=listen_fd)]))
     member.serve(front.handle)
@@ -210,12 +224,11 @@ async def main(control_fd: int, listen_fd: int) -> None:
             link.lent.return_all()
     app.plane.background.stop(0.0)  # the supervisor has died, and the workers with it
     await app.plane.background.wait_ended()
-    sweeper.cancel()
-    if keeper is not None:
-        keeper.cancel()
+    for task in (*tasks, *([] if keeper is None else [keeper])):
+        task.cancel()
     await tracing.close()
 
 
 if __name__ == "__main__":
     return_large_blocks()
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2])))
+    uvloop.run(main(*map(int, sys.argv[1:])))

@@ -74,6 +74,8 @@ def read_secrets(settings: Settings) -> Settings:
     if settings.access_keys_file is not None:
         keys = {**read_access_keys(settings.access_keys_file), **settings.access_keys}
         settings = settings.model_copy(update={"access_keys": keys})
+    if settings.node_name and not (settings.nodes_file and settings.node_key_file):
+        raise ValueError("node_name needs nodes_file and node_key_file: set all three, or none")
     if settings.grpc_port is not None or settings.grpc_management_port is not None:
         require_grpcio()
         if settings.access_keys and tokens is None:

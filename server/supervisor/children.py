@@ -114,16 +114,16 @@ class Children:
         self.fatal: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._children, self._parent, self._silence_s = children, parent, silence_s
         self._stopping = False
+        self._listen: Sequence[socket.socket] = ()
         self.spare = None if spare_for is None else SpareWorker(spare_for, self._start, self._are_workers_up)
-        self._listen: socket.socket
         self._tasks: list[asyncio.Task[None]] = []
 
     def __repr__(self) -> str:
         """For example `<Children 2 of 3 up>`."""
         return f"<Children {sum(child.ready.is_set() for child in self._children)} of {len(self._children)} up>"
 
-    def start(self, listen: socket.socket) -> None:
-        """Start all; fronts get `listen`."""
+    def start(self, listen: Sequence[socket.socket]) -> None:
+        """Start all; fronts of HTTP get `listen`: the inference listener's socket, and in a cluster the nodes'."""
         self._listen = listen
         self._tasks = [asyncio.create_task(self._keep(child)) for child in self._children]
         self._tasks += [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._watch())]
@@ -224,7 +224,7 @@ class Children:
     async def _spawn(self, child: Child, control: socket.socket, *, ahead: bool) -> asyncio.subprocess.Process:
         fds = [control.fileno()]
         if child.kind == "front" and not child.grpc:
-            fds.append(self._listen.fileno())
+            fds += [each.fileno() for each in self._listen]
         rows_of = self._children if ahead else [child]  # a spare may become any worker
         fds += [each.rows for each in rows_of if each.rows is not None]
         module = "server.front.grpc.main" if child.grpc else f"server.{child.kind}.main"

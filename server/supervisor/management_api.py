@@ -48,6 +48,7 @@ from server.supervisor.model_server_api.mms_routes import list_mms_routes
 from server.supervisor.model_server_api.torchserve import TorchServeApi
 from server.supervisor.model_server_api.torchserve_answers import refuse_path, reply
 from server.supervisor.model_server_api.torchserve_metrics import CpuClock, HostFamilies, NamedFamilies
+from server.supervisor.node_label import label_exemplars, label_registry
 from server.supervisor.overview import Overview
 from server.supervisor.releases.api import list_release_routes
 from server.supervisor.request_bodies import read_body
@@ -190,8 +191,11 @@ def metrics_app(supervisor: Supervisor) -> Starlette:
             named = NamedFamilies(registry, names)
             registry = CollectorRegistry()
             registry.register(named)
+        node = supervisor.settings.node_name
+        registry = label_registry(registry, node)
         if wants_open_metrics(request.headers.get("accept", "")):
-            body, media_type = render_open_metrics(registry, await supervisor.list_exemplars())
+            exemplars = label_exemplars(await supervisor.list_exemplars(), node)
+            body, media_type = render_open_metrics(registry, exemplars)
             return Response(body, media_type=media_type)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -226,11 +230,12 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
     raise_open_files_limit()
     settings = read_secrets(settings)
     async with AsyncExitStack() as stack:
-        hosts = listener_hosts(settings)
+        hosts = {**listener_hosts(settings), "node": settings.node_host}
         ports = {
             "inference": settings.inference_port,
             "management": settings.management_port,
             "metrics": settings.metrics_port,
+            **({"node": settings.node_port} if settings.node_name else {}),
         }
         socks = {name: stack.enter_context(bind_socket(hosts[name], port, name)) for name, port in ports.items()}
         scheme = "http" if settings.tls_certificate is None else "https"
@@ -253,7 +258,7 @@ async def run_server(settings: Settings, signals: StopSignals) -> AsyncIterator[
             if name == "management":
                 supervisor.management = checked
             listeners.append((server, asyncio.create_task(server.serve(sockets=[socks[name]]))))
-        await supervisor.start(socks["inference"])
+        await supervisor.start(*(socks[name] for name in ("inference", "node") if name in socks))
         if settings.announce is not None:
             forget = partial(settings.announce.unlink, missing_ok=True)
             signals.call_at_once(forget)

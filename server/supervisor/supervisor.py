@@ -154,7 +154,7 @@ class Supervisor:
         self._actuals_keeper: asyncio.Task[None] | None = None
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
-        self._listen: socket.socket | None = None
+        self._listen: Sequence[socket.socket] = ()
         self.management: App | None = None  #: the management API with its checks, for calls that come by gRPC
 
     def __repr__(self) -> str:
@@ -165,8 +165,11 @@ class Supervisor:
 
     # --- life -------------------------------------------------------------------------------------------------------
 
-    async def start(self, listen: socket.socket) -> None:
-        """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be."""
+    async def start(self, *listen: socket.socket) -> None:
+        """Start all children and wait until they are ready. Raises StartFailed when a worker says it never will be.
+
+        `listen`: the inference listener's socket, and in a cluster the one for other nodes.
+        """
         self._listen, access_log = listen, open_access_log(self.settings)
         prepare_disk_cache(self.settings)
         try:
@@ -222,8 +225,8 @@ class Supervisor:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        if self._listen is not None:
-            self._listen.close()  # each front closes its own: new connections are refused, not left waiting
+        for each in self._listen:
+            each.close()  # each front closes its own: new connections are refused, not left waiting
         await self._children.end(self.fronts, until - loop.time())
         await self._end_access_log()
         await self._end_actuals()

@@ -19,6 +19,7 @@ from server.front.grpc.listener import GrpcListener, GrpcListeners
 from server.front.grpc.open_inference import OpenInferenceService
 from server.front.grpc.torchserve_management import TorchServeManagement
 from server.front.main import ORPHAN_S, Front
+from server.front.nodes.cluster_plane import open_cluster
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases
 from server.front.tracing.opening import open_tracing
@@ -39,6 +40,8 @@ class GrpcApp:
         """`channel`: to the supervisor; None: in tests. Raises ValueError for a file of tokens that is wrong."""
         self.plane = open_plane(settings, metrics)
         self.plane.suspects.channel = self.plane.supervisor = channel
+        self.cluster = open_cluster(settings, self.plane, metrics)
+        self._entry = self.cluster or self.plane
         self.releases = Releases(metrics)
         self.tracer: Tracer | None = None
         self._settings, self._metrics, self._channel = settings, metrics, channel
@@ -58,17 +61,17 @@ class GrpcApp:
         )
 
     def _make_calls(self, services: Mapping[str, Sequence[Method]]) -> Calls:
-        inference = OpenInferenceService(self._settings, self.plane)
+        inference = OpenInferenceService(self._settings, self._entry)
         health = HealthService(inference.has_ready_worker, lambda: calls.is_draining, list(services))
         methods = [*chain(*services.values()), *health.list_methods()]
-        calls = Calls(self._settings, self._metrics, self.plane, self.releases, methods)
+        calls = Calls(self._settings, self._metrics, self._entry, self.releases, methods)
         calls.tracer = self.tracer
         return calls
 
     def _list_inference(self) -> Mapping[str, Sequence[Method]]:
-        services = {open_inference.SERVICE: OpenInferenceService(self._settings, self.plane).list_methods()}
+        services = {open_inference.SERVICE: OpenInferenceService(self._settings, self._entry).list_methods()}
         if self._settings.model_server_api == "torchserve":
-            services[torchserve.SERVICE] = torchserve.TorchServeService(self._settings, self.plane).list_methods()
+            services[torchserve.SERVICE] = torchserve.TorchServeService(self._settings, self._entry).list_methods()
         return services
 
     def _list_management(self) -> Mapping[str, Sequence[Method]]:
@@ -96,8 +99,10 @@ async def main(control_fd: int) -> None:
     except (ValueError, RuntimeError) as error:  # a file went bad since the supervisor has read it, or a port is taken
         log.error("front_not_started", error=str(error))  # noqa: TRY400 -- the operator's, not our bug
         return
-    front = Front(app, listener, metrics)
-    sweeper = asyncio.create_task(front.sweep())
+    front = Front(app, listener, metrics, app.cluster)
+    tasks = [asyncio.create_task(front.sweep())]
+    if app.cluster is not None:
+        tasks.append(asyncio.create_task(app.cluster.keep()))
     await listener.start()
     serving = asyncio.create_task(listener.wait())
     member.serve(front.handle)
@@ -105,7 +110,8 @@ async def main(control_fd: int) -> None:
     if not serving.done():
         listener.stop(ORPHAN_S)
     await serving
-    sweeper.cancel()
+    for task in tasks:
+        task.cancel()
     await tracing.close()
 
 

@@ -1,0 +1,139 @@
+"""The replica: a thin shell in Ray's process around a server of its own, which Ray places, watches and ends.
+
+The server is `fleetcast serve` as on a single machine, with all its processes. Its fronts know the other nodes by a
+file that the replica keeps as Ray's state is; requests between nodes do not pass through Ray.
+"""
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+import structlog
+from ray import serve
+
+from server.cluster.directory import Directory, DirectoryFollower, Entry
+from server.cluster.engine import Engine, EngineFailed
+from server.cluster.options import ReplicaOptions, parse_options
+from server.cluster.passing import Passing, Receive, Scope, Send
+from server.cluster.request_router import NODE
+from server.cluster.slots import Slot, claim_slot
+from server.front.nodes.membership import Node
+from server.host import read_host
+from server.settings import Settings
+
+HEALTH_S = 5.0  #: how long the server may take to say that it is well
+NODES_FILE, SECRET_FILE = "nodes.json", "secret"
+
+log = structlog.get_logger()
+
+
+def make_app() -> Any:
+    """The ASGI application that Ray's proxy calls, made in the replica: the replica's server answers."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            await serve.get_replica_context().servable_object.answer(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            for happened in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{happened}.complete"})
+
+    return answer
+
+
+class EngineReplica:
+    """See the module. Ray calls `reconfigure` before the first request, and for each change of the settings."""
+
+    def __init__(self) -> None:
+        self._context = serve.get_replica_context()
+        self._passing = Passing()
+        self._slot: Slot | None = None
+        self._engine: Engine | None = None
+        self._follower: DirectoryFollower | None = None
+        self._changing = threading.Lock()
+
+    def __repr__(self) -> str:
+        """For example `<EngineReplica node-4b1d <Engine 4711 at http://127.0.0.1:8080>>`."""
+        return f"<EngineReplica {self._slot and self._slot.name} {self._engine!r}>"
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve with these settings: the server drains, and another takes its place, its name and its disk."""
+        await asyncio.to_thread(self._replace, parse_options(config))
+
+    async def check_health(self) -> None:
+        """Raises EngineFailed where the server has ended or stands still; Ray then replaces this replica."""
+        engine = self._engine
+        if engine is not None:
+            await asyncio.to_thread(engine.check, HEALTH_S)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What `OwnerRouter` must know."""
+        return {NODE: self._slot.name if self._slot is not None and self._engine is not None else ""}
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that came through Ray's proxy; while the own server is changed, another node does."""
+        own = self._slot.name if self._slot is not None and self._engine is not None else ""
+        nodes = [] if self._follower is None else list(self._follower.nodes)
+        fronts = [node.inference for node in sorted(nodes, key=lambda node: node.name != own)]
+        if own and self._engine is not None and not (nodes and fronts[0] == self._engine.addresses["inference"]):
+            fronts.insert(0, self._engine.addresses["inference"])
+        await self._passing.pass_on(scope, receive, send, fronts)
+
+    async def __del__(self) -> None:
+        """Ray calls this once, before it ends the process: drain."""
+        await asyncio.to_thread(self._end)
+
+    def _replace(self, options: ReplicaOptions) -> None:
+        with self._changing:
+            self._stop_engine()
+            settings = Settings.from_wire(options.settings)
+            if self._slot is None:
+                self._slot = claim_slot(settings.disk_cache, options.per_host)
+            slot = self._slot
+            nodes, secret = slot.folder / NODES_FILE, slot.folder / SECRET_FILE
+            _write_secret(secret, options.secret)
+            if self._follower is None:
+                self._follower = DirectoryFollower(Directory(self._context.app_name), nodes)
+            address = options.host or ray.util.get_node_ip_address()
+            memory = read_host().memory_bytes
+            wire = options.settings_of(slot.index, str(slot.folder / "cache"), address, memory)
+            wire |= {"node_name": slot.name, "nodes_file": str(nodes), "node_key_file": str(secret)}
+            engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock)
+            actor = self._context.replica_id.to_full_id_str()
+            self._follower.enter(Entry(_describe(slot.name, engine), actor, os.getpid()))
+            self._engine = engine
+            log.info("replica", node=slot.name, addresses=dict(engine.addresses))
+
+    def _stop_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            if self._follower is not None:
+                try:
+                    self._follower.leave()
+                except Exception as error:  # Ray's head is gone: others see it by their links
+                    log.warning("not_withdrawn", error=str(error)[:300])
+            engine.stop()
+
+    def _end(self) -> None:
+        with self._changing:
+            self._stop_engine()
+
+
+def _write_secret(path: Path, secret: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret)
+
+
+def _describe(name: str, engine: Engine) -> Node:
+    def place(listener: str) -> str:
+        return engine.addresses[listener].partition("://")[2]
+
+    at = engine.addresses
+    return Node(name, place("node"), place("metrics"), at["management"], at["inference"])
+
+
+__all__ = ["EngineFailed", "EngineReplica", "make_app"]

@@ -1,0 +1,95 @@
+"""`docker/ray` and `docs/cluster.md`, without Ray: what the files say is what the program reads."""
+
+import re
+import shlex
+from typing import Any
+
+import pytest
+import yaml
+
+from server.cluster.options import read_arguments
+from server.contract import HEADER_TARGET_MODEL
+from server.settings import Settings
+from server.supervisor.supervisor import LONGEST_END_S
+from tests.docker.test_deployment import IMAGE_USER, KUBERNETES_VERSIONS, check_command, read_documents
+from tests.docker.test_images import DOCKER
+
+RAY = DOCKER / "ray"
+PAGE = DOCKER.parent / "docs/cluster.md"
+SESSION = {"name": "RAY_SERVE_SESSION_ID_HEADER_KEY", "value": HEADER_TARGET_MODEL}
+
+
+def find_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What the application of a Serve config is given."""
+    (application,) = config["applications"]
+    assert application["import_path"] == "server.cluster.application:build"
+    arguments: dict[str, Any] = application["args"]
+    return arguments
+
+
+def list_pods() -> list[dict[str, Any]]:
+    """The templates of the RayService's pods: the head's, then the others'."""
+    _, service = read_documents(RAY / "kuberay.yaml")
+    config = service["spec"]["rayClusterConfig"]
+    return [config["headGroupSpec"]["template"], *(group["template"] for group in config["workerGroupSpecs"])]
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "kuberay.yaml"])
+def test_arguments_are_the_programs(name: str) -> None:
+    """Each option and each setting is one that the program has."""
+    document = read_documents(RAY / name)[-1]
+    config = yaml.safe_load(document["spec"]["serveConfigV2"]) if name == "kuberay.yaml" else document
+    options, counts = read_arguments(find_arguments(config))
+    assert Settings.from_wire(options.settings).store == "s3://models/prices"
+    assert counts["replicas"] > 1
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_kubernetes_takes_the_pods_and_the_service(version: str) -> None:
+    """KubeRay's own kind has no schema in a package; what it is made of has one, which knows no other fields."""
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing: `make venv` brings it")
+    service, ray = read_documents(RAY / "kuberay.yaml")
+    schemas.validate(service, version, strict=True)
+    assert (ray["apiVersion"], ray["kind"]) == ("ray.io/v1", "RayService")
+    assert ray["spec"].keys() <= {"serveConfigV2", "rayClusterConfig"}
+    for template in list_pods():
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
+        schemas.validate(pod, version, strict=True)
+
+
+def test_pods_are_rays_and_the_servers() -> None:
+    """They run as nobody in particular, know the header of the target model, have the room that a replica asks for, and
+    have time to drain; the service finds them.
+    """
+    service, ray = read_documents(RAY / "kuberay.yaml")
+    options, counts = read_arguments(find_arguments(yaml.safe_load(ray["spec"]["serveConfigV2"])))
+    (group,) = ray["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert group["minReplicas"] <= counts["replicas"] <= group["maxReplicas"]
+    for template in list_pods():
+        (container,) = template["spec"]["containers"]
+        assert SESSION in container["env"]
+        assert container["securityContext"]["runAsUser"] == IMAGE_USER
+        assert template["spec"]["enableServiceLinks"] is False
+    node = group["template"]
+    (container,) = node["spec"]["containers"]
+    settings = Settings.from_wire(options.settings)
+    assert float(container["resources"]["requests"]["cpu"]) >= options.cpus
+    assert node["spec"]["terminationGracePeriodSeconds"] > settings.drain_s + LONGEST_END_S
+    assert service["spec"]["selector"] == node["metadata"]["labels"]
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == {settings.inference_port}
+    (mount,) = container["volumeMounts"]
+    assert settings.disk_cache.parent.as_posix() == mount["mountPath"], "a folder of its own below the volume"
+
+
+def test_the_page_names_what_there_is() -> None:
+    """Its commands have the flags that they are given, its files are there, and so are the settings that it names."""
+    text = PAGE.read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += re.findall(r"`(fleetcast (?:serve|cluster) --node[^`]+)`", text.replace("\n", " "))
+    ours = [shlex.split(line) for line in lines if "fleetcast " in line and "pip" not in line]
+    assert {words[1] for words in ours} == {"cluster", "serve"}
+    for words in ours:
+        check_command(words[1:])
+    assert not [name for name in re.findall(r"docker/[\w./-]+\w", text) if not (DOCKER.parent / name).exists()]
+    flags = {name.lstrip("-").replace("-", "_") for name in re.findall(r"`(node_\w+|nodes_file)`", text)}
+    assert flags <= set(Settings.model_fields)

@@ -1,0 +1,55 @@
+"""A replica's server as the replica sees it, without Ray: it starts by a pipe, is well or not, and ends with it."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from loadtest.peers.process_tree import ProcessTree
+from server.cluster.engine import Engine, EngineFailed
+from server.cluster.slots import claim_slot
+from server.settings import Settings
+from tests.patience import PATIENCE_S, wait_until
+
+pytestmark = pytest.mark.e2e
+
+
+def make_settings(folder: Path, **more: object) -> Settings:
+    """A small server of an empty store, with a secret that must not show."""
+    (folder / "store").mkdir(exist_ok=True)
+    ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
+    keys = {"access_keys": {"AKIA": "a-secret-that-must-not-show"}}
+    given = {"store": str(folder / "store"), "workers": 1, "device": "cpu", "drain_s": 5, **ports, **keys, **more}
+    return Settings.from_wire({**given, "disk_cache": str(folder / "cache")})
+
+
+def test_a_server_that_is_dead_or_stands_still_is_seen_and_ends_with_its_replica(tmp_path: Path) -> None:
+    """It is well while it serves. Stopped, it does not answer; killed, its end is said. No other user of the host reads
+    its secrets from its command or environment. When the replica lets go of the pipe all of it ends, and the place is
+    free.
+    """
+    slot = claim_slot(tmp_path / "disk", 1)
+    engine = Engine(make_settings(tmp_path), slot.folder, slot.lock)
+    shown = b"".join(Path(f"/proc/{engine.pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
+    assert b"must-not-show" not in shown
+    engine.check(PATIENCE_S)
+    tree = ProcessTree(engine.pid)
+    tree.signal(signal.SIGSTOP)
+    with pytest.raises(EngineFailed, match="does not answer"):
+        engine.check(0.2)
+    tree.signal(signal.SIGCONT)
+    engine.check(PATIENCE_S)
+    engine.stop()
+    with pytest.raises(EngineFailed, match="ended with 0"):
+        engine.check(PATIENCE_S)
+    wait_until(lambda: not tree.pids(), "all of it ends")
+    slot.release()
+    claim_slot(tmp_path / "disk", 1, wait_s=PATIENCE_S).release()
+
+
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    """Its replica's error has the reason that the log ends with."""
+    slot = claim_slot(tmp_path / "disk", 1)
+    with pytest.raises(EngineFailed, match="other hosts could use the management listener"):
+        Engine(make_settings(tmp_path, management_host="0.0.0.0"), slot.folder, slot.lock)
+    slot.release()

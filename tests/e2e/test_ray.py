@@ -1,0 +1,218 @@
+"""A cluster on real Ray: raylets, Serve's controller and proxy, and replicas with whole servers, on this host.
+
+`make test-ray` runs it. Ray costs about a gigabyte of packages and half a minute of processor time a start, so that
+`make test` leaves it out.
+"""
+
+import itertools
+import json
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.contract import home_weight
+from server.front.nodes.membership import number_node
+from server.settings import Settings
+from tests.e2e.models import Question, pack_fleet
+from tests.e2e.ray_cluster import RayCluster, run_ray
+from tests.e2e.server import Answer, Load, Server, upload
+from tests.patience import wait_until
+from tests.s3 import S3Server
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(not os.environ.get("FLEETCAST_TEST_RAY"), reason="it takes minutes: make test-ray runs it"),
+]
+
+MODELS = pack_fleet("ray", 60)
+QUESTIONS = [model.question(1) for model in MODELS]
+SLACK = 0.02  #: of all models that may move beside the share of a node that comes or goes
+TRIES = 200
+
+
+class AnyNode:
+    """A client with the addresses of all nodes, as one behind a load balancer: one that refuses connections is passed.
+
+    Every HTTP answer counts, and so does a connection that breaks once an answer has begun.
+    """
+
+    def __init__(self, folder: Path, http: httpx.Client) -> None:
+        self._folder, self._turn = folder, itertools.count()
+        self._http = http
+
+    def list_addresses(self) -> list[str]:
+        """Those of the newest table that a replica has written."""
+        files = sorted(self._folder.glob("node-*/nodes.json"), key=lambda file: file.stat().st_mtime)
+        return [node["inference"] for node in json.loads(files[-1].read_bytes())["nodes"]]
+
+    def ask(self, question: Question, _client: Any = None) -> Answer:
+        """Ask the next node in turn, and check the numbers. Raises AssertionError for a refusal or a wrong answer."""
+        headers = {"X-Amzn-SageMaker-Target-Model": question.model, "Content-Type": "application/json"}
+        for _ in range(TRIES):
+            addresses = self.list_addresses()
+            address = addresses[next(self._turn) % len(addresses)]
+            try:
+                reply = self._http.post(f"{address}/invocations", content=question.body, headers=headers)
+            except httpx.TransportError:
+                time.sleep(0.05)
+                continue
+            assert reply.status_code == httpx.codes.OK, f"{reply.status_code} {reply.text[:300]}"
+            question.check(reply.content)
+            return Answer(reply.content, reply.headers)
+        raise AssertionError("no node of the table takes connections")
+
+
+def count(server: Server, name: str, **labels: str) -> float:
+    """The sum of a counter over its other labels."""
+    wanted = labels.items()
+    return sum(value for (series, found), value in server.series().items() if series == name and wanted <= found)
+
+
+def count_loads(*servers: Server, **labels: str) -> float:
+    """Loads that these servers have done."""
+    return sum(count(server, "fleetcast_model_loading_seconds_count", **labels) for server in servers)
+
+
+def find_owner(model: str, names: Iterable[str]) -> str:
+    """The node that owns the model, where these are all."""
+    return max(names, key=lambda name: home_weight(model, number_node(name)))
+
+
+def make_options(store: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """What replicas are told: small servers on this host."""
+    ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
+    given = {"store": store, "device": "cpu", "disk_cache": str(folder), "drain_s": 10, "log_format": "json"}
+    wire = Settings(**{**given, **ports, **settings}).to_wire()
+    return {"settings": wire, "secret": "a secret of this test's nodes", "per_host": 4, "host": "127.0.0.1"}
+
+
+@pytest.fixture
+def ray(s3: S3Server, tmp_path: Path) -> Iterator[RayCluster]:
+    """Ray with its head, which has room for four replicas."""
+    with run_ray(s3, tmp_path) as cluster:
+        yield cluster
+
+
+def wait_for(cluster: RayCluster, count_of: int) -> dict[str, Server]:
+    """The servers, once there are so many that answer."""
+    found: dict[str, Server] = {}
+
+    def look() -> bool:
+        found.clear()
+        found.update(cluster.list_servers())
+        return len(found) == count_of
+
+    wait_until(look, f"{count_of} replicas serve")
+    return found
+
+
+@pytest.mark.timeout(900)
+def test_replicas_nodes_settings_and_the_head_come_and_go(
+    s3: S3Server, store: str, tmp_path: Path, ray: RayCluster
+) -> None:
+    """Under a load that asks all nodes in turn: a replica is killed and comes back to its models, settings are rolled
+    out, the cluster grows and shrinks, a node is lost, the head is lost and restarted. No answer is refused or wrong;
+    a node that comes or goes moves its own share of the models, and what comes back is read from its host's disk.
+    """
+    upload(s3, store, MODELS)
+    disk = tmp_path / "disk"
+    options = make_options(f"s3://{store}", disk)
+    ray.do("deploy", options=options, replicas=3)
+    servers = wait_for(ray, 3)
+    client = AnyNode(disk, ray.http)
+    for question in [*QUESTIONS, *QUESTIONS]:
+        client.ask(question)
+    assert count_loads(*servers.values()) <= len(MODELS) * (1 + SLACK) + len(servers)
+    _ask_through_the_proxy(ray, servers)
+    with Load(ray.wrap({"inference": ray.proxy}), QUESTIONS, ask=client.ask, clients=2) as load:
+        load.more(len(MODELS))
+        _kill_a_replica(ray, servers, load)
+        _roll_out(ray, options, load)
+        _grow_and_shrink(ray, options, load)
+        _restart_the_head(ray, load)
+        _lose_a_node(ray, options, load)
+    problems = [outcome for outcome in load.outcomes if outcome.problem]
+    assert not problems, f"{len(problems)} of {len(load.outcomes)} answers: {problems[:3]}"
+
+
+def _ask_through_the_proxy(ray: RayCluster, servers: dict[str, Server]) -> None:
+    """Ray's proxy takes a model to its owner by the header that SageMaker's clients send: fronts send few on, and
+    not the two in three that a router without it would give them.
+    """
+    before = sum(count(server, "fleetcast_forwarded_requests_total") for server in servers.values())
+    for question in QUESTIONS:
+        headers = {"X-Amzn-SageMaker-Target-Model": question.model, "Content-Type": "application/json"}
+        reply = ray.http.post(f"{ray.proxy}/invocations", content=question.body, headers=headers)
+        assert reply.status_code == httpx.codes.OK, reply.text
+        question.check(reply.content)
+    after = sum(count(server, "fleetcast_forwarded_requests_total") for server in servers.values())
+    assert after - before < len(MODELS) / 6, "Ray goes on to the next replica where one is slow to say that it has room"
+    # A model in the path is no header: any replica takes it, and its front finds the owner.
+    reply = ray.http.get(f"{ray.proxy}/v2/models/{MODELS[0].name}")
+    assert reply.status_code == httpx.codes.OK, reply.text
+
+
+def _kill_a_replica(ray: RayCluster, servers: dict[str, Server], load: Load) -> None:
+    victim, *others = servers.values()
+    own = victim.resident()
+    before = count_loads(*others)
+    os.kill(int(victim.addresses["pid"]), signal.SIGKILL)
+    wait_until(lambda: len(ray.list_servers()) == 2, "Ray notices")
+    load.more(2 * len(MODELS))
+    assert count_loads(*others) - before <= len(own) + SLACK * len(MODELS)
+    again = wait_for(ray, 3)
+    assert again.keys() == servers.keys(), "the node has its old name"
+    load.more(2 * len(MODELS))
+    name = next(name for name in again if again[name].addresses["pid"] != servers[name].addresses["pid"])
+    owned = {model.name for model in MODELS if find_owner(model.name, again) == name}
+    wait_until(lambda: again[name].resident() >= owned, "the node has its old models")
+    assert count_loads(again[name], tier="store") == 0
+    assert count_loads(again[name], tier="disk") >= len(owned)
+
+
+def _roll_out(ray: RayCluster, options: dict[str, Any], load: Load) -> None:
+    options["settings"]["max_batch_rows"] = 64
+    ray.do("deploy", options=options, replicas=3)
+    servers = wait_for(ray, 3)
+    load.more(2 * len(MODELS))
+    assert count_loads(*servers.values(), tier="store") <= len(MODELS), "what is read anew is read from the disk"
+
+
+def _grow_and_shrink(ray: RayCluster, options: dict[str, Any], load: Load) -> None:
+    servers = ray.list_servers()
+    before = count_loads(*servers.values())
+    ray.do("deploy", options=options, replicas=4)
+    grown = wait_for(ray, 4)
+    load.more(2 * len(MODELS))
+    (new,) = grown.keys() - servers.keys()
+    assert len(grown[new].resident()) <= len(MODELS) * (1 / 3 + SLACK)
+    assert count_loads(*servers.values()) == before, "no other model has moved"
+    ray.do("deploy", options=options, replicas=3)
+    wait_for(ray, 3)
+    load.more(len(MODELS))
+
+
+def _restart_the_head(ray: RayCluster, load: Load) -> None:
+    names = ray.list_servers().keys()
+    ray.do("kill_head")
+    load.more(2 * len(MODELS))
+    ray.do("restart_head")
+    wait_until(lambda: ray.list_servers().keys() == names, "the head knows the replicas again")
+    load.more(len(MODELS))
+
+
+def _lose_a_node(ray: RayCluster, options: dict[str, Any], load: Load) -> None:
+    ray.do("add_node")
+    ray.do("deploy", options=options, replicas=5)  # of which the head has room for four
+    wait_for(ray, 5)
+    load.more(len(MODELS))
+    ray.do("remove_node", index=0)
+    load.more(2 * len(MODELS))
+    wait_for(ray, 4)
+    load.more(len(MODELS))

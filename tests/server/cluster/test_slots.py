@@ -1,0 +1,41 @@
+"""Places on a host: one process each, and a name that stays with the folder."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.cluster.slots import NoSlot, claim_slot
+from tests.patience import wait_until
+
+HOLD = "import os, sys; os.set_inheritable(int(sys.argv[1]), False); sys.stdin.read()"
+
+
+def test_a_name_stays_with_the_folder_whoever_comes(tmp_path: Path) -> None:
+    """Two replicas have two places and names; the next process in a place has the name of the one before."""
+    first, second = claim_slot(tmp_path, 2), claim_slot(tmp_path, 2)
+    assert (first.index, second.index) == (0, 1)
+    assert first.name != second.name
+    first.release()
+    again = claim_slot(tmp_path, 2)
+    assert (again.index, again.name) == (0, first.name)
+    with pytest.raises(NoSlot, match="--replicas-per-host"):
+        claim_slot(tmp_path, 2, wait_s=0)
+    again.release()
+    second.release()
+
+
+def test_a_place_is_taken_until_the_servers_end(tmp_path: Path) -> None:
+    """A server that outlives its replica still has its place: the next one waits for its end."""
+    slot = claim_slot(tmp_path, 1)
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(slot.lock)], stdin=subprocess.PIPE, pass_fds=(slot.lock,))
+    os.close(slot.lock)
+    with pytest.raises(NoSlot):
+        claim_slot(tmp_path, 1, wait_s=0)
+    child.communicate()
+    next_one = claim_slot(tmp_path, 1)
+    assert next_one.name == slot.name
+    next_one.release()
+    wait_until(lambda: child.poll() is not None, "the child ends")
