@@ -26,10 +26,8 @@ import orjson
 import typer
 import urllib3
 from rich.console import Console
-from rich.progress import Progress
 
 from loadtest import flags, record
-from loadtest.fleets.archive_writer import make_progress_bar
 from loadtest.fleets.fleet import Fleet, list_fleet_names, write_fleet
 from loadtest.fleets.network_shape import make_request
 from loadtest.fleets.synthetic_archives import build_network
@@ -38,6 +36,7 @@ from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.resource_counts import list_pids, read_cpu_seconds
 from model_store.errors import LoadError
 from server.contract import HEADER_TARGET_MODEL, INVOCATIONS_PATH
+from server.shell.progress import TaskList, follow_tasks
 
 LIMIT = 0.01  #: of a core that a viewer may cost
 FAMILY = "mlp-64"
@@ -104,8 +103,8 @@ def main(
     """Measure what a viewer of the console costs, and how its table scrolls."""
     before = record.describe_machine()
     try:
-        with tempfile.TemporaryDirectory(prefix="fleetcast-console-") as folder, make_progress_bar() as bar:
-            found, scroll = run_stages(models, seconds, spans, seed, Path(folder), bar)
+        with tempfile.TemporaryDirectory(prefix="fleetcast-console-") as folder, follow_tasks() as tasks:
+            found, scroll = run_stages(models, seconds, spans, seed, Path(folder), tasks)
     except (RuntimeError, ValueError, OSError, urllib3.exceptions.HTTPError, LoadError) as error:
         raise SystemExit(f"no verdict: {error}") from error
     cost = compute_viewer_cost(found)
@@ -123,23 +122,23 @@ def main(
 
 
 def run_stages(
-    models: int, seconds: float, spans: int, seed: int, folder: Path, bar: Progress
+    models: int, seconds: float, spans: int, seed: int, folder: Path, tasks: TaskList
 ) -> tuple[list[ViewerSpan], Scroll]:
     """Make the fleet, hold it, watch it. Raises what the server, the store and the browser raise."""
     store = folder / "store"
-    write_fleet(Fleet(1, seed, {FAMILY: 1.0}), str(store), bar)
+    write_fleet(Fleet(1, seed, {FAMILY: 1.0}), str(store), tasks)
     link_archives(store, models)
     slab = SLAB_ROWS * build_network(FAMILY).family.row_floats * 4
     cache = slab * (-(-models // SLAB_ROWS) + 1)
     sizes = ["--workers", "1", "--slab-bytes", str(slab), "--model-cache-bytes", str(cache)]
     with run_local_server(str(store), sizes) as server:
-        load_models(server, models, bar)
-        task = bar.add_task("spans", total=2 * spans)
+        load_models(server, models, tasks)
+        task = tasks.start_task("spans", 2 * spans)
         found = []
         for _ in range(spans):
             for viewer in (False, True):
                 found.append(watch(server, seconds, folder / "browser", viewer=viewer))
-                bar.advance(task)
+                task.advance()
         with open_browser(folder / "browser") as page:
             show_models(page, server)
             return found, summarise_scroll(*page.value(SCROLL % max(100, models // 8)))
@@ -153,15 +152,15 @@ def link_archives(store: Path, models: int) -> None:
         os.link(store / first, store / name)
 
 
-def load_models(server: LocalServer, models: int, bar: Progress) -> None:
+def load_models(server: LocalServer, models: int, tasks: TaskList) -> None:
     """Load all models by the management API. Raises RuntimeError if not all are resident afterwards."""
-    task = bar.add_task("loads", total=models)
+    task = tasks.start_task("loads", models)
     with urllib3.PoolManager() as pool:
         for name in list_fleet_names(models):
             reply = pool.request("POST", f"{server.management}/fleet/load/{name}")
             if reply.status != 200:  # noqa: PLR2004
                 raise RuntimeError(f"{name} was not loaded: {reply.data[:300]!r}")
-            bar.advance(task)
+            task.advance()
     if (held := server.loaded_models()) != models:
         raise RuntimeError(f"{held} of {models} models are resident")
 
