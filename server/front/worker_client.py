@@ -6,9 +6,9 @@ Runs on the front's event loop.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from msgspec.structs import asdict
 
 from server.access_log import REFUSED
@@ -43,8 +43,7 @@ class WorkerLost(Exception):
     worker = -1  #: which one, where it is known
 
 
-@dataclass(slots=True, eq=False)
-class WorkerCall:
+class WorkerCall(msgspec.Struct, eq=False):
     """A request at the worker. `reply` resolves with the response's head and first part.
 
     Of an answer that is sent while it is made it resolves with the first part, and `later` has what follows: parts, the
