@@ -89,7 +89,7 @@ def make_options(store: str, folder: Path, **settings: Any) -> dict[str, Any]:
     ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0}
     given = {"store": store, "device": "cpu", "disk_cache": str(folder), "drain_s": 10, "log_format": "json"}
     wire = Settings(**{**given, **ports, **settings}).to_wire()
-    return {"settings": wire, "secret": "a secret of this test's nodes", "per_host": 4, "host": "127.0.0.1"}
+    return {"settings": wire, "secret": "a secret of this test's nodes", "per_host": 5, "host": "127.0.0.1"}
 
 
 @pytest.fixture
