@@ -73,6 +73,17 @@ class DirectoryFollower:
         """For example `<DirectoryFollower of 3 nodes>`."""
         return f"<DirectoryFollower of {len(self.nodes)} nodes>"
 
+    def prepare(self) -> None:
+        """Have the others in the file before this replica's server starts.
+
+        INVARIANT: a server is ready only once its fronts have links to the nodes of the file. So one that joins never
+        takes itself for the owner of all models, when clients learn of it as soon as the others do.
+        """
+        try:
+            self._write([entry.node for entry in self._directory.list_living()])
+        except Exception as error:  # whatever Ray raises while its head is gone: the file of before is as good
+            log.warning("ray_not_asked", error=str(error)[:500], then="nodes stay as they are")
+
     def enter(self, entry: Entry) -> None:
         """This replica serves from now on."""
         with self._lock:

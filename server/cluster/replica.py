@@ -101,6 +101,7 @@ class EngineReplica:
             memory = read_host().memory_bytes
             wire = options.settings_of(slot.index, str(slot.folder / "cache"), address, memory)
             wire |= {"node_name": slot.name, "nodes_file": str(nodes), "node_key_file": str(secret)}
+            self._follower.prepare()
             engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock)
             actor = self._context.replica_id.to_full_id_str()
             self._follower.enter(Entry(_describe(slot.name, engine), actor, os.getpid()))
