@@ -19,7 +19,7 @@ COPY server server
 COPY handlers handlers
 COPY model_store model_store
 COPY loadtest loadtest
-RUN /opt/fleetcast/bin/pip install --no-cache-dir --prefix /opt/program --no-index --no-deps --no-build-isolation .
+RUN /opt/fleetcast/bin/pip install --no-cache-dir --ignore-installed --prefix /opt/program --no-index --no-deps --no-build-isolation .
 
 FROM python:3.11.16-slim-bookworm@sha256:528257d48c1da0dcecc2e725d1ae34498d60c965f1241e39cd6a85a8859bdf84
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/fleetcast fleetcast && \

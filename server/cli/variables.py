@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 PREFIX = "FLEETCAST_"
 #: Variables that are no settings: a client's token, and what this project's own tests and benchmarks read.
-OTHERS = frozenset({"TOKEN", "TEST_S3", "FUZZ_S", "FUZZ_SEED", "QUIET", "DATA"})
+OTHERS = frozenset({"TOKEN", "TEST_S3", "TEST_RAY", "FUZZ_S", "FUZZ_SEED", "QUIET", "DATA"})
 #: What Kubernetes sets in each pod for a service `fleetcast...`, unless `enableServiceLinks: false`.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _SERVICE_ADDRESS = re.compile(r"(tcp|udp|sctp)://.+", re.IGNORECASE)

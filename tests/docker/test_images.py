@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,11 @@ def test_dependencies_are_a_layer_of_their_own(path: Path) -> None:
 
 
 def test_the_program_installed_beside_its_packages_runs(tmp_path: Path) -> None:
-    """What the image's last `pip install` writes into a folder of its own is whole: both commands run from there."""
+    """What the image's last `pip install` writes into a folder of its own is whole: both commands run from there.
+
+    The environment that it is called from keeps its own: without --ignore-installed pip would remove that first.
+    """
+    before = distribution("fleetcast").read_text("RECORD")
     (line,) = re.findall(r"^RUN \S+/pip (install .* --prefix .*)$", DOCKERFILES[0].read_text(), re.MULTILINE)
     words = line.replace("/opt/program", str(tmp_path / "program")).split()
     source = shutil.copytree(DOCKER.parent, tmp_path / "source", ignore=leave_out_of_the_image)
@@ -85,6 +90,7 @@ def test_the_program_installed_beside_its_packages_runs(tmp_path: Path) -> None:
         assert shown.returncode == 0, shown.stderr
         assert name.encode() in shown.stdout
     assert (packages / "loadtest" / "report" / "page.css").exists()
+    assert distribution("fleetcast").read_text("RECORD") == before
 
 
 def leave_out_of_the_image(folder: str, names: list[str]) -> set[str]:
