@@ -194,6 +194,11 @@ EVICTIONS: Final = MetricSpec("counter", "model_evictions", "Evicted models, by 
 AGE_AT_EVICTION: Final = MetricSpec(
     "histogram", "model_age_at_eviction_seconds", "Time between a model's load and its eviction"
 )
+CACHE_SHORTFALL: Final = MetricSpec(
+    "histogram",
+    "model_cache_shortfall_bytes",
+    "Bytes by which the cache was too small to still hold a missed model that was evicted before",
+)
 LOADS_UNDER_WAY: Final = MetricSpec(
     "gauge",
     "loads_under_way",

@@ -41,6 +41,7 @@ _HITS = (
 )  # fmt: skip
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _AGES = (1, 10, 60, 300, 900, 3600, 4 * 3600, 24 * 3600, 7 * 24 * 3600)
+_MEMORY = tuple(float(1 << bits) for bits in range(20, 37))  # bytes: 1 MiB to 64 GiB
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 _NAMING = (
@@ -114,6 +115,7 @@ class WorkerMetrics:
         self.host_bytes, self.host_capacity = (gauge.labels(**bind, tier="host") for gauge in (used, capacity))
         self.evictions = self._counter(contract.EVICTIONS)
         self.age = self._histogram(contract.AGE_AT_EVICTION, _AGES).labels(**bind)
+        self.shortfall = self._loop_histogram(contract.CACHE_SHORTFALL, _MEMORY).labels(*each)
         loads = self._gauge(contract.LOADS_UNDER_WAY)
         self.disk_lane, self.store_lane = (
             tuple(loads.labels(**bind, lane=lane, state=state) for state in contract.LOAD_STATES)

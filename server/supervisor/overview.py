@@ -82,6 +82,7 @@ def summarise_metrics(families: Iterable[Metric]) -> dict[str, object]:
         "restarts": _sum_by(find(contract.WORKER_RESTARTS), "worker"),
         "download_seconds": _sum_buckets(find(contract.DOWNLOADING)),
         "eviction_age_seconds": _sum_buckets(find(contract.AGE_AT_EVICTION)),
+        "shortfall_bytes": _sum_buckets(find(contract.CACHE_SHORTFALL)),
         "quarantined_models": _sum_by(find(contract.QUARANTINED), ""),
         "process_cpu_seconds": _sum_by(find(contract.PROCESS_CPU), "process"),
         "process_open_files": _sum_by(find(contract.PROCESS_OPEN_FILES), "process"),

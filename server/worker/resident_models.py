@@ -17,6 +17,7 @@ import torch
 
 from handlers.kinds import RowModel, SingleModel
 from model_store.cache.cache import Cache
+from model_store.cache.departed_models import DepartedModels
 from model_store.cache.slots import Slot, Usage
 from model_store.names import ModelName
 from server.metrics import WorkerMetrics
@@ -65,6 +66,7 @@ class ResidentModels:
         self._validated: dict[Slot, float] = {}  # `LoadedModel.validated_at` of each
         self._sorted: list[Slot] = []  # the same slots by name: a page's cost does not grow with their number
         self._leaving: dict[Slot, list[asyncio.Future[bool]]] = {}  # unloads by operators
+        self._departed = DepartedModels()
 
     def __repr__(self) -> str:
         """For example `<ResidentModels of <Cache ...>>`."""
@@ -188,10 +190,17 @@ class ResidentModels:
 
     # --- evictions --------------------------------------------------------------------------------------------------
 
+    def note_missed(self, model: ModelName) -> None:
+        """A request waits for a load of this model: count by how much the cache was too small to still hold it."""
+        shortfall = self._departed.find_shortfall(model)
+        if shortfall is not None:
+            self._metrics.shortfall.observe(shortfall)
+
     def evict(self, slot: Slot, now: float, reason: str) -> None:
         """Evict a model from the device, and keep its row in host memory if there is space."""
         self._metrics.labelled(self._metrics.evictions, tier="device", reason=reason).inc()
         self._metrics.age.observe(now - slot.loaded_at)
+        self._departed.note_evicted(slot.model, slot.charge)
         log.info("evicted", model=slot.model, version=slot.version, why=reason, age_s=round(now - slot.loaded_at, 1))
         self._shelve(slot)
         self.retire(slot)

@@ -193,6 +193,7 @@ class StepLoop:
         job.cache = CacheResult.COALESCED if wanted is None else CacheResult.MISS
         (self._metrics.coalesced if wanted is None else self._metrics.misses).inc()
         if wanted is not None:
+            self._residents.note_missed(job.model)
             self._loads.begin(job.model, now)
         self._await_load(job, self._loads.lanes.expected_s(job.model, now), now)
 

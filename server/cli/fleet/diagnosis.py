@@ -20,6 +20,7 @@ YOUNG_S = 60.0  #: an evicted model that was younger will be loaded again at the
 SLOW_STORE_S = 1.0  #: median time of a load's requests to the store
 NEAR_LIMIT = 0.8  #: of descriptors, and of the disk tier's room
 FAILURES = 0.01  #: a share of failed requests that is worth a look
+HALF, NEARLY = 0.5, 0.95  #: of the hits that memory can win at all
 LATE = 0.1  #: a share of prefetched models whose request came first
 
 
@@ -166,9 +167,31 @@ def find_small_cache(seen: Observation) -> Finding | None:
         "the cache is too small",
         f"{_percent(hits)} of {asked:.0f} requests found their model loaded ({_percent(GOOD_HITS)} is good), and "
         f"{evicted:.0f} models were evicted; {used / 2**20:.0f} of {room / 2**20:.0f} MiB are used",
-        "raise `model_cache_bytes`; with the folder of `serve --access-log`, `fleetcast doctor --access-log DIR` says "
-        "which hit ratio how many MiB would buy",
+        f"raise `model_cache_bytes`{_say_what_room_buys(seen)}; with the folder of `serve --access-log`, `fleetcast "
+        "doctor --access-log DIR` says it of longer times",
     )
+
+
+def _say_what_room_buys(seen: Observation) -> str:
+    """Which share of hits more memory would have had: for the least that wins half, and for what wins nearly all.
+
+    Each worker counts, in buckets, by how many bytes its share of the cache was too small for a miss.
+    """
+    short = seen.change.buckets("shortfall_bytes")
+    if not short.count:
+        return ""
+    hits, asked = seen.change.count("cache_requests", "hit"), seen.change.count("cache_requests")
+    workers = max(1, len(seen.busy("worker")))
+    won: dict[float, float] = {}  # misses that would have been hits, by the memory that this takes
+    for share in (HALF, NEARLY):
+        counted = zip(short.bounds, short.counts[:-1], strict=True)
+        enough = next(((bound, count) for bound, count in counted if count >= share * short.count), None)
+        if enough is not None:
+            won[workers * enough[0]] = enough[1]
+    said = " and ".join(
+        f"{_percent((hits + count) / asked)} with {size / 2**20:.0f} MiB" for size, count in won.items()
+    )
+    return f": at least {said} more would have been hits" if said else ""
 
 
 def find_thrash(seen: Observation) -> Finding | None:

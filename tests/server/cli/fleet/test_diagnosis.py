@@ -36,6 +36,7 @@ def make_reading(at: float) -> Reading:
         "batch_rows": make_buckets([1, 4], [0, 25 * at, 25 * at], 100 * at),
         "download_seconds": make_buckets([1, 10], [0, 0, 0], 0),
         "eviction_age_seconds": make_buckets([60, 600], [0, 0, 0], 0),
+        "shortfall_bytes": make_buckets([2**20, 2**21, 2**22], [0, 0, 0, 0], 0),
         "process_cpu_seconds": {"front-0": 0.3 * at, "worker-0": 0.3 * at, "worker-1": 0.3 * at, "supervisor": 0.0},
         "process_open_files": {"front-0": 100},
         "process_most_files": {"front-0": 1024},
@@ -160,3 +161,24 @@ def test_a_hot_model_and_many_families_are_seen_in_the_list() -> None:
 def test_every_rule_has_a_situation() -> None:
     """A rule that no test makes speak may never speak."""
     assert len(diagnosis.RULES) == len(SITUATIONS) + 2
+
+
+def test_a_small_cache_comes_with_what_room_would_buy() -> None:
+    """Two workers' shares: half of 1,600 evicted and missed models would fit with 2 MiB more each, nearly all with 4.
+
+    Misses of models that were never there are no hits with any memory.
+    """
+    spoiled = spoil_all(
+        add("cache_requests", "miss", by=2000),
+        add("evictions", "device", by=1900),
+        put("shortfall_bytes", make_buckets([2**20, 2**21, 2**22], [100, 900, 1600, 1600], 3e9)),
+    )
+    (found,) = (each for each in diagnose(observe(spoiled)) if each.name == "the cache is too small")
+    assert "at least 86.2 % with 4 MiB and 95 % with 8 MiB more would have been hits" in found.advice
+    far = make_buckets([2**20], [0, 1600], 3e12)
+    (found,) = (
+        each
+        for each in diagnose(observe(spoil_all(spoiled, put("shortfall_bytes", far))))
+        if each.name == "the cache is too small"
+    )
+    assert "would have been hits" not in found.advice
