@@ -4,6 +4,7 @@ import time
 
 from msgspec.structs import replace
 
+from server.errors import Refused
 from server.front.dataplane import (
     InferencePlane,
     InferRequest,
@@ -11,6 +12,8 @@ from server.front.dataplane import (
     InferStats,
     PlaneInFront,
     RefusedByWorker,
+    TogetherAnswer,
+    TogetherRequest,
 )
 from server.front.tracing.request_trace import Question, RequestTrace
 
@@ -42,6 +45,23 @@ class TracedPlane(PlaneInFront):
             question.ended = time.monotonic()
         _note_stats(question, response.stats)
         return response
+
+    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
+        """What came of each item, each noted as a question; those that are asked alone are noted then."""
+        began = time.monotonic()
+        found = await self._plane.infer_together(request)
+        ended = time.monotonic()
+        for item, answer in zip(request.items, found, strict=True):
+            question = None if answer is None else self._trace.ask(item.model)
+            if question is None:
+                continue
+            question.began, question.ended = began, ended
+            if isinstance(answer, Refused):
+                question.note_error(answer)
+            elif answer is not None:
+                _note_stats(question, answer.stats)
+                question.times = (0, 0)  # its stages ran as arrays with those of others, and are no spans of its own
+        return found
 
 
 def trace_plane(plane: InferencePlane, trace: RequestTrace, read: float) -> InferencePlane:
