@@ -140,7 +140,7 @@ def test_every_block_is_of_a_kind_that_is_checked() -> None:
     """Python and shells run, data are read, text is shown; a block without a language could hide a command."""
     for page in PAGES:
         for block in read_blocks(page):
-            assert block.language in ("python", "text", *SHELLS, *DATA), block.place
+            assert block.language in ("python", "text", "dockerfile", *SHELLS, *DATA), block.place
             if block.language == "text":
                 assert not re.search(r"^(fleetcast|curl|pip|docker)\b", block.text, re.MULTILINE), block.place
 

@@ -228,7 +228,7 @@ def test_the_example_of_the_page(
     upload(s3, bucket, [pack_forecaster(name, 1, config=TCN, forecast=True) for name in ("au/NSW1.mar", "au/VIC1.mar")])
     page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
     program = page.partition("```python\n")[2].partition("```")[0]
-    exec(compile(program, "docs/tables.md", "exec"), {"url": server.url})
+    exec(compile(program.replace("http://127.0.0.1:8080", server.url), "docs/tables.md", "exec"), {})
     told = capsys.readouterr().out
     assert told.count("au/NSW1.mar") == told.count("au/VIC1.mar") == 1
     assert "error: [[null,null]]" in "".join(told.split()).replace("error:", "error: ")

@@ -146,7 +146,7 @@ def test_versions_from_registration_to_removal(server: Server) -> None:
     ]  # fmt: skip
     assert manage(server, "PUT", "/team/m/2.0/set-default").status_code == 200
     assert predict(server, "team/m").text == "version 2"
-    assert '"verb": "/models/team/m/2.0/set-default"' in server.said(), "what changes something is in the audit log"
+    wait_until(lambda: '"verb": "/models/team/m/2.0/set-default"' in server.said(), "it is in the audit log")
     assert server.total("ts_inference_requests_total", model_name="team/m") == 4
     assert "MemoryUtilization" in server.exposition()
     assert manage(server, "PUT", "/team/m/1.0", min_worker="0", synchronous="true").status_code == 200
