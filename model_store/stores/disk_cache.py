@@ -33,8 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-import structlog
 
+from model_store.lazy_log import log
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores.disk_files import hash_key, iterate_files, read_file, remove_file, write_file
 from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use, lock_name
@@ -51,8 +51,6 @@ FULL_PART = 1 / 16
 
 #: The entries (index file, model name) that share a blob -> their last use, wall clock.
 Names = dict[tuple[Path, ModelName], float]
-
-log = structlog.get_logger()
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):

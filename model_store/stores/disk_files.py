@@ -7,11 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
-
+from model_store.lazy_log import log
 from model_store.names import ModelName
-
-log = structlog.get_logger()
 
 
 def hash_key(source: str, name: ModelName) -> str:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import structlog
-
 from model_store.archives.archive import Archive, Limits, open_archive
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound, StoreUnavailable
+from model_store.lazy_log import log
 from model_store.names import ModelName
 from model_store.stores.disk_cache import Cached, DiskTier
 from model_store.stores.load_parts import timing_part
@@ -21,8 +20,6 @@ from model_store.stores.store_health import PROBE, StoreHealth
 
 #: Further downloads of an archive that was damaged on its way.
 REPAIRS = 2
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

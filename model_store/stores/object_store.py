@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import structlog
 from obstore.exceptions import BaseError
 from obstore.store import from_url
 
+from model_store.lazy_log import log
 from model_store.names import InvalidModelName, ModelName, is_left_by_desktop, parse_model_name
 from model_store.stores.backend import ACCEPTED, MAX_ARCHIVE_BYTES, Backend, Fetched, InvalidStoreUrl, Where
 from model_store.stores.cloud_store import CloudStore, make_client_options
@@ -22,8 +22,6 @@ AZURE_HOST_SCHEMES = ("abfs", "abfss")  # container@account.dfs.core.windows.net
 OTHER_SCHEMES = ("gs", "az", "azure", *AZURE_HOST_SCHEMES)
 _SHOWN = 100  # characters of a key in a warning
 _LOST = "\ufffd"  # stands for bytes that are no UTF-8, so the true key is not known
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def test_a_lack_of_descriptors_is_our_own_fault() -> None:
 
     The process is one of its own: in that of the tests others close files meanwhile.
     """
-    command = [sys.executable, "-c", f"from {__name__} import lack_descriptors; lack_descriptors()"]
+    command = [sys.executable, "-c", f"from {__name__} import *; {lack_descriptors.__name__}()"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
