@@ -137,7 +137,7 @@ def run_stages(
         found = []
         for _ in range(spans):
             for viewer in (False, True):
-                found.append(watch(server, seconds, folder / "browser", viewer=viewer))
+                found.append(measure_span(server, seconds, folder / "browser", viewer=viewer))
                 task.advance()
         with open_browser(folder / "browser") as page:
             show_models(page, server)
@@ -165,7 +165,7 @@ def load_models(server: LocalServer, models: int, tasks: TaskList) -> None:
         raise RuntimeError(f"{held} of {models} models are resident")
 
 
-def watch(server: LocalServer, seconds: float, home: Path, *, viewer: bool) -> ViewerSpan:
+def measure_span(server: LocalServer, seconds: float, home: Path, *, viewer: bool) -> ViewerSpan:
     """Measure a span, with the page open in a browser or without one."""
     if not viewer:
         time.sleep(REST_S)

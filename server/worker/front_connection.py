@@ -9,13 +9,10 @@ import time
 import msgspec
 
 from server.errors import Detail, Refused, Situation
-from server.ipc.bodies import Inbox
-from server.ipc.connection import FrameConnection
 from server.ipc.frames import (
     CHUNK,
     CacheResult,
     Cancel,
-    Credit,
     Data,
     Held,
     Partial,
@@ -26,7 +23,7 @@ from server.ipc.frames import (
     WireError,
 )
 from server.ipc.lends import find_peer
-from server.ipc.part_streams import PartStreams
+from server.ipc.request_connection import RequestConnection
 from server.ipc.together import TOGETHER
 from server.worker.lent_children import LentChildren
 from server.worker.scheduler import Job
@@ -37,23 +34,19 @@ from server.worker.together_calls import TogetherCall
 SUBMIT_S = 0.03  #: of the step thread that a call for many models takes at once to make its items jobs
 
 
-class FrontConnection(FrameConnection):
-    """See the module. A request with a body above `max_body_bytes` breaks the wire: the front refuses those itself.
+class FrontConnection(RequestConnection):
+    """See the module. Answers beyond `max_unsent_bytes` that wait for slow clients are refused as overload.
 
-    `max_unsent_bytes`: of large answers that wait here for slow clients; further ones are refused as overload.
     `lent`: lends children of code archives to the front; None where none are.
     """
 
     def __init__(
         self, steps: StepLoop, max_body_bytes: int, max_unsent_bytes: int, lent: LentChildren | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(max_body_bytes, max_unsent_bytes)
         self._lent = lent
         self._steps = steps
-        self._max_body_bytes, self._max_unsent_bytes = max_body_bytes, max_unsent_bytes
-        self._inbox = Inbox()
         self._jobs: dict[int, Job] = {}
-        self._streams = PartStreams()
         self._together: dict[int, TogetherCall] = {}
 
     def __repr__(self) -> str:
@@ -69,9 +62,9 @@ class FrontConnection(FrameConnection):
     def handle_frame(self, frame: Request | Data | Response | Cancel | Held | Partial | Stages) -> None:
         """A request, a part of its body, or its end."""
         if isinstance(frame, Request):
-            self._receive_request(frame)
+            self.receive_request(frame)
         elif isinstance(frame, Data):
-            self._receive_part(frame)
+            self.receive_part(frame)
         elif isinstance(frame, Cancel):
             self._cancel(frame.id)
         elif isinstance(frame, Held) and self._lent is not None:
@@ -90,22 +83,8 @@ class FrontConnection(FrameConnection):
             call.cancel(self._steps)
         self._together.clear()
 
-    def _receive_request(self, request: Request) -> None:
-        if request.body_bytes > self._max_body_bytes:
-            raise WireError(f"a body of {request.body_bytes} bytes is more than {self._max_body_bytes}")
-        if request.body_bytes == len(request.body):
-            self._submit(request)
-        else:
-            self._inbox.start(request)
-
-    def _receive_part(self, part: Data) -> None:
-        if self._inbox.knows(part.id):
-            self.send(Credit(part.id, len(part.body)))
-        whole = self._inbox.add(part)
-        if whole is not None:
-            self._submit(whole)
-
-    def _submit(self, request: Request) -> None:
+    def begin_request(self, request: Request) -> None:
+        """Make a job of a request, or jobs of a call for many models."""
         if request.content_type == TOGETHER:
             self._submit_together(request)
             return
@@ -147,21 +126,13 @@ class FrontConnection(FrameConnection):
         return f"{self.unsent_bytes} bytes of answers wait for slow clients already (max_inflight_bytes)"
 
     def _cancel(self, ident: int) -> None:
-        self._inbox.drop(ident)
-        self.drop_body(ident)
-        self._streams.drop(ident)
+        self.forget_request(ident)
         call = self._together.pop(ident, None)
         if call is not None:
             call.cancel(self._steps)
         job = self._jobs.pop(ident, None)
         if job is not None:
             self._steps.cancel(job)
-
-    def add_credit(self, ident: int, room: int) -> None:
-        """The front has given its client so much."""
-        super().add_credit(ident, room)
-        for frame in self._streams.add_credit(ident, room):
-            self.send(frame)
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
@@ -176,11 +147,7 @@ class FrontConnection(FrameConnection):
 
     def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
         """Send a part of an answer that is not complete yet. False where slow clients hold too many bytes."""
-        if self.unsent_bytes + self._streams.held_bytes + len(body) > self._max_unsent_bytes:
-            return False
-        for frame in self._streams.add(Partial(job.request.id, content_type, body, head)):
-            self.send(frame)
-        return True
+        return self.send_part(Partial(job.request.id, content_type, body, head))
 
     def refuse(self, job: Job, refused: Refused) -> None:
         """Send why there is no answer, and how long the request waited for that."""
@@ -205,11 +172,7 @@ class FrontConnection(FrameConnection):
         response = Response(ident, situation, *said)
         if job.times is not None:
             self._tell_stages(job, job.times)
-        if self._streams.has(ident):
-            for frame in self._streams.end(response):
-                self.send(frame)
-        else:
-            self.send(response)
+        self.send_response(response)
 
     def _tell_stages(self, job: Job, times: StageTimes) -> None:
         """Say how long the stages of a traced request took, before its response."""

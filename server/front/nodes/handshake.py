@@ -42,7 +42,7 @@ def read_secret(path: Path) -> bytes:
     return secret
 
 
-def prove(secret: bytes, role: Literal[b"listens", b"connects"], nonces: bytes, fingerprint: bytes) -> bytes:
+def compute_proof(secret: bytes, role: Literal[b"listens", b"connects"], nonces: bytes, fingerprint: bytes) -> bytes:
     """What a node sends that knows the secret. `nonces`: that of who connects, and that of who listens."""
     return hmac.digest(secret, b"fleetcast node %b\0%b%b" % (role, nonces, fingerprint), "sha256")
 
@@ -145,8 +145,8 @@ class ListeningHandshake(_Handshake):
             self._transport.abort()
             return
         nonces = hello[len(MAGIC) :] + self._nonce
-        self._expected = prove(self._secret, b"connects", nonces, fingerprint)
-        self._transport.write(self._nonce + prove(self._secret, b"listens", nonces, fingerprint))
+        self._expected = compute_proof(self._secret, b"connects", nonces, fingerprint)
+        self._transport.write(self._nonce + compute_proof(self._secret, b"listens", nonces, fingerprint))
 
 
 class ConnectingHandshake(_Handshake):
@@ -174,9 +174,9 @@ class ConnectingHandshake(_Handshake):
         if answer is None:
             return
         nonces, fingerprint = self._nonce + answer[:NONCE], _fingerprint_of_peer(self._transport)
-        if not hmac.compare_digest(answer[NONCE:], prove(self._secret, b"listens", nonces, fingerprint)):
+        if not hmac.compare_digest(answer[NONCE:], compute_proof(self._secret, b"listens", nonces, fingerprint)):
             self.done.set_exception(NotProven("the node does not know this cluster's secret (node_key_file)"))
             self._transport.abort()
             return
-        self._transport.write(prove(self._secret, b"connects", nonces, fingerprint))
+        self._transport.write(compute_proof(self._secret, b"connects", nonces, fingerprint))
         self.done.set_result(self.hand_over())

@@ -5,6 +5,7 @@ circles while two nodes know different tables. What its client may do was checke
 """
 
 import asyncio
+import contextlib
 import time
 from functools import partial
 from typing import Final
@@ -16,13 +17,10 @@ from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.dataplane import ClientGone, DataPlane, InferRequest, InferResponse, InferStats, RefusedByWorker
 from server.front.nodes.node_link import BEAT, LOAD, UNLOAD, set_socket_options
-from server.ipc.bodies import Inbox
-from server.ipc.connection import FrameConnection
 from server.ipc.frames import (
     CHUNK,
     CacheResult,
     Cancel,
-    Credit,
     Data,
     Held,
     Partial,
@@ -34,8 +32,9 @@ from server.ipc.frames import (
 )
 from server.ipc.handler_calls import encode_head
 from server.ipc.operations import LoadForClient, UnloadForClient
-from server.ipc.part_streams import PartStreams
+from server.ipc.request_connection import RequestConnection
 
+SLOW_CLIENTS = "answers wait for slow clients already, as many bytes as max_inflight_bytes allows"
 _NO_STATS = InferStats(None, 0, None, 0)
 _CACHE: Final[dict[str | None, CacheResult]] = {
     None: CacheResult.NONE,
@@ -46,14 +45,12 @@ _TIER: Final[dict[str, Tier]] = {"": Tier.NONE, **{each.name.lower(): each for e
 log = structlog.get_logger()
 
 
-class NodeGate(FrameConnection):
+class NodeGate(RequestConnection):
     """See the module. One for each front that has connected."""
 
     def __init__(self, plane: DataPlane, max_body_bytes: int, max_unsent_bytes: int) -> None:
-        super().__init__()
+        super().__init__(max_body_bytes, max_unsent_bytes)
         self._plane = plane
-        self._max_body_bytes, self._max_unsent_bytes = max_body_bytes, max_unsent_bytes
-        self._inbox, self._streams = Inbox(), PartStreams()
         self._asked: dict[int, asyncio.Task[None]] = {}
 
     def __repr__(self) -> str:
@@ -70,7 +67,7 @@ class NodeGate(FrameConnection):
         if isinstance(frame, Request):
             self._receive(frame)
         elif isinstance(frame, Data):
-            self._receive_part(frame)
+            self.receive_part(frame)
         elif isinstance(frame, Cancel):
             self._cancel(frame.id)
         else:
@@ -81,33 +78,17 @@ class NodeGate(FrameConnection):
         for task in list(self._asked.values()):
             task.cancel()
 
-    def add_credit(self, ident: int, room: int) -> None:
-        """The other front has given its client so much."""
-        super().add_credit(ident, room)
-        for frame in self._streams.add_credit(ident, room):
-            self.send(frame)
-
     def _receive(self, request: Request) -> None:
-        if request.body_bytes > self._max_body_bytes:
-            raise WireError(f"a body of {request.body_bytes} bytes is more than {self._max_body_bytes}")
         now_ns = time.monotonic_ns()
         times = {"deadline_ns": now_ns + request.deadline_ns, "arrived_ns": max(1, now_ns - request.arrived_ns)}
         request = msgspec.structs.replace(request, **times)
         if request.content_type == BEAT:
             self._respond(request.id, _NO_STATS, "", b"")
-        elif request.body_bytes == len(request.body):
-            self._start(request)
         else:
-            self._inbox.start(request)
+            self.receive_request(request)
 
-    def _receive_part(self, part: Data) -> None:
-        if self._inbox.knows(part.id):
-            self.send(Credit(part.id, len(part.body)))
-        whole = self._inbox.add(part)
-        if whole is not None:
-            self._start(whole)
-
-    def _start(self, request: Request) -> None:
+    def begin_request(self, request: Request) -> None:
+        """Ask the local plane."""
         task = self._asked[request.id] = asyncio.create_task(self._answer(request))
         task.add_done_callback(partial(self._forget, request.id))
 
@@ -117,9 +98,7 @@ class NodeGate(FrameConnection):
             log.error("node_request_failed", exc_info=error)
 
     def _cancel(self, ident: int) -> None:
-        self._inbox.drop(ident)
-        self.drop_body(ident)
-        self._streams.drop(ident)
+        self.forget_request(ident)
         if (task := self._asked.get(ident)) is not None:
             task.cancel()
 
@@ -158,13 +137,12 @@ class NodeGate(FrameConnection):
     async def _stream(self, ident: int, response: InferResponse) -> None:
         """Parts as the archive's code makes them; `PartStreams` keeps what the other front has no room for."""
         head = b"" if response.head is None else encode_head(response.head)
-        async for part in response.stream():
-            for frame in self._streams.add(Partial(ident, response.content_type, part, head)):
-                self.send(frame)
-            head = b""
-        last = _make_response(ident, Situation.OK, response.stats, response.content_type, b"", b"")
-        for frame in self._streams.end(last):
-            self.send(frame)
+        async with contextlib.aclosing(response.stream()) as parts:
+            async for part in parts:
+                if not self.send_part(Partial(ident, response.content_type, part, head)):
+                    raise Refused(Situation.OVERLOADED, SLOW_CLIENTS)
+                head = b""
+        self.send_response(_make_response(ident, Situation.OK, response.stats, response.content_type, b"", b""))
 
     def _refuse(self, ident: int, situation: Situation, message: str) -> None:
         detail = msgspec.json.encode(Detail(message))
@@ -181,11 +159,7 @@ class NodeGate(FrameConnection):
         head: bytes = b"",
     ) -> None:
         response = _make_response(ident, situation, stats, content_type, body, head)
-        if self._streams.has(ident):
-            for frame in self._streams.end(response):
-                self.send(frame)
-        else:
-            self.send(response)
+        self.send_response(response)
 
 
 def _make_request(request: Request) -> InferRequest:

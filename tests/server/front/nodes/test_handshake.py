@@ -20,8 +20,8 @@ from server.front.nodes.handshake import (
     ConnectingHandshake,
     ListeningHandshake,
     NotProven,
+    compute_proof,
     fingerprint_of_file,
-    prove,
     read_secret,
 )
 from server.front.nodes.node_link import make_client_context
@@ -167,8 +167,8 @@ def test_a_node_in_between_cannot_pass_proofs_on(tmp_path: Path) -> None:
     here, there = (fingerprint_of_file(write_certificate(tmp_path, name)) for name in ("a.pem", "b.pem"))
     nonces = bytes(2 * NONCE)
     assert here != there
-    assert prove(SECRET, b"connects", nonces, here) != prove(SECRET, b"connects", nonces, there)
-    assert prove(SECRET, b"connects", nonces, here) != prove(SECRET, b"listens", nonces, here)
+    assert compute_proof(SECRET, b"connects", nonces, here) != compute_proof(SECRET, b"connects", nonces, there)
+    assert compute_proof(SECRET, b"connects", nonces, here) != compute_proof(SECRET, b"listens", nonces, here)
 
 
 def test_connections_without_proof_are_few(tmp_path: Path) -> None:
