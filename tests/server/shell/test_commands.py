@@ -122,4 +122,7 @@ def test_inspect_reads_a_forecaster_without_torch(tmp_path: Path) -> None:
     """What the records and the shapes of the tensors say is shown before torch could be imported."""
     archive = tmp_path / "f.mar"
     archive.write_bytes(pack_forecaster("f", 1).data)
-    assert import_for("server.cli.main", ["inspect", str(archive)]) & {"torch", "onnxruntime", "boto3", "structlog"} == set()
+    assert (
+        import_for("server.cli.main", ["inspect", str(archive)]) & {"torch", "onnxruntime", "boto3", "structlog"}
+        == set()
+    )
