@@ -1,4 +1,4 @@
-"""What one archive reaches in day-ahead markets when it is fitted anew again and again, beside the goals of the project.
+"""What one archive reaches in day-ahead markets when it is fitted anew again and again, beside the project's goals.
 
 fleetcast-load bench goals --data FOLDER --refit 28
 
@@ -19,7 +19,6 @@ import tempfile
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
 from math import exp, fsum, log
 from pathlib import Path
 from typing import Annotated, Any
@@ -261,9 +260,9 @@ def _run(*command: str) -> str:
 
 
 def _read_rows(path: Path) -> list[Row]:
-    opened = gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="")
-    with opened as file:
-        return list(csv.DictReader(file))
+    raw = path.read_bytes()
+    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    return list(csv.DictReader(text.splitlines()))
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

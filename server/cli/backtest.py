@@ -76,7 +76,7 @@ class BacktestFlags:
         typer.Option(
             metavar="DAYS",
             min=0,
-            help="fit each archive's recipe anew so often to the rows before, as `retrain` would; 0: score the archives",
+            help="fit each archive's recipe anew so often to the rows before, as `retrain` does; 0: score the archives",
         ),
     ] = 0
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None
@@ -102,9 +102,9 @@ def backtest(flags: BacktestFlags) -> None:
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
     Diebold and Mariano. With --online a second table has the coverage of each band as it is and as it would be if a
     server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
-    on: `fleetcast train --train-until`. With --refit DAYS the archives only give their recipes: what forecasts is fitted
-    to the rows before, anew every so many days, as a fleet that is retrained. The exit code is 1 when some markets
-    could not be scored.
+    on: `fleetcast train --train-until`. With --refit DAYS the archives only give their recipes: what forecasts is
+    fitted to the rows before, anew every so many days, as a fleet that is retrained. The exit code is 1 when some
+    markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)

@@ -184,14 +184,17 @@ def list_notes(found: WindowForecasts, model: ArchiveVersion, refit_days: int = 
 
 
 def fetch_archives(
-    pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
+    pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings, *, of_any: bool = False
 ) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
-    """Fetch the archives by target; also returns why some cannot be used. Raises StoreUnavailable, StoreDenied."""
+    """Fetch the archives by target; also returns why some cannot be used. Raises StoreUnavailable, StoreDenied.
+
+    `of_any`: those of several products can be used too.
+    """
     source, limits = open_store(settings)
 
     def one(name: ModelName) -> ArchiveVersion:
         model = fetch_version(source, name, limits)
-        _ = model.forecast  # raises if the archive is unfit
+        _ = model.forecast_of_any if of_any else model.forecast  # raises if the archive is unfit
         return model
 
     return collect_results(pool, one, names)

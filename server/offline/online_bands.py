@@ -56,7 +56,7 @@ def score_online(model: ArchiveVersion, found: WindowForecasts) -> OnlineScores:
 def score_replay(
     model: ArchiveVersion, found: WindowForecasts, raw: WindowForecasts, base: Float32 | None
 ) -> OnlineScores:
-    """Replay windows `raw` without calibration, on top of the offsets `base`, beside what was forecast. Raises Unfit."""
+    """Replay windows `raw` without calibration on top of the offsets `base`, beside what was forecast. Raises Unfit."""
     if model.forecast.paths:
         raise Unfit(f"{model.name} draws sample paths; only the bands of archives of quantiles adapt")
     try:

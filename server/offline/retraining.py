@@ -23,11 +23,9 @@ from msgspec.structs import replace
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, Progress, explain_worse, fit_forecasters
-from handlers.training.history_rules import learn_history_rules
-from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
-from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
+from handlers.training.time_series import Series, SeriesInvalid
+from model_store.archives.manifest import ForecastSpec, Kind, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.calibration import Calibrated, calibrate_windows, count_windows, pack_calibrated
