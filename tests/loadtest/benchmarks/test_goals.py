@@ -21,7 +21,7 @@ from server.cli.architecture_flags import parse_architecture
 pytestmark = pytest.mark.slow
 
 DAYS, TESTED = 150, 16
-GERMAN_PATH = "EPF_GERMAN_PRICES"  #: names Datasets/DE.csv of github.com/gmarcjasz/distributionalnn
+GERMAN_FILE = "distributionalnn/DE.csv"  #: Datasets/DE.csv of github.com/gmarcjasz/distributionalnn
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,10 @@ def test_the_recipe_of_the_mixture_is_that_of_its_flags() -> None:
 
 def test_german_prices_are_those_of_the_paper() -> None:
     """2,192 days without a gap, of which the last 554 are tested. Skipped without the file, which is not ours."""
-    path = os.environ.get(GERMAN_PATH)
-    if not path:
-        pytest.skip(f"{GERMAN_PATH} does not name Datasets/DE.csv of github.com/gmarcjasz/distributionalnn")
-    case = goals.read_german(Path(path))
+    path = Path(os.environ.get("FLEETCAST_DATA", ""), GERMAN_FILE)
+    if not path.exists():
+        pytest.skip(f"FLEETCAST_DATA names no folder with {GERMAN_FILE}")
+    case = goals.read_german(path)
     assert len(case.rows) == 2192 * 24
     assert case.stamp(case.days) == "2019-06-27 00:00:00"
     assert case.rows[-1][TIME] == "2020-12-31 23:00:00"
