@@ -16,6 +16,7 @@ from server.offline.host_checks import (
     check_disk_cache,
     check_machine,
     check_memory,
+    check_number_reader,
     check_open_files,
     check_torch_build,
     check_workers,
@@ -51,6 +52,12 @@ def test_cores_that_are_few_or_busy() -> None:
     """One core is said to be few; a load of more than half of the cores makes times doubtful."""
     assert "two or more" in check_cores(Host((0,), GIB, ()), 8, 0.0).advice
     assert "quiet" in check_cores(HOST, 8, 2.5).advice
+
+
+def test_a_reader_of_numbers_that_was_not_compiled() -> None:
+    """It says what that costs and which package mends it."""
+    assert not check_number_reader(compiled=True).advice
+    assert "gcc" in check_number_reader(compiled=False).advice
 
 
 def test_a_cpu_without_vector_instructions() -> None:
