@@ -116,7 +116,7 @@ def test_few_descriptors() -> None:
 
 def test_this_machine_as_it_is() -> None:
     """All facts can be read here, each once; settings that cannot be served become a fact instead of an error."""
-    names = ["cores", "torch", "accelerator", "workers", "memory", "disk cache", "open files"]
+    names = ["cores", "numbers", "torch", "accelerator", "workers", "memory", "disk cache", "open files"]
     assert [fact.name for fact in check_machine(settings_from({"store": "x"}), read_host())] == names
     too_small = settings_from({"store": "x", "model_cache_bytes": "1MiB", "device": "cpu"})
     facts = {fact.name: fact for fact in check_machine(too_small, read_host())}
