@@ -36,6 +36,9 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "first-gpu": CommandModule("benchmarks.first_gpu", "the first ten minutes on a real GPU; `make gpu` runs it"),
     "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
     "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),
+    "goals": CommandModule(
+        "benchmarks.goals", "what one archive reaches when it is refitted, beside the project's goals"
+    ),
     "markets": CommandModule("benchmarks.markets", "accuracy of real prices through a running server"),
     "overload": CommandModule(
         "benchmarks.overload", "one to three times the peak: answers in time, late ones, refusals"
