@@ -103,7 +103,7 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-code: $(READY) ## archives with code beside Multi Model Server, a record; under ten minutes; needs wrk and Java
 	@$(BIN)/fleetcast-load bench code $(ARGS)
 
-bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
+bench-peers: $(READY) ## the same weights on Triton, Mosec, Ray Serve, TorchServe and others; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
 bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour

@@ -35,8 +35,9 @@ from loadtest.peers.comparison_table import (
 from loadtest.peers.environments import PeerUnavailable, find_requirements, parse_pins
 from loadtest.peers.network import load_network
 from loadtest.peers.over_memory import grow_past_memory
+from loadtest.peers.peer_server import PeerServer
 from loadtest.peers.process_tree import ProcessTree, start_process
-from loadtest.peers.servers import PACKAGE, PEERS, PeerServer
+from loadtest.peers.servers import PACKAGE, PEERS
 from server.contract import JSON
 from tests.http_servers import serve_on_thread
 
