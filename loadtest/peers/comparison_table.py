@@ -79,7 +79,7 @@ def build_table(results: Mapping[str, Any]) -> Table:
     for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", *ratios, "load ms", "MB a model"):
         shown.add_column(head, justify="right" if head else "left", overflow="fold")
     for name, found in results["servers"].items():
-        load, memory = _format_spread(found.get("load_ms")), found.get("mb_per_model")
+        load, memory = format_spread(found.get("load_ms")), found.get("mb_per_model")
         aside = [
             (name, load, "" if memory is None else _format_number(memory)),
             (found["version"], "", ""),
@@ -91,12 +91,12 @@ def build_table(results: Mapping[str, Any]) -> Table:
             shown.add_row(
                 first,
                 str(connections),
-                _format_spread(row["requests_per_s"]),
-                _format_spread(row["p50_ms"]),
+                format_spread(row["requests_per_s"]),
+                format_spread(row["p50_ms"]),
                 _format_number(row["p99_ms"]["median"]),
-                _format_spread(ratio.get("requests_per_s")),
-                _format_spread(ratio.get("p50")),
-                _format_spread(npy.get("requests_per_s")),
+                format_spread(ratio.get("requests_per_s")),
+                format_spread(ratio.get("p50")),
+                format_spread(npy.get("requests_per_s")),
                 *last,
                 end_section=connections == CONNECTIONS[-1],
             )
@@ -115,7 +115,7 @@ def judge_goals(servers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def list_goals(results: Mapping[str, Any]) -> list[str]:
     """The lines of the goals: what each wants, what was reached, and whether that is missed."""
     return [
-        f"{found['goal']}: {_format_spread(found['ratio'])}{'' if found['holds'] else ', missed'}"
+        f"{found['goal']}: {format_spread(found['ratio'])}{'' if found['holds'] else ', missed'}"
         for found in results["goals"]
     ]
 
@@ -144,7 +144,7 @@ def describe_servers(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _format_spread(found: Mapping[str, float] | None) -> str:
+def format_spread(found: Mapping[str, float] | None) -> str:
     """`12.3 (12.1-12.9)`."""
     return (
         ""

@@ -122,7 +122,8 @@ def _list_mosec(told: str, models: Models, _: Path, say: Say) -> Iterator[Entry]
 
 
 def _list_best_ray(told: str, models: Models, _: Path, say: Say) -> Iterator[Entry]:
-    yield Entry(RAY_BEST, told, partial(start_best_ray, models.weights, say))
+    yield Entry(RAY_BEST, told, partial(start_best_ray, models.weights, say, "ingress"))
+    yield Entry(f"{RAY_BEST} behind", told, partial(start_best_ray, models.weights, say, "behind"))
 
 
 def _list_one(peer: str, told: str, models: Models, _: Path, say: Say) -> Iterator[Entry]:

@@ -154,18 +154,27 @@ def start_ray(
     say: Callable[[str], None],
     most: int = UNBOUNDED,
     environment: Mapping[str, str] | None = None,
-    handler: str = "handler.py",
+    handler: Sequence[str] = ("handler.py",),
 ) -> Iterator[PeerServer]:
     """Ray Serve: proxy, controller and one replica that multiplexes at most so many models.
 
-    `environment`: Ray's own variables, which choose its shape. `handler`: the application, of those in `ray`.
+    `environment`: Ray's own variables, which choose its shape. `handler`: the application, of those in `ray`, and what
+    it takes besides.
     """
     binaries = make_environment("ray", say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder, port = Path(text), find_free_port()
-        for file in ("network.py", f"ray/{handler}"):
+        for file in ("network.py", f"ray/{handler[0]}"):
             shutil.copy(HERE / file, folder)
-        line = [str(binaries / "python"), handler, str(models), str(port), str(most), str(folder / "ray")]
+        line = [
+            str(binaries / "python"),
+            handler[0],
+            str(models),
+            str(port),
+            str(most),
+            str(folder / "ray"),
+            *handler[1:],
+        ]
         variables = {**make_process_environment(binaries, folder), **(environment or {})}
         shown = [*line[:2], "MODELS", *line[3:]]
         with start_process(line, folder, variables) as (tree, log):
@@ -175,11 +184,13 @@ def start_ray(
 
 
 @contextmanager
-def start_best_ray(models: Path, say: Callable[[str], None]) -> Iterator[PeerServer]:
-    """Ray Serve in its best shape: HAProxy, its options for throughput, models multiplexed behind the ingress."""
+def start_best_ray(models: Path, say: Callable[[str], None], shape: str) -> Iterator[PeerServer]:
+    """Ray Serve with HAProxy and its options for throughput; `shape`: see `ray/handler_best.py`."""
     with (
         tempfile.TemporaryDirectory(prefix="peer-") as text,
-        start_ray(models, say, environment=write_best_variables(Path(text)), handler="handler_behind.py") as server,
+        start_ray(
+            models, say, environment=write_best_variables(Path(text)), handler=("handler_best.py", shape)
+        ) as server,
     ):
 
         def prepare(model: str) -> None:
@@ -189,7 +200,7 @@ def start_best_ray(models: Path, say: Callable[[str], None]) -> Iterator[PeerSer
 
 
 def write_best_variables(folder: Path) -> dict[str, str]:
-    """Write the variables of Ray's best shape; HAProxy's files are in `folder`, since Ray's default is one for all."""
+    """Write the variables for HAProxy and throughput; files and ports are its own, since Ray's defaults are shared."""
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -197,6 +208,8 @@ def write_best_variables(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(find_free_port()),
     }
 
 

@@ -1,8 +1,8 @@
-"""A Ray Serve 2.60 application in its best shape: the models are multiplexed on a deployment behind the ingress.
+"""A Ray Serve 2.60 application as fast as its documentation makes one: ONNX Runtime on one thread, orjson, raw bodies.
 
-The ingress hands over the untouched body, which orjson reads where ONNX Runtime runs it on one thread; the variables of
-the environment choose HAProxy and the options for throughput. `python handler_behind.py MODELS_FOLDER PORT
-MODELS_PER_REPLICA TEMP_FOLDER` serves until it is ended; each model's folder has its graph as `model.onnx`.
+The variables of the environment choose HAProxy and the options for throughput. `python handler_best.py MODELS_FOLDER
+PORT MODELS_PER_REPLICA TEMP_FOLDER SHAPE` serves until it is ended; each model's folder has its graph as `model.onnx`.
+SHAPE: `ingress`, where the deployment that HAProxy reaches has the models, or `behind`, where one behind it has them.
 """
 # It runs in the peer's environment.
 # ruff: noqa: INP001
@@ -21,7 +21,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import Response
 
-FOLDER, PORT, MODELS, TEMP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+FOLDER, PORT, MODELS, TEMP, SHAPE = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=64)
@@ -36,16 +36,20 @@ class MultiplexedModel:
         path = os.path.join(FOLDER, model, "model.onnx")  # noqa: PTH118 -- as in Ray's own examples
         return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
-    async def __call__(self, body: bytes) -> bytes:
-        """The call's option names the model."""
+    async def answer(self, body: bytes) -> bytes:
+        """The request's header or the call's option names the model."""
         session = await self.session(serve.get_multiplexed_model_id())
         x = np.array(orjson.loads(body)["x"], dtype=np.float32)[None]
         return orjson.dumps({"predictions": session.run(None, {"x": x})[0]}, option=orjson.OPT_SERIALIZE_NUMPY)
 
+    async def __call__(self, request: Request) -> Response:
+        """Answer a request of HTTP, as the ingress."""
+        return Response(await self.answer(await request.body()), media_type="application/json")
+
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=64)
 class Ingress:
-    """What HAProxy reaches: it hands requests to the deployment that has the models."""
+    """What HAProxy reaches where the models are behind it: it hands over the untouched body."""
 
     def __init__(self, models: Any) -> None:
         self.models = models
@@ -53,12 +57,13 @@ class Ingress:
     async def __call__(self, request: Request) -> Response:
         """The header serve_multiplexed_model_id names the model."""
         handle = self.models.options(multiplexed_model_id=serve.get_multiplexed_model_id())
-        return Response(await handle.remote(await request.body()), media_type="application/json")
+        return Response(await handle.answer.remote(await request.body()), media_type="application/json")
 
 
 STORE = 100 * 2**20
 ray.init("local", num_cpus=2, include_dashboard=False, _temp_dir=TEMP, log_to_driver=False, object_store_memory=STORE)
 serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-serve.run(Ingress.bind(MultiplexedModel.bind()), name="forecast", route_prefix="/")
+models = MultiplexedModel.bind()
+serve.run(Ingress.bind(models) if SHAPE == "behind" else models, name="forecast", route_prefix="/")
 print("ready", flush=True)
 signal.pause()
