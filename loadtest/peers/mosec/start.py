@@ -1,5 +1,6 @@
 """Starts Mosec: a Rust front and worker processes of one model, which is all that a Mosec service has."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,6 @@ from loadtest.peers.process_tree import start_process
 
 DIALECT = ClientDialect("mosec", "/inference", {}, ping="/")
 WAIT_MS = 1  #: the shortest that Mosec knows; less means its default of 10
-PROCESSES = 1
 
 
 def write_variables(graph: Path, batch: int) -> dict[str, str]:
@@ -24,8 +24,13 @@ def write_variables(graph: Path, batch: int) -> dict[str, str]:
         "PEER_GRAPH": str(graph),
         "PEER_BATCH": str(batch),
         "PEER_WAIT_MS": str(WAIT_MS),
-        "PEER_PROCESSES": str(PROCESSES),
+        "PEER_PROCESSES": str(count_workers(batch)),
     }
+
+
+def count_workers(batch: int) -> int:
+    """How many workers answered most: one a core, but with batches one, which then has all requests to batch."""
+    return len(os.sched_getaffinity(0)) if batch == 1 else 1
 
 
 @contextmanager
