@@ -89,7 +89,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py
+	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py docs/write_comparison.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -103,7 +103,7 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-code: $(READY) ## archives with code beside Multi Model Server, a record; under ten minutes; needs wrk and Java
 	@$(BIN)/fleetcast-load bench code $(ARGS)
 
-bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
+bench-peers: $(READY) ## the same weights on Triton, Mosec, Ray Serve, TorchServe and others; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
 bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour
@@ -131,8 +131,9 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
-docs: $(READY) ## the generated pages of docs/reference, and Grafana's dashboard
+docs: $(READY) ## the generated pages of docs/reference, the comparison's figures, and Grafana's dashboard
 	$(BIN)/python docs/write_reference.py
+	$(BIN)/python docs/write_comparison.py
 	$(BIN)/python docker/dashboard.py > docker/grafana/dashboards/fleetcast.json
 
 docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it is read without a network

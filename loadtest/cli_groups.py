@@ -43,7 +43,7 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "overload": CommandModule(
         "benchmarks.overload", "one to three times the peak: answers in time, late ones, refusals"
     ),
-    "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
+    "peers": CommandModule("benchmarks.peers", "the same weights on Triton, Mosec, Ray Serve, TorchServe and others"),
     "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
     "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
     "ray": CommandModule("benchmarks.ray_serve", "a cluster on Ray beside Ray's own multiplexing; needs wrk"),
