@@ -11,6 +11,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from handlers.base import Float32, Shape
@@ -59,8 +60,7 @@ class Tensor(Protocol):
         """Of one row, without batch axis."""
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedCall:
+class DecodedCall(msgspec.Struct, eq=False):
     """A decoded request for a family: rows [n, *input_shape], and the encoder of outputs [n, *output_shape].
 
     Rows that were decoded to a place lie there and have its shape.
