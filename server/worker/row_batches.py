@@ -11,8 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
 import numpy as np
-from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.codec import NUMBER_S, DecodedCall, Encoded
@@ -256,7 +256,7 @@ class RowBatches:
 
 def _detach(call: DecodedCall, inputs: Inputs) -> DecodedCall:
     """The call of a request that does not run with this batch."""
-    return replace(call, rows=inputs.detach(call.rows))
+    return msgspec.structs.replace(call, rows=inputs.detach(call.rows))
 
 
 def answer_rows(
