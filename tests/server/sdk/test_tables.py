@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import polars as pl
 import pytest
 
@@ -18,6 +17,7 @@ from server.sdk.forecasts import ForecastOptions
 from server.sdk.tables import write_table
 
 pa = pytest.importorskip("pyarrow")
+pd = pytest.importorskip("pandas")
 MODELS = ["a.mar", "b.mar"]
 TARGET = [[1.0, 2.5], [3.0, 4.0]]
 START = "2026-01-01 00:00:00"
@@ -31,7 +31,7 @@ def read_rows(body: bytes) -> list[tuple[str, str, list[float]]]:
         assert isinstance(item, Item)
         assert isinstance(item.instance, TableRow)
         target = cast_numbers(memoryview(item.instance.series[0]), item.instance.code).tolist()
-        found.append((item.model, item.instance.start, target))
+        found.append((item.model, item.instance.start, list(map(float, target))))
     return found
 
 
