@@ -9,19 +9,20 @@ INVARIANT: an answer has the numbers that `DeepAr` gives for the same request al
 order, only over more rows. `tests/handlers/codecs/test_forecast_groups.py` compares them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds
 from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Levels
 from handlers.codecs.deepar_schema import Configuration, Instance
-from handlers.codecs.features import Float64, Inputs
+from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
 from handlers.codecs.tensors import check_finite
 from handlers.errors import RequestError, RunFailed
@@ -40,22 +41,50 @@ class AskedForecast(NamedTuple):
     instance: Instance[Any]
 
 
-class ForecastNumbers(NamedTuple):
-    """The numbers of one answer: `mean` [prediction], `quantiles` [levels, prediction]; None where not asked."""
+class ForecastColumns(NamedTuple):
+    """Forecasts of a call as columns: targets [n, T], further series [n, steps] each, and categories [n, categories].
+
+    `names`: of the series, then of the categories.
+    """
+
+    starts: Sequence[str]
+    item_ids: Sequence[str | None]
+    target: Float64
+    series: Sequence[Float64]
+    cats: npt.NDArray[np.int64]
+    names: Sequence[str]
+
+    def read_instance(self, at: int) -> Instance[Any]:
+        """One of them by itself."""
+        features: Any = [each[at] for each in self.series] or None
+        cat = [int(each) for each in self.cats[at]] or None
+        return Instance(
+            self.starts[at], self.target[at], cat, features, self.item_ids[at], names=list(self.names) or None
+        )
+
+
+class GroupNumbers(NamedTuple):
+    """The numbers of answers that were computed together: `means` [n, prediction], `quantiles` [n, prediction, levels].
+
+    None where not asked. `failures`: why those at these places have none.
+    """
 
     start: str
-    mean: Float32 | None
+    means: Float32 | None
     quantiles: Float32 | None
+    failures: dict[int, RunFailed]
 
 
-@dataclass(frozen=True, slots=True)
-class GroupEncode:
-    """Stands for the encoder of one forecast that is encoded with the others of its group."""
+class GroupEncode(Struct, eq=False):  # made in a tenth of the time that a frozen dataclass takes
+    """Stands for the encoder of one forecast that is encoded with the others of its group.
+
+    `answered`: a list where the archive keeps the levels that it answers.
+    """
 
     group: "ForecastGroup"
     at: int
     item_id: str | int | None
-    answered: list[AnsweredLevels]
+    answered: list[AnsweredLevels] | tuple[()] = ()
 
 
 class DecodedForecast(NamedTuple):
@@ -77,23 +106,46 @@ def decode_together(
     return [_decode_alone(one, configuration) if each is None else each for one, each in zip(asked, found, strict=True)]
 
 
-def encode_together(encoders: Sequence[GroupEncode], outputs: Sequence[Float32]) -> "list[ForecastNumbers | RunFailed]":
-    """Make the numbers of answers of outputs [1, prediction, levels], one for each encoder, in order."""
-    found: list[ForecastNumbers | RunFailed | None] = [None] * len(encoders)
-    for group, members in _sort_by_group(encoders):
-        places = np.array([encoders[i].at for i in members])
-        numbers = group.compute_answers(places, np.concatenate([outputs[i] for i in members]))
-        for i, each in zip(members, numbers, strict=True):
-            found[i] = each
-            if isinstance(each, ForecastNumbers):
-                encoders[i].answered.extend(group.take_levels(encoders[i].at))
-    return cast("list[ForecastNumbers | RunFailed]", found)
+def decode_columns(
+    codecs: Sequence[DeepAr], columns: ForecastColumns, configuration: Configuration
+) -> list[DecodedForecast | RequestError]:
+    """Decode forecasts that came as columns, in order. Those of one recipe and start are decoded as arrays."""
+    found: list[DecodedForecast | RequestError | None] = [None] * len(codecs)
+    if _is_regular(configuration):
+        groups: dict[object, list[int]] = {}
+        for i, (codec, start) in enumerate(zip(codecs, columns.starts, strict=True)):
+            if codec.recipe is not None:
+                groups.setdefault((id(codec.recipe), start), []).append(i)
+        for places in groups.values():
+            group = ForecastGroup([codecs[i] for i in places], configuration)
+            for i, each in zip(places, group.decode_columns(columns, places), strict=True):
+                found[i] = each
+    return [
+        _decode_alone(AskedForecast(codecs[i], columns.read_instance(i)), configuration) if each is None else each
+        for i, each in enumerate(found)
+    ]
+
+
+def select_places(places: Sequence[int]) -> Any:
+    """An index of these places: a slice, which copies nothing, where they follow each other."""
+    first, last = places[0], places[-1]
+    return slice(first, last + 1) if list(places) == list(range(first, last + 1)) else list(places)
+
+
+def encode_group(encoders: Sequence[GroupEncode], outputs: Float32) -> GroupNumbers:
+    """Make the numbers of answers of outputs [n, prediction, levels], one for each encoder, all of one group."""
+    group = encoders[0].group
+    numbers = group.compute_answers(np.array([each.at for each in encoders]), outputs)
+    if group.keeps_levels:
+        for each in encoders:
+            assert isinstance(each.answered, list), "its group keeps levels"
+            each.answered.extend(group.take_levels(each.at))
+    return numbers
 
 
 def _group_regular(asked: Sequence[AskedForecast], configuration: Configuration) -> Iterator[list[int]]:
     """The places of forecasts that can be decoded as arrays, by recipe, start and length of their histories."""
-    names = configuration.quantiles or ()
-    if configuration.joint or not REGULAR.issuperset(configuration.output_types) or len(set(names)) != len(names):
+    if not _is_regular(configuration):
         return
     groups: dict[object, list[int]] = {}
     for i, (codec, instance) in enumerate(asked):
@@ -102,18 +154,18 @@ def _group_regular(asked: Sequence[AskedForecast], configuration: Configuration)
     yield from (places for places in groups.values() if len(places) >= LEAST)
 
 
+def _is_regular(configuration: Configuration) -> bool:
+    names = configuration.quantiles or ()
+    kinds = configuration.output_types
+    is_plain = bool(kinds) and REGULAR.issuperset(kinds) and not configuration.joint
+    return is_plain and len(set(names)) == len(names)
+
+
 def _decode_alone(one: AskedForecast, configuration: Configuration) -> DecodedForecast | RequestError:
     try:
         return DecodedForecast(*one.codec.decode_instances([one.instance], configuration))
     except RequestError as error:
         return error
-
-
-def _sort_by_group(encoders: Sequence[GroupEncode]) -> Iterable[tuple["ForecastGroup", list[int]]]:
-    groups: dict[int, tuple[ForecastGroup, list[int]]] = {}
-    for i, each in enumerate(encoders):
-        groups.setdefault(id(each.group), (each.group, []))[1].append(i)
-    return groups.values()
 
 
 class ForecastGroup:
@@ -131,6 +183,7 @@ class ForecastGroup:
         self._floors = np.array(lows)[:, None, None]
         self._caps = np.array([np.inf if each.cap is None else each.cap for each in forecasts])[:, None, None]
         self._levels: Levels
+        self.keeps_levels = any(codec.keeps_levels for codec in codecs)
         self.stamp = ""  #: of the first forecast step
         self._kept: dict[int, bytes] = {}
 
@@ -156,21 +209,57 @@ class ForecastGroup:
 
     def decode(self, instances: Sequence[Instance[Any]]) -> list[DecodedForecast | RequestError | None]:
         """Decode all; None for a forecast that is not regular."""
-        inputs, steps = self._first.inputs, len(instances[0].target)
-        instances = [_sort_named(inputs, each) for each in instances]
+        steps = len(instances[0].target)
+        instances = [_sort_named(self._first.inputs, each) for each in instances]
+        if (started := self._start(instances[0].start, steps)) is None:
+            return [None] * len(instances)
+        regular, covariates, categories = self._check_lengths(instances, steps)
+        history = np.empty((len(instances), steps))
+        for row, each in zip(history, instances, strict=True):
+            row[:] = np.asarray(each.target, np.float64)
+        item_ids = [each.item_id for each in instances]
+        return self._decode_arrays(started, _Arrays(history, covariates, categories, item_ids), regular)
+
+    def decode_columns(
+        self, columns: ForecastColumns, places: Sequence[int]
+    ) -> list[DecodedForecast | RequestError | None]:
+        """Decode the forecasts at these places of a call's columns."""
+        nothing: list[DecodedForecast | RequestError | None] = [None] * len(places)
+        sorted_columns = _sort_columns(self._first, columns)
+        started = self._start(columns.starts[places[0]], columns.target.shape[1])
+        if sorted_columns is None or started is None:
+            return nothing
+        series, cats = sorted_columns
+        where = select_places(places)
+        needed = columns.target.shape[1] + self._first.forecast.prediction_length
+        covariates = np.zeros((len(places), 0, 0))
+        if series:
+            if any(each.shape[1] != needed for each in series):
+                return nothing
+            covariates = np.stack([each[where] for each in series], axis=1).astype(np.float64, copy=False)
+        history = columns.target[where].astype(np.float64, copy=False)
+        arrays = _Arrays(history, covariates, cats[where], [columns.item_ids[i] for i in places])
+        return self._decode_arrays(started, arrays, np.ones(len(places), bool))
+
+    def _start(self, start: str, steps: int) -> tuple[datetime, FirstStep] | None:
+        """Check what all share; None where it is not regular, or wrong."""
         try:
-            started = inputs.start_regular(instances[0].start, steps)
+            found = self._first.inputs.start_regular(start, steps)
             self._levels = self._first.check_configuration(self._configuration, 1)
         except RequestError:
-            return [None] * len(instances)
-        if started is None:
-            return [None] * len(instances)
+            return None
+        return found
+
+    def _decode_arrays(
+        self, started: "tuple[datetime, FirstStep]", arrays: "_Arrays", regular: Flags
+    ) -> list[DecodedForecast | RequestError | None]:
+        """Make the rows of all; None for those that are not regular."""
         moment, first = started
         self.stamp = first.stamp
-        regular, covariates, categories = self._check_lengths(instances, steps)
-        history = np.stack([np.asarray(each.target, np.float64) for each in instances])
+        history, inputs = arrays.history, self._first.inputs
+        count, steps = history.shape
         regular &= self._find_regular_histories(history, first.hour)
-        rows = inputs.rows(len(instances))
+        rows = inputs.rows(count)
         origin = count_seconds(moment.isoformat())
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = self._scale(history, self._centers, self._scales, self._kind)
@@ -182,14 +271,16 @@ class ForecastGroup:
                 elif channel.source == "calendar":
                     rows[:, c] = inputs.compute_calendar(origin, at, channel)
                 elif channel.source == "dynamic_feat":
-                    rows[:, c] = self._scale_channel(covariates[:, channel.index, window], c)
+                    rows[:, c] = self._scale_channel(arrays.covariates[:, channel.index, window], c)
                 else:
-                    rows[:, c] = self._scale_channel(categories[:, channel.index, None], c)
-        regular &= np.all(np.isfinite(rows), axis=(1, 2))
-        return [
-            DecodedForecast(rows[i : i + 1], GroupEncode(self, i, instances[i].item_id, [])) if is_regular else None
-            for i, is_regular in enumerate(regular.tolist())
-        ]
+                    rows[:, c] = self._scale_channel(arrays.categories[:, channel.index, None], c)
+        regular &= np.isfinite(rows).all(axis=(1, 2))
+        found: list[DecodedForecast | RequestError | None] = [None] * count
+        for i, (is_regular, item_id) in enumerate(zip(regular.tolist(), arrays.item_ids, strict=True)):
+            if is_regular:
+                encode = GroupEncode(self, i, item_id, [] if self.keeps_levels else ())
+                found[i] = DecodedForecast(rows[i : i + 1], encode)
+        return found
 
     def _check_lengths(self, instances: Sequence[Instance[Any]], steps: int) -> tuple[Flags, Float64, Float64]:
         """Whose covariates and categories are as many as the archive has; and these, zeros for all others."""
@@ -253,9 +344,9 @@ class ForecastGroup:
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
-    def compute_answers(self, places: Places, outputs: Float32) -> list[ForecastNumbers | RunFailed]:
+    def compute_answers(self, places: Places, outputs: Float32) -> GroupNumbers:
         """Make the answers of the forecasts at `places` from the network's outputs [n, prediction, levels]."""
-        codecs = [self._codecs[i] for i in places]
+        codecs = [self._codecs[i] for i in places.tolist()]
         numbers = outputs.astype(np.float64)
         calibrations = [codec.calibration for codec in codecs]  # `adapt` may replace one meanwhile
         with np.errstate(over="ignore", invalid="ignore"):
@@ -268,19 +359,13 @@ class ForecastGroup:
         if any(calibrations):
             prices = np.clip(self._shift(prices, calibrations), floors, caps)
         prices.sort(axis=-1)
-        self._keep_levels(places, codecs, prices, good)
+        if self.keeps_levels:
+            self._keep_levels(places, codecs, prices, good)
         kinds = self._configuration.output_types
         means = self._average(prices, codecs) if "mean" in kinds else None
-        by_level = self._levels.of(prices).transpose(0, 2, 1).astype(np.float32, order="C")
-        quantiles = by_level if "quantiles" in kinds else None
-        found = list[ForecastNumbers | RunFailed]()
-        for i, is_good in enumerate(good.tolist()):
-            if is_good:
-                mean, levels = (None if each is None else each[i] for each in (means, quantiles))
-                found.append(ForecastNumbers(self.stamp, mean, levels))
-            else:
-                found.append(_explain_failure(outputs[i : i + 1]))
-        return found
+        quantiles = self._levels.of(prices).astype(np.float32) if "quantiles" in kinds else None
+        failures = {i: _explain_failure(outputs[i : i + 1]) for i in np.flatnonzero(~good).tolist()}
+        return GroupNumbers(self.stamp, means, quantiles, failures)
 
     def take_levels(self, at: int) -> Iterator[AnsweredLevels]:
         """Give the levels that a forecast was answered with, once, where its archive keeps them."""
@@ -321,7 +406,10 @@ class ForecastGroup:
 
     @staticmethod
     def _average(prices: Float64, codecs: Sequence[DeepAr]) -> Float32:
-        weights = np.stack([codec.mean_weights for codec in codecs])[:, :, None]
+        if all(codec.tails is None for codec in codecs):  # one recipe has one rule then
+            weights = codecs[0].mean_weights[None, :, None]
+        else:
+            weights = np.stack([codec.mean_weights for codec in codecs])[:, :, None]
         means: Float64 = np.matmul(prices, weights)[:, :, 0]
         for i, codec in enumerate(codecs):
             if codec.tails is not None:  # a tail reaches beyond floor and cap, and the mean with it
@@ -337,6 +425,28 @@ def _sort_named(inputs: Inputs, instance: Instance[Any]) -> Instance[Any]:
         return inputs.sort_named(instance)
     except RequestError:
         return replace(instance, dynamic_feat=[[]], cat=None)
+
+
+class _Arrays(NamedTuple):
+    """What a group is decoded from: histories [n, T], covariates [n, series, steps] and categories [n, categories]."""
+
+    history: Float64
+    covariates: Float64
+    categories: Float64
+    item_ids: Sequence[str | int | None]
+
+
+def _sort_columns(codec: DeepAr, columns: ForecastColumns) -> tuple[list[Float64], Float64] | None:
+    """Series and categories in the order of the archive; None where they are not its own."""
+    forecast = codec.forecast
+    if sorted(columns.names) != sorted((*forecast.dynamic_feat, *forecast.cat)):
+        return None
+    series = dict(zip(columns.names, columns.series, strict=False))
+    cats = {name: i for i, name in enumerate(columns.names[len(columns.series) :])}
+    if not all(name in series for name in forecast.dynamic_feat) or not all(name in cats for name in forecast.cat):
+        return None
+    places = [cats[name] for name in forecast.cat]
+    return [series[name] for name in forecast.dynamic_feat], columns.cats[:, places].astype(np.float64)
 
 
 def _explain_failure(outputs: Float32) -> RunFailed:

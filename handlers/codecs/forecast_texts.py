@@ -14,7 +14,7 @@ import simdjson
 
 from handlers.base import Float32
 from handlers.codecs.deepar_schema import Configuration, Instance
-from handlers.codecs.forecast_groups import ForecastNumbers, GroupEncode
+from handlers.codecs.forecast_groups import GroupEncode, GroupNumbers
 from handlers.codecs.tensors import BLOCK, write_json
 
 #: The keys of an instance that is read here; what has others is read carefully, and may be wrong.
@@ -47,20 +47,19 @@ def read_configuration(text: bytes) -> Configuration | None:
         return None
 
 
-def write_predictions(encoders: Sequence[GroupEncode], numbers: Sequence[ForecastNumbers]) -> list[bytes]:
+def write_predictions(encoders: Sequence[GroupEncode], numbers: GroupNumbers) -> list[bytes]:
     """Write the predictions of one group as JSON, an object each, to the bytes that `DeepAr` writes."""
     names = encoders[0].group.names
     means = quantiles = None
-    if numbers[0].mean is not None:
-        means = _write_rows(np.stack([each.mean for each in numbers if each.mean is not None]), b"],[")
-    if numbers[0].quantiles is not None:
-        arrays = np.stack([each.quantiles for each in numbers if each.quantiles is not None])
-        quantiles = _write_rows(arrays, b"]],[[")
+    if numbers.means is not None:
+        means = _write_rows(numbers.means, b"],[")
+    if numbers.quantiles is not None:
+        quantiles = _write_rows(np.ascontiguousarray(numbers.quantiles.transpose(0, 2, 1)), b"]],[[")
         template = b',"quantiles":{' + b",".join(_write_key(name) + b"[%b]" for name in names) + b"}"
-    found = list[bytes]()
-    for i, (encoder, each) in enumerate(zip(encoders, numbers, strict=True)):
+    found, start, get_zone = list[bytes](), numbers.start, encoders[0].group.get_zone
+    for i, encoder in enumerate(encoders):
         item = b"" if encoder.item_id is None else b'"item_id":' + write_json(encoder.item_id) + b","
-        body = b"{" + item + _write_label(each.start, encoder.group.get_zone(encoder.at))
+        body = b"{" + item + _write_label(start, get_zone(encoder.at))
         if means is not None:
             body += b',"mean":[' + means[i] + b"]"
         if quantiles is not None:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
 import structlog
@@ -41,6 +41,7 @@ from server.ipc.operations import (
     Reply,
     UnloadForClient,
 )
+from server.ipc.packed import BlockRow, Instance
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -202,17 +203,17 @@ class InferResponse(msgspec.Struct, frozen=True):
             self.link.cancel(self.call)
 
 
-class TogetherItem(NamedTuple):
+class TogetherItem(msgspec.Struct, frozen=True, gc=False):
     """One forecast of a call for many models: which model to ask, and the instance that it is asked with."""
 
     model: ModelName
-    instance: bytes | memoryview | msgspec.Raw
+    instance: Instance
 
 
 class TogetherRequest(msgspec.Struct, frozen=True):
     """Items that may be asked together. `hold` is told of each answer before it is read; it may raise Refused.
 
-    `most_bytes`: of all answers together. `numbers`: predictions are wanted as packed numbers. `deadline` and `arrived`
+    `most_bytes`: of all answers together. `numbers`: predictions are wanted as rows of blocks. `deadline` and `arrived`
     are on the monotonic clock (s).
     """
 
@@ -226,11 +227,11 @@ class TogetherRequest(msgspec.Struct, frozen=True):
     numbers: bool = False
 
 
-class TogetherAnswer(NamedTuple):
+class TogetherAnswer(msgspec.Struct, frozen=True, gc=False):
     """One item's answer: its bytes, which type they have, and what happened on the way."""
 
     content_type: str
-    body: memoryview
+    body: memoryview | BlockRow
     stats: InferStats
 
 

@@ -36,7 +36,15 @@ from server.front.raw_json import (
     split_samples,
 )
 from server.front.slices import ITEM, Pacer, Slices
-from server.ipc.packed import NUMBERS, is_packed, pack_json_prediction, write_instance
+from server.ipc.packed import (
+    NUMBERS,
+    BlockRow,
+    Instance,
+    TableRow,
+    measure_instance,
+    read_json_prediction,
+    write_instance,
+)
 from server.ipc.together import PREDICTION
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
@@ -44,12 +52,11 @@ LEAST_TOGETHER = 2  #: items for which a request of their own is no worse
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(msgspec.Struct, frozen=True, gc=False):
     """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
 
     model: ModelName
-    instance: msgspec.Raw | bytes
+    instance: Instance
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +75,13 @@ class MultiModelCall:
     configuration: bytes
     joint: Joint | None
     size: int  #: bytes of the body that the items lie in
-    numbers: bool = False  #: whether predictions are wanted as packed numbers: see `server.ipc.packed`
+    numbers: bool = False  #: whether predictions are wanted as rows of blocks: see `server.ipc.packed`
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What came of an item: the prediction's JSON, and what happened on the way."""
+class Prediction(msgspec.Struct, frozen=True, gc=False):
+    """What came of an item: the prediction as JSON or as numbers, and what happened on the way."""
 
-    body: bytes
+    body: bytes | BlockRow
     stats: InferStats
 
 
@@ -135,7 +141,7 @@ class FanOut:
     async def draw(self, joint: Joint, found: Sequence[Prediction | Refused], accept: str) -> bytes:
         """The correlation's answer: everybody's samples. Raises Refused, its place being that among the items."""
         answered = [
-            (item.model, each.body)
+            (item.model, cast("bytes", each.body))
             for item, each in zip(self._call.items, found, strict=True)
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]
@@ -175,7 +181,7 @@ class FanOut:
                     if isinstance(item, Refused):
                         results[i] = item
                     elif i not in results:
-                        size = len(memoryview(item.instance)) + len(self._call.configuration)
+                        size = measure_instance(item.instance) + len(self._call.configuration)
                         await self._wait_for_room(size)
                         group.create_task(self._infer_item(i, item, size, results))
                         await self._pacer.spend(ITEM + size)
@@ -209,7 +215,7 @@ class FanOut:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
         size, shared = 0, len(self._call.configuration)
         for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            size += len(memoryview(item.instance)) + shared
+            size += measure_instance(item.instance) + shared
             if count and size > self._window:
                 return count
         return min(len(items), MAX_UNDER_WAY)
@@ -219,7 +225,7 @@ class FanOut:
         if answer.content_type in (PREDICTION, NUMBERS) and not marginal:
             return Prediction(cast("bytes", answer.body), answer.stats)  # not copied: all that read it take any buffer
         try:
-            return await self._read_prediction(bytes(answer.body), answer.stats)
+            return await self._read_prediction(bytes(cast("bytes", answer.body)), answer.stats)
         except Refused as refused:
             return _without_frames(refused)
 
@@ -247,10 +253,10 @@ class FanOut:
             return _without_frames(refused)
 
     @staticmethod
-    def _write_instance(instance: msgspec.Raw | bytes) -> msgspec.Raw | bytes:
+    def _write_instance(instance: Instance) -> msgspec.Raw | bytes:
         """The instance as JSON. Raises Refused."""
-        if not is_packed(instance):
-            return instance
+        if not isinstance(instance, TableRow):
+            return cast("bytes", instance)
         try:
             return write_instance(instance)
         except ValueError as error:
@@ -262,7 +268,7 @@ class FanOut:
         if not self._call.numbers:
             return Prediction(body, stats)
         try:
-            return Prediction(pack_json_prediction(body), stats)
+            return Prediction(read_json_prediction(body), stats)
         except (msgspec.MsgspecError, ValueError) as error:
             message = f"the answer has no place in a table, ask by JSON: {error}"
             raise Refused(Situation.BAD_REQUEST, message) from None
@@ -300,7 +306,7 @@ def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slic
     done: list[Prediction | Refused] = []
     for each in found:
         if isinstance(each, Prediction):
-            body = yield from replace_marginal(each.body, next(samples))
+            body = yield from replace_marginal(cast("bytes", each.body), next(samples))
             done.append(Prediction(body, each.stats))
         else:
             done.append(each)

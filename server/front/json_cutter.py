@@ -32,6 +32,16 @@ _NAME: Final = re.compile(_SPACE + rb'("(?:[^"\\]++|\\.)*+")' + _SPACE + b":" + 
 _MORE: Final = re.compile(_SPACE + rb"([,\]}])" + _SPACE)
 _SCALAR: Final = re.compile(rb"[-+.0-9A-Za-z]++")
 _IN_STRING: Final = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+#: An object of plain strings, numbers and arrays of at most two dimensions, as forecast requests are: one pass in C.
+_FREE: Final = rb'[^{}\[\]"\\]*+'
+_ROW: Final = rb"\[" + _FREE + rb"\]"
+_ARRAY: Final = rb"\[" + _FREE + b"(?:" + _ROW + _FREE + rb")*+\]"
+_PLAIN: Final = re.compile(rb"\{" + _FREE + rb'(?:(?:"[^"\\]*+"|' + _ARRAY + b")" + _FREE + rb")*+\}")
+#: The same with one array, which is right if the array has none of `_MARKS`: four times as fast, since all that is
+#: looked for is one byte.
+_TEXTS: Final = rb'(?:"[^"\\]*+"' + _FREE + b")*+"
+_SERIES: Final = re.compile(rb"\{" + _FREE + _TEXTS + rb"\[([^\]]*+)\]" + _FREE + _TEXTS + rb"\}")
+_MARKS: Final = (b'"', b"[", b"{", b"}", b"\\")
 _OPEN, _CLOSE, _QUOTE, _ESCAPE = b"[", b"]", b'"', b"\\"
 _BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _OTHERS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
@@ -171,8 +181,23 @@ class _Cutter:
             yield end - self.at
             self.at = end
 
+    def _find_plain_end(self, start: int, most: int) -> int | None:
+        """Where an object ends that begins here, has nothing nested but arrays of numbers, and ends before `most`."""
+        found = _SERIES.match(self._view, start, most)
+        if found is not None:
+            numbers = self._view[found.start(1) : found.end(1)].tobytes()
+            if not any([mark in numbers for mark in _MARKS]):  # noqa: C419 -- a generator takes longer than all five
+                return found.end()
+        found = _PLAIN.match(self._view, start, most)
+        return None if found is None else found.end()
+
     def _skip_container(self) -> Slices[None]:
         """A piece after the other, until one has the bracket that closes the first."""
+        end = self._find_plain_end(self.at, self.at + UNIT)
+        if end is not None:
+            yield end - self.at
+            self.at = end
+            return
         self.at += 1
         depth, quoted, size = 1, False, FIRST_PIECE
         while True:

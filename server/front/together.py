@@ -8,7 +8,7 @@ whatever was lost with a worker.
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import cast
 
 import msgspec
 
@@ -28,13 +28,14 @@ from server.front.dataplane import (
 )
 from server.front.worker_client import WorkerLost
 from server.ipc.frames import CacheResult, Response
-from server.ipc.together import TOGETHER, AskedTogether, ItemAnswer, read_answered, write_asked
+from server.ipc.packed import BlockRow, TableRow, measure_instance
+from server.ipc.together import TOGETHER, AskedTogether, SharedAnswer, read_answered, write_asked
 from server.routing import WorkerLoad
 
 NOTHING = InferStats(None, 0, None, 0)  #: happened to a call as a whole
 
 
-class _Started(NamedTuple):
+class _Started(msgspec.Struct, frozen=True, gc=False):
     """An item under way: its place in the call, whether it counts as load, and how many were ahead of it."""
 
     place: int
@@ -43,6 +44,7 @@ class _Started(NamedTuple):
 
 
 Found = list[TogetherAnswer | Refused | None]
+Answers = Sequence[tuple[SharedAnswer, memoryview | BlockRow]]
 
 
 class TogetherPlane(DataPlane):
@@ -101,11 +103,12 @@ class TogetherPlane(DataPlane):
     ) -> None:
         """Ask one worker for its items, and put what comes of them into their places."""
         asked = [request.items[each.place] for each in items]
-        sizes = [len(memoryview(item.instance)) for item in asked]
+        is_table = isinstance(asked[0].instance, TableRow)
+        sizes = [] if is_table else [measure_instance(item.instance) for item in asked]
         head = AskedTogether([item.model for item in asked], sizes, request.configuration, request.most_bytes)
         head.numbers = request.numbers
         body = write_asked(head, [item.instance for item in asked])
-        answers: list[tuple[ItemAnswer, memoryview]] | None = None
+        answers: Answers | None = None
         try:
             with self.held.hold(len(body)):
                 answers = await self._exchange(lane, body, request, len(items))
@@ -118,12 +121,14 @@ class TogetherPlane(DataPlane):
                 found[each.place] = refused
         finally:
             self._end_items(lane, items, asked, answers, request.client, now)
-        for each, answer in zip(items, answers or (), strict=False):
-            found[each.place] = self._read_item(lane, each, *answer)
+        stats = {id(head): _describe_answer(head) for head, _ in answers or ()}
+        for each, (shared, told) in zip(items, answers or (), strict=False):
+            if shared.situation:
+                found[each.place] = self._read_refusal(lane, each, shared, cast("memoryview", told))
+            else:
+                found[each.place] = TogetherAnswer(shared.content_type, told, stats[id(shared)])
 
-    async def _exchange(
-        self, lane: WorkerLoad, body: bytes, request: TogetherRequest, count: int
-    ) -> list[tuple[ItemAnswer, memoryview]]:
+    async def _exchange(self, lane: WorkerLoad, body: bytes, request: TogetherRequest, count: int) -> Answers:
         """Send the call and read its response. Raises WorkerLost, Refused.
 
         It may come a little after the deadline: an item was answered before, or is refused for that.
@@ -155,37 +160,36 @@ class TogetherPlane(DataPlane):
         lane: WorkerLoad,
         items: Sequence[_Started],
         asked: Sequence[TogetherItem],
-        answers: Sequence[tuple[ItemAnswer, memoryview]] | None,
+        answers: Answers | None,
         client: str,
         now: float,
     ) -> None:
         """Count the items as done, and learn from their times."""
         backlog = self.links[lane.worker].backlog if lane.worker in self.links else None
-        heads = [None] * len(items) if answers is None else [answer for answer, _ in answers]
-        for each, item, head in zip(items, asked, heads, strict=True):
-            if backlog is not None:
+        if backlog is not None:
+            for each, item in zip(items, asked, strict=True):
                 backlog.end(item.model, client, was_work=each.counted)
-            if head is None:
+        if answers is None:
+            for each, item in zip(items, asked, strict=True):
                 self.router.count_end(lane, item.model, each.counted, held=False)
-                continue
+            return
+        for each, item, (head, _) in zip(items, asked, answers, strict=True):
             held = head.situation in HOLDS
             load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
             wait_s = (head.queue_us + head.inference_us) / 1e6
             self.router.count_end(lane, item.model, each.counted, held=held, wait_s=wait_s, load_s=load_s)
         last = items[-1]
-        if backlog is not None and heads[-1] is not None and last.counted and heads[-1].cache == CacheResult.HIT:
+        if backlog is not None and last.counted and answers[-1][0].cache == CacheResult.HIT:
             backlog.learn(last.ahead, now, time.monotonic())
 
-    def _read_item(
-        self, lane: WorkerLoad, started: _Started, head: ItemAnswer, body: memoryview
-    ) -> TogetherAnswer | Refused:
-        if head.situation:
-            detail = msgspec.json.decode(body, type=Detail)
-            refused = Refused(Situation(head.situation), *msgspec.structs.astuple(detail))
-            if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE) and lane.worker in self.links:
-                refused.advise(self.links[lane.worker].backlog.expected_s(started.ahead, time.monotonic()))
-            return refused
-        times = (head.queue_us, head.load_us or None, head.inference_us)
-        tier = TIER_NAMES[head.tier]
-        stats = InferStats(CACHE_NAMES[head.cache], *times, tier, head.version, head.quality, head.warnings)
-        return TogetherAnswer(head.content_type, body, stats)
+    def _read_refusal(self, lane: WorkerLoad, started: _Started, head: SharedAnswer, body: memoryview) -> Refused:
+        detail = msgspec.json.decode(body, type=Detail)
+        refused = Refused(Situation(head.situation), *msgspec.structs.astuple(detail))
+        if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE) and lane.worker in self.links:
+            refused.advise(self.links[lane.worker].backlog.expected_s(started.ahead, time.monotonic()))
+        return refused
+
+
+def _describe_answer(head: SharedAnswer) -> InferStats:
+    times = (head.queue_us, head.load_us or None, head.inference_us)
+    return InferStats(CACHE_NAMES[head.cache], *times, TIER_NAMES[head.tier], "", head.quality, head.warnings)

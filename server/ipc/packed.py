@@ -1,42 +1,65 @@
-"""Instances and predictions as packed numbers, for calls that come or go as tables. Pure: no numpy.
+"""Rows and answers of calls that come or go as tables: numbers as bytes, beside what is said of them. Pure: no numpy.
 
-An instance is a zero byte (JSON never begins with one), a head and the bytes of its numbers; a prediction is a head and
-float32 numbers. A head is a u16 (little-endian) with its length and one msgpack array.
+INVARIANT: numbers are little-endian; a missing one is NaN.
 """
 
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import msgspec
 from msgspec import Struct
 
-NUMBERS = "application/vnd.fleetcast.numbers"  #: the content type of an item's answer that is a packed prediction
-MARK = b"\x00"
-LENGTH = 2
+NUMBERS = "application/vnd.fleetcast.numbers"  #: the content type of an item's answer that is a row of a block
 ITEM_BYTES: Mapping[str, int] = {"f": 4, "d": 8}
-CUT_SHORT = "the numbers of a row do not fit its head"
+FLOAT_BYTES = 4
+ROW_BYTES = 64  #: what a row counts beside its numbers
+
+Buffer: TypeAlias = bytes | memoryview
 
 
-class InstanceHead(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """`code`: `f` or `d`, the type of all numbers. `names`: of the series after the target, then of the categories."""
+class TableRow(Struct, gc=False):
+    """A row of a table, in the place of an instance in JSON.
+
+    `code`: `f` or `d`, the type of all numbers. `series`: the bytes of the target, then of each further series.
+    `names`: of the series after the target, then of the categories; all rows of a call share it.
+    """
 
     start: str
-    item_id: str | int | None
+    item_id: str | None
     code: str
-    sizes: list[int]  #: numbers of the target, then of each further series
-    names: list[str]
-    cat: list[int]
+    names: Sequence[str]
+    series: Sequence[Buffer]
+    cat: Sequence[int] = ()
 
 
-class PredictionHead(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """`start`: of the first step. The numbers are the mean [steps], if there is one, and each level's [steps]."""
+Instance: TypeAlias = bytes | memoryview | msgspec.Raw | TableRow
 
-    start: str
+
+class NumbersBlock(Struct, gc=False, eq=False):
+    """The answers of several forecasts of one start, length and levels, column by column.
+
+    `columns`: the float32 bytes of the mean, if there is one, and of each level: [forecasts, steps].
+    """
+
+    start: str  #: of the first step
     steps: int
     has_mean: bool
-    levels: list[str]
+    levels: Sequence[str]
+    columns: Sequence[Buffer]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one forecast in all columns."""
+        return len(self.columns) * self.steps * FLOAT_BYTES
+
+
+class BlockRow(Struct, gc=False, eq=False):
+    """One forecast of a block."""
+
+    block: NumbersBlock
+    at: int
 
 
 class PlainPrediction(Struct):
@@ -47,8 +70,6 @@ class PlainPrediction(Struct):
     quantiles: dict[str, list[float]] = {}
 
 
-_encode = msgspec.msgpack.Encoder().encode
-_instance, _prediction = msgspec.msgpack.Decoder(InstanceHead).decode, msgspec.msgpack.Decoder(PredictionHead).decode
 _plain = msgspec.json.Decoder(PlainPrediction).decode
 
 
@@ -58,71 +79,35 @@ def cast_numbers(view: memoryview, code: str) -> "memoryview[Any]":
     return found
 
 
-def pack_instance(head: InstanceHead, series: Sequence[bytes | memoryview]) -> bytes:
-    """Pack an instance; `series` are the bytes of its target and further series."""
-    packed = _encode(head)
-    return b"".join((MARK, len(packed).to_bytes(LENGTH, "little"), packed, *series))
+def measure_instance(instance: Instance) -> int:
+    """The bytes that an instance counts."""
+    if isinstance(instance, TableRow):
+        return sum(map(len, instance.series)) + ROW_BYTES
+    return len(memoryview(instance))
 
 
-def is_packed(instance: bytes | memoryview | msgspec.Raw) -> bool:
-    """Whether an instance is packed, and not JSON."""
-    return memoryview(instance)[:1] == MARK
-
-
-def read_instance_head(raw: bytes | memoryview) -> tuple[InstanceHead, list[memoryview]]:
-    """The head of a packed instance, and the bytes of its series. Raises ValueError."""
-    view = memoryview(raw)[1:]
-    end = LENGTH + int.from_bytes(view[:LENGTH], "little")
-    head = _instance(view[LENGTH:end])
-    width, series, at = ITEM_BYTES[head.code], list[memoryview](), end
-    for size in head.sizes:
-        series.append(view[at : at + size * width])
-        at += size * width
-    if at != len(view) or any(size < 0 for size in head.sizes):
-        raise ValueError(CUT_SHORT)
-    return head, series
-
-
-def write_instance(raw: bytes | memoryview | msgspec.Raw) -> bytes:
-    """Write a packed instance as JSON, for a model that is asked alone. Raises ValueError for infinite numbers."""
-    head, series = read_instance_head(memoryview(raw))
-    target, *features = (cast_numbers(view, head.code).tolist() for view in series)
+def write_instance(row: TableRow) -> bytes:
+    """Write a row as JSON, for a model that is asked alone. Raises ValueError for infinite numbers."""
+    target, *features = (cast_numbers(memoryview(each), row.code).tolist() for each in row.series)
     if any(math.isinf(number) for numbers in (target, *features) for number in numbers):
         raise ValueError("the table has infinite numbers")
-    found: dict[str, object] = {"start": head.start, "target": target}  # NaN is written as null: it is missing
-    if head.item_id is not None:
-        found["item_id"] = head.item_id
+    found: dict[str, object] = {"start": row.start, "target": target}  # NaN is written as null: it is missing
+    if row.item_id is not None:
+        found["item_id"] = row.item_id
     if features:
         found["dynamic_feat"] = features
-    if head.cat:
-        found["cat"] = head.cat
-    if head.names:
-        found["names"] = head.names
+    if row.cat:
+        found["cat"] = row.cat
+    if row.names:
+        found["names"] = row.names
     return msgspec.json.encode(found)
 
 
-def pack_prediction(head: PredictionHead, numbers: Sequence[bytes | memoryview]) -> bytes:
-    """Pack a prediction; `numbers` are the float32 bytes of the mean, if it has one, and of each level."""
-    packed = _encode(head)
-    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *numbers))
-
-
-def read_prediction(raw: bytes | memoryview) -> tuple[PredictionHead, list[memoryview]]:
-    """The head of a packed prediction, and the float32 bytes of each of its columns. Raises ValueError."""
-    view = memoryview(raw)
-    end = LENGTH + int.from_bytes(view[:LENGTH], "little")
-    head = _prediction(view[LENGTH:end])
-    size, count = 4 * head.steps, len(head.levels) + head.has_mean
-    if len(view) != end + size * count:
-        raise ValueError(CUT_SHORT)
-    return head, [view[at : at + size] for at in range(end, len(view), size or 1)]
-
-
-def pack_json_prediction(text: bytes) -> bytes:
-    """Pack a prediction that is JSON. Raises msgspec.MsgspecError, ValueError for what has no place in a table."""
+def read_json_prediction(text: bytes) -> BlockRow:
+    """A prediction that is JSON as a block of its own. Raises msgspec.MsgspecError, ValueError for one of no table."""
     found = _plain(text)
     rows = [*([] if found.mean is None else [found.mean]), *found.quantiles.values()]
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError("the model answers no series of one product")
-    head = PredictionHead(found.start, len(rows[0]), found.mean is not None, list(found.quantiles))
-    return pack_prediction(head, [array("f", row).tobytes() for row in rows])
+    columns = [array("f", row).tobytes() for row in rows]
+    return BlockRow(NumbersBlock(found.start, len(rows[0]), found.mean is not None, list(found.quantiles), columns), 0)

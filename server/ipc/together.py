@@ -3,19 +3,23 @@
 The body of the request is a head and the instances of the items, that of the response a head and the items' answers, in
 the same order. Each item is queued, leased, counted, answered or refused in the worker as if it had come alone.
 
+What many items share is said once: rows of a table come column by column, and so do forecasts that were computed
+together (`NumbersBlock`); what happened to items alike is one `SharedAnswer`.
+
 A head is a u32 (little-endian) with its length and one msgpack array. INVARIANT: fronts and workers of one server are
 of one version, and only they speak this; all lengths are checked all the same.
 """
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Struct
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Count, Tier, WireError
+from server.ipc.packed import FLOAT_BYTES, ITEM_BYTES, BlockRow, Buffer, Instance, NumbersBlock, TableRow
 
 TOGETHER = "application/vnd.fleetcast.together"  #: the content type of both bodies
 PREDICTION = "application/vnd.fleetcast.prediction"  #: an item's answer that is the prediction itself, without a frame
@@ -26,10 +30,25 @@ _encode = msgspec.msgpack.Encoder().encode
 Head = TypeVar("Head", bound=Struct)
 
 
-class AskedTogether(Struct, array_like=True, forbid_unknown_fields=True):
-    """The head of a request: the items' models and the bytes of their instances, and what all items share.
+class AskedColumns(Struct, array_like=True, forbid_unknown_fields=True):
+    """How the rows of a table lie in a body: all rows' targets, then all rows' first covariates, and so on.
 
-    `most_bytes`: of all answers together; beyond it the call is refused. `numbers`: predictions are wanted packed.
+    See `TableRow`. Of `starts` and of each series' `sizes` (in numbers) there is one where all rows have the same;
+    `item_ids` and `cats` are empty where no row has any.
+    """
+
+    code: str
+    names: list[str]
+    starts: list[str]
+    item_ids: list[str | None]
+    cats: list[list[int]]
+    sizes: list[list[Count]]
+
+
+class AskedTogether(Struct, array_like=True, forbid_unknown_fields=True):
+    """The head of a request: the items' models, and the bytes of their instances or how their rows lie.
+
+    `most_bytes`: of all answers together; beyond it the call is refused. `numbers`: answers are wanted as blocks.
     """
 
     models: list[str]
@@ -37,28 +56,58 @@ class AskedTogether(Struct, array_like=True, forbid_unknown_fields=True):
     configuration: bytes
     most_bytes: Count
     numbers: bool = False
+    columns: AskedColumns | None = None
 
 
-class ItemAnswer(Struct, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What came of one item; see `server.ipc.frames.Response`. `size`: bytes of its answer, or of why there is none."""
+class RowColumns(NamedTuple):
+    """The rows of a call as columns: what is said of them, and the bytes of each series."""
+
+    head: AskedColumns
+    series: Sequence[memoryview]
+
+
+class AskedBody(NamedTuple):
+    """What is asked: the head, the instance of each item, and the columns where these are rows."""
+
+    head: AskedTogether
+    instances: list[memoryview | TableRow]
+    columns: RowColumns | None
+
+
+class SharedAnswer(Struct, array_like=True, forbid_unknown_fields=True, gc=False, frozen=True):
+    """What came of one item or several alike; see `server.ipc.frames.Response`."""
 
     situation: Situation
     cache: CacheResult
     tier: Tier
-    version: str
     content_type: str
     queue_us: Count
     load_us: Count
     inference_us: Count
-    size: Count
     quality: str = ""
     warnings: str = ""
 
 
-class AnsweredTogether(Struct, array_like=True, forbid_unknown_fields=True):
-    """The head of a response."""
+class BlockHead(Struct, array_like=True, forbid_unknown_fields=True):
+    """See `NumbersBlock`. `places`: the items whose forecasts they are."""
 
-    items: list[ItemAnswer]
+    start: str
+    steps: Count
+    has_mean: bool
+    levels: list[str]
+    places: list[Count]
+
+
+class AnsweredTogether(Struct, array_like=True, forbid_unknown_fields=True):
+    """The head of a response. `of`: each item's place in `shared`; `sizes`: bytes of what is the item's alone."""
+
+    shared: list[SharedAnswer]
+    of: list[Count]
+    sizes: list[Count]
+    blocks: list[BlockHead]
+
+
+Answer: TypeAlias = bytes | BlockRow
 
 
 class _HeadReader(Generic[Head]):
@@ -80,32 +129,132 @@ class _HeadReader(Generic[Head]):
 _asked, _answered = _HeadReader(AskedTogether), _HeadReader(AnsweredTogether)
 
 
-def write_asked(head: AskedTogether, instances: Sequence[bytes | memoryview | msgspec.Raw]) -> bytes:
-    """The body of a request."""
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
+def write_asked(head: AskedTogether, instances: Sequence[Instance]) -> bytes:
+    """The body of a request. Its instances are all JSON, of `head.sizes`, or all rows of one table."""
+    parts: Sequence[Buffer] = cast("Sequence[Buffer]", instances)
+    if instances and isinstance(instances[0], TableRow):
+        rows = cast("Sequence[TableRow]", instances)
+        head.sizes, head.columns = [], _describe_rows(rows)
+        parts = [part for series in zip(*[row.series for row in rows], strict=True) for part in series]
     packed = _encode(head)
-    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *instances))
+    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
 
 
-def read_asked(body: bytes) -> tuple[AskedTogether, list[memoryview]]:
-    """The head of a request, and the instance of each item. Raises WireError."""
+def _describe_rows(rows: Sequence[TableRow]) -> AskedColumns:
+    first = rows[0]
+    width = ITEM_BYTES[first.code]
+    starts = [row.start for row in rows]
+    item_ids = [row.item_id for row in rows]
+    cats = [list(row.cat) for row in rows] if first.cat else []
+    sizes = [[len(part) // width for part in series] for series in zip(*[row.series for row in rows], strict=True)]
+    no_ids = item_ids.count(None) == len(item_ids)
+    return AskedColumns(
+        first.code, list(first.names), _say_once(starts), [] if no_ids else item_ids, cats, [*map(_say_once, sizes)]
+    )
+
+
+T = TypeVar("T")
+
+
+def _say_once(values: list[T]) -> list[T]:
+    """One value where all are the same."""
+    return values[:1] if values.count(values[0]) == len(values) else values
+
+
+def read_asked(body: bytes) -> AskedBody:
+    """What a request asks. Raises WireError."""
     head, rest = _asked.split(body)
-    if not 1 <= len(head.models) == len(head.sizes) <= MOST_ITEMS:
-        raise WireError(f"a call of {len(head.models)} models and {len(head.sizes)} instances")
-    return head, list(_cut(rest, head.sizes))
+    count = len(head.models)
+    if not 1 <= count <= MOST_ITEMS or len(head.sizes) != (0 if head.columns else count):
+        raise WireError(f"a call of {count} models and {len(head.sizes)} instances")
+    if head.columns is None:
+        return AskedBody(head, list(_cut(rest, head.sizes)), None)
+    columns = _read_columns(head.columns, rest, count)
+    return AskedBody(head, list(_cut_rows(columns, count)), columns)
 
 
-def write_answered(items: Sequence[ItemAnswer], bodies: Sequence[bytes]) -> bytes:
-    """The body of a response."""
-    packed = _encode(AnsweredTogether(list(items)))
-    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *bodies))
+def _read_columns(head: AskedColumns, rest: memoryview, count: int) -> RowColumns:
+    """Cut the columns of a body. Raises WireError where their numbers do not fit."""
+    width = ITEM_BYTES.get(head.code, 0)
+    counts = [len(head.starts), *map(len, head.sizes)]
+    is_whole = {1, count}.issuperset(counts) and {0, count}.issuperset((len(head.item_ids), len(head.cats)))
+    if not width or not head.sizes or not is_whole:
+        raise WireError(f"the columns of {count} rows do not have as many values")
+    wholes = [width * (sizes[0] * count if len(sizes) == 1 else sum(sizes)) for sizes in head.sizes]
+    return RowColumns(head, list(_cut(rest, wholes)))
 
 
-def read_answered(body: bytes, count: int) -> list[tuple[ItemAnswer, memoryview]]:
-    """What came of each of `count` items, and its bytes. Raises WireError."""
+def _cut_rows(columns: RowColumns, count: int) -> Iterator[TableRow]:
+    """Each row by itself."""
+    head, width = columns.head, ITEM_BYTES[columns.head.code]
+    starts = head.starts if len(head.starts) == count else head.starts * count
+    item_ids, cats = head.item_ids or [None] * count, head.cats or [[]] * count
+    parts = [
+        _cut(view, [width * size for size in (sizes if len(sizes) == count else sizes * count)])
+        for view, sizes in zip(columns.series, head.sizes, strict=True)
+    ]
+    code, names = head.code, head.names
+    for start, item_id, cat, *series in zip(starts, item_ids, cats, *parts, strict=True):
+        yield TableRow(start, item_id, code, names, series, cat)
+
+
+# --- responses ----------------------------------------------------------------------------------------------------
+
+
+def write_answered(shared: Sequence[SharedAnswer], of: Sequence[int], bodies: Sequence[Answer]) -> bytes:
+    """The body of a response: for each item its place in `shared`, and its answer or why there is none."""
+    own = [b"" if isinstance(body, BlockRow) else body for body in bodies]
+    blocks: dict[int, tuple[NumbersBlock, list[int], list[int]]] = {}
+    for place, body in enumerate(bodies):
+        if isinstance(body, BlockRow):
+            _, places, rows = blocks.setdefault(id(body.block), (body.block, [], []))
+            places.append(place)
+            rows.append(body.at)
+    heads, parts = list[BlockHead](), list[Buffer](own)
+    for block, places, rows in blocks.values():
+        heads.append(BlockHead(block.start, block.steps, block.has_mean, list(block.levels), places))
+        for column in block.columns:
+            parts += _select_rows(column, rows, block.steps * FLOAT_BYTES)
+    packed = _encode(AnsweredTogether(list(shared), list(of), [*map(len, own)], heads))
+    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
+
+
+def _select_rows(column: Buffer, rows: Sequence[int], size: int) -> list[Buffer]:
+    """The parts of a column that these rows are, which is mostly all of it."""
+    if len(column) == len(rows) * size and all(row == i for i, row in enumerate(rows)):
+        return [column]
+    view = memoryview(column)
+    return [view[row * size : (row + 1) * size] for row in rows]
+
+
+def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | BlockRow]]:
+    """What came of each of `count` items, and its answer. Raises WireError."""
     head, rest = _answered.split(body)
-    if len(head.items) != count:
-        raise WireError(f"{count} items are answered by {len(head.items)}")
-    return list(zip(head.items, _cut(rest, [each.size for each in head.items]), strict=True))
+    if not len(head.of) == len(head.sizes) == count:
+        raise WireError(f"{count} items are answered by {len(head.of)}")
+    if max(head.of, default=0) >= len(head.shared):
+        raise WireError("an item is answered by nothing")
+    columns = [
+        len(block.places) * block.steps * FLOAT_BYTES
+        for block in head.blocks
+        for _ in range(len(block.levels) + block.has_mean)
+    ]
+    parts = list(_cut(rest, [*head.sizes, *columns]))
+    bodies: list[memoryview | BlockRow] = [*parts[:count]]
+    at = count
+    for each in head.blocks:
+        if max(each.places, default=0) >= count:
+            raise WireError(f"a block answers more than {count} items")
+        end = at + len(each.levels) + each.has_mean
+        block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, parts[at:end])
+        at = end
+        for row, place in enumerate(each.places):
+            bodies[place] = BlockRow(block, row)
+    shared = head.shared
+    return list(zip([shared[i] for i in head.of], bodies, strict=True))
 
 
 def _cut(view: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:

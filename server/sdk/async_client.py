@@ -77,6 +77,12 @@ class AsyncClient:
         """As `Client.forecast_many`. Raises FleetcastError where the whole call fails."""
         return await self._run(self._client.forecast_many, requests, options)
 
+    async def forecast_table(
+        self, table: Any, *, start: Start | None = None, options: ForecastOptions | None = None
+    ) -> Any:
+        """As `Client.forecast_table`. Raises ImportError, ValueError, FleetcastError."""
+        return await self._run(self._client.forecast_table, table, start=start, options=options)
+
     async def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
         """As `Client.send_prices`. Raises FleetcastError."""
         return await self._run(self._client.send_prices, prices)

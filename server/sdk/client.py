@@ -25,10 +25,19 @@ from server.contract import (
 )
 from server.routes.example_requests import make_example
 from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
-from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start, encode_json
+from server.sdk.forecasts import (
+    ForecastOptions,
+    ForecastRequest,
+    ForecastResult,
+    OutputType,
+    Start,
+    encode_json,
+    format_start,
+)
 from server.sdk.http_connection import HttpConnection
 from server.sdk.protocols import Protocol, write_request
 from server.sdk.signing import AccessKey, sign_request
+from server.sdk.tables import ARROW, read_table, write_table
 
 DEFAULT_URL = f"http://127.0.0.1:{INFERENCE_PORT}"
 TIMEOUT_S = 50.0
@@ -164,6 +173,18 @@ class Client:
                 results[i] = result
         both = zip(results, requests, strict=True)
         return [_add_request(result, i, request) for i, (result, request) in enumerate(both)]
+
+    def forecast_table(self, table: Any, *, start: Start | None = None, options: ForecastOptions | None = None) -> Any:
+        """Forecasts of many models as a table, by one call: the fastest way to ask hundreds of models.
+
+        `table`: of pyarrow, pandas or polars, or a mapping of columns: `model`, `target` (lists, or an array [rows,
+        steps]), `start` unless it is given for all, and covariates under their names; see docs/tables.md. Returns a
+        pyarrow table with a row for each step (`item`, `model`, `start`, `step`, `mean`, the levels, `error`); an item
+        that failed has one row with its error, and is not asked again. Raises ImportError without pyarrow, ValueError
+        for what is no call, FleetcastError where the whole call fails.
+        """
+        body = write_table(table, None if start is None else format_start(start), options or ForecastOptions())
+        return read_table(self._post(FORECASTS_PATH, body, {"Content-Type": ARROW}).body, self._http.url)
 
     def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
         """Send observed prices by model and time; those that are None or NaN are left out. All are taken, or none.

@@ -65,7 +65,7 @@ class ForecastRequest:
 
     def to_instance(self) -> dict[str, Any]:
         """The request as the JSON object of CONTRACTS 5, without the model."""
-        start = self.start.isoformat(" ", "seconds") if isinstance(self.start, datetime) else self.start
+        start = format_start(self.start)
         optional = {"cat": self.cat, "dynamic_feat": self.dynamic_feat, "item_id": self.item_id}
         present = {name: value for name, value in optional.items() if value is not None}
         return {"start": start, "target": self.target, **present}
@@ -158,6 +158,11 @@ class _ForecastAnswer(msgspec.Struct):
 
 
 _ANSWER = msgspec.json.Decoder(_ForecastAnswer)
+
+
+def format_start(start: Start) -> str:
+    """A start as requests have it."""
+    return start.isoformat(" ", "seconds") if isinstance(start, datetime) else start
 
 
 def _list_values(value: Any) -> Any:

@@ -15,6 +15,8 @@ from server.metrics import WorkerMetrics
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
 
+LATE = "the deadline passed while the request ran"
+
 
 class Origin(Protocol):
     """The front connection that a job's response is sent to."""
@@ -60,7 +62,7 @@ class Replies:
         body, content_type = encoded
         now = self._now()
         if job.deadline < now:
-            self.refuse(job, Refused(Situation.DEADLINE, "the deadline passed while the request ran"))
+            self.refuse(job, Refused(Situation.DEADLINE, LATE))
             return
         if self._scheduler.finish(job):
             self._record(job, job.cache)
@@ -73,6 +75,34 @@ class Replies:
             if job.answered and job.slot is not None and self._residents.bands is not None:
                 self._residents.bands.keep(job.slot, job.request.client, job.answered)
         self._release(job)
+
+    def answer_items(self, jobs: Sequence[Job], found: Sequence[Any], media: str, began: float, run_s: float) -> None:
+        """Answer items of one call for many models that were encoded together, as `answer` does each of them.
+
+        `found`: the answer of each, or RunFailed.
+        """
+        now, bands = self._now(), self._residents.bands
+        done, bodies = list[Job](), list[Any]()
+        for job, body in zip(jobs, found, strict=True):
+            if isinstance(body, RunFailed):
+                self.refuse(job, Refused(Situation.MODEL_FAILED, str(body)))
+            elif job.deadline < now:
+                self.refuse(job, Refused(Situation.DEADLINE, LATE))
+            elif self._scheduler.finish(job):
+                slot = get_slot(job)
+                slot.usage.note_answer(began, now - job.arrived, job.queued_s(began), run_s)
+                if self._arrivals is not None:
+                    self._record(job, job.cache)
+                if job.answered and bands is not None:
+                    bands.keep(slot, job.request.client, job.answered)
+                done.append(job)
+                bodies.append(body)
+            else:
+                self._release(job)
+        if done:
+            done[0].origin.answer_items(done, media, bodies, began, run_s)
+        for job in done:
+            self._release(job)
 
     def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:
         """Send a part of an answer that an archive's code is still making, unless nobody waits for it any more."""

@@ -17,7 +17,7 @@ import numpy as np
 from handlers.base import Float32
 from handlers.codecs.codec import NUMBER_S, DecodedCall, Encoded
 from handlers.codecs.deepar_schema import MAX_ROWS
-from handlers.codecs.forecast_items import encode_items
+from handlers.codecs.forecast_items import encode_groups
 from handlers.codecs.tensors import count_up_to
 from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
@@ -122,14 +122,25 @@ class RowBatches:
             self._noted[0] = 0
         ended = time.perf_counter()
         rows = inputs.rows
-        encoders = encode_items(encoders, answers)
         pace.ran(rows, ended - started)
-        for job, encode, answer in zip(running, encoders, answers, strict=True):
+        for job in running:
             if job.times is not None:
                 job.times.note_batch(began, started, ended, (rows, len(models)))
-            self._replies.encode(job, encode, answer, now, ended - started)
+        self._answer(running, encoders, answers, now, ended - started)
         self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
+
+    def _answer(
+        self, jobs: Sequence[Job], encoders: Sequence[Encoder], answers: Sequence[Float32], now: float, run_s: float
+    ) -> None:
+        """Answer the jobs of a batch; those of calls for many models group by group."""
+        left = dict.fromkeys(range(len(jobs)))
+        for places, encoded, media in encode_groups(encoders, answers):
+            self._replies.answer_items([jobs[i] for i in places], encoded, media, now, run_s)
+            for i in places:
+                del left[i]
+        for i in left:
+            self._replies.encode(jobs[i], encoders[i], answers[i], now, run_s)
 
     def _note_batch(self, models: Iterable[str]) -> None:
         """Write down what runs now: should the process die of it, the supervisor reads it."""

@@ -166,7 +166,8 @@ class Scheduler:
         group, queues = self._ready.popitem(last=False)
         half = (sum(sum(map(len, models.values())) for models in queues.values()) + 1) // 2
         most, batch = min(max(half, self._few), limit), list[Job]()
-        if group in self._whole:
+        first = next(iter(next(iter(queues.values())).values()))[0]
+        if group in self._whole or first.together is not None:  # the items of a call are answered together
             self._whole.discard(group)
             most = limit
         while queues and len(batch) < most:

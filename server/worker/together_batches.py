@@ -6,16 +6,17 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from handlers.codecs.codec import FamilyCodec
+from handlers.codecs.codec import DecodedCall
+from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import Instance
-from handlers.codecs.forecast_groups import ForecastNumbers
-from handlers.codecs.forecast_items import AnswerForm, decode_items
+from handlers.codecs.forecast_groups import ForecastColumns, GroupNumbers, select_places
+from handlers.codecs.forecast_items import AnswerForm, decode_items, decode_rows
 from handlers.codecs.forecast_texts import read_instance
 from handlers.errors import RequestError
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
-from server.ipc.packed import NUMBERS, PredictionHead, is_packed, pack_prediction, read_instance_head, write_instance
-from server.ipc.together import PREDICTION
+from server.ipc.packed import NUMBERS, BlockRow, NumbersBlock, TableRow, measure_instance, write_instance
+from server.ipc.together import PREDICTION, RowColumns
 from server.worker.replies import Replies, get_slot
 from server.worker.scheduler import Job
 from server.worker.together_calls import TogetherCall
@@ -23,12 +24,18 @@ from server.worker.together_calls import TogetherCall
 SEVERAL = "the model has {} products, and a table has one column `target`: ask it by JSON"
 
 
-def pack_numbers(names: Sequence[str], numbers: ForecastNumbers) -> bytes:
-    """Pack the numbers of one answer."""
-    parts = [each for each in (numbers.mean, numbers.quantiles) if each is not None]
+def pack_numbers(names: Sequence[str], numbers: GroupNumbers) -> list[BlockRow]:
+    """The answers of a group as rows of one block."""
+    columns, count = list[bytes](), 0
+    if numbers.means is not None:
+        columns.append(numbers.means.tobytes())
+        count, steps = numbers.means.shape
+    if numbers.quantiles is not None:
+        columns += [each.tobytes() for each in np.ascontiguousarray(numbers.quantiles.transpose(2, 0, 1))]
+        count, steps = numbers.quantiles.shape[:2]
     levels = [] if numbers.quantiles is None else list(names)
-    head = PredictionHead(numbers.start, parts[0].shape[-1] if parts else 0, numbers.mean is not None, levels)
-    return pack_prediction(head, [each.tobytes() for each in parts])
+    block = NumbersBlock(numbers.start, steps, numbers.means is not None, levels, columns)
+    return [BlockRow(block, i) for i in range(count)]
 
 
 AS_JSON, AS_NUMBERS = AnswerForm(PREDICTION), AnswerForm(NUMBERS, pack_numbers)
@@ -50,16 +57,17 @@ def decode_calls(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
 
 
 def build_bodies(jobs: Sequence[Job], replies: Replies) -> list[Job]:
-    """Give items that came as rows of a table the body that they would have alone. Returns those that have one."""
+    """Give items that are not decoded yet the body that they would have alone. Returns those that have one."""
     found = list[Job]()
     for job in jobs:
-        if job.together is not None and job.call is None and not job.request.body and is_packed(job.instance):
+        if job.together is not None and job.call is None and not job.request.body:
+            instance = job.instance
             try:
-                body = job.together.wrap_instance(write_instance(job.instance))
+                text = write_instance(instance) if isinstance(instance, TableRow) else instance
             except ValueError as error:
                 replies.refuse_request(job, RequestError(str(error), field="target"))
                 continue
-            job.request = msgspec.structs.replace(job.request, body=body)
+            job.request = msgspec.structs.replace(job.request, body=job.together.wrap_instance(text))
         found.append(job)
     return found
 
@@ -68,34 +76,64 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
     call: TogetherCall = jobs[0].together
     if call.configuration is None:
         return
-    read = list[tuple[Job, Any, Instance[Any]]]()
+    taken, codecs = list[Job](), list[DeepAr]()
     for job in jobs:
         codec = rows[get_slot(job)].codec
-        if codec.forecaster is None or len(job.instance) > min(codec.quick_bytes, quick_bytes):
+        forecaster = codec.forecaster
+        if forecaster is None or measure_instance(job.instance) > min(codec.quick_bytes, quick_bytes):
             continue
-        instance = _read(job, codec, replies)
-        if instance is not None:
-            read.append((job, codec.forecaster, instance))
-    codecs, instances = [codec for _, codec, _ in read], [instance for _, _, instance in read]
-    found = decode_items(codecs, instances, call.configuration, AS_NUMBERS if call.wants_numbers else AS_JSON)
-    for (job, _, _), decoded in zip(read, found, strict=True):
+        if call.columns is not None and len(forecaster.forecast.products) > 1:
+            message = SEVERAL.format(len(forecaster.forecast.products))
+            replies.refuse_request(job, RequestError(message, field="target"))
+            continue
+        taken.append(job)
+        codecs.append(forecaster)
+    if not taken:
+        return
+    form = AS_NUMBERS if call.wants_numbers else AS_JSON
+    columns = None if call.columns is None else read_columns(call.columns, [job.request.id for job in taken])
+    if columns is not None:
+        _keep(taken, decode_rows(codecs, columns, call.configuration, form), replies)
+        return
+    instances = [_read(job) for job in taken]
+    read = [i for i, instance in enumerate(instances) if instance is not None]
+    some = [instances[i] for i in read]
+    found = decode_items([codecs[i] for i in read], some, call.configuration, form)  # type: ignore[arg-type]  # none is None
+    _keep([taken[i] for i in read], found, replies)
+
+
+def _keep(jobs: Sequence[Job], found: Sequence[DecodedCall | RequestError], replies: Replies) -> None:
+    for job, decoded in zip(jobs, found, strict=True):
         if isinstance(decoded, RequestError):
             replies.refuse_request(job, decoded)
         else:
             job.call = decoded
 
 
-def _read(job: Job, codec: FamilyCodec, replies: Replies) -> Instance[Any] | None:
-    """The instance of an item, its numbers as arrays; None where it is decoded alone, or refused."""
-    if not is_packed(job.instance):
-        return read_instance(job.instance)
-    assert codec.forecaster is not None, "it forecasts"
-    products = len(codec.forecaster.forecast.products)
-    if products > 1:
-        replies.refuse_request(job, RequestError(SEVERAL.format(products), field="target"))
-        return None
-    head, series = read_instance_head(job.instance)
-    target, *features = (np.frombuffer(each, f"<{head.code}") for each in series)
-    names = head.names or None
+def _read(job: Job) -> Instance[Any] | None:
+    """The instance of an item, its numbers as arrays; None where it is decoded alone."""
+    row = job.instance
+    if not isinstance(row, TableRow):
+        return read_instance(row)
+    target, *features = (np.frombuffer(each, f"<{row.code}") for each in row.series)
     found: Any = features
-    return Instance(head.start, target, head.cat or None, found or None, head.item_id, names=names)
+    return Instance(row.start, target, list(row.cat) or None, found or None, row.item_id, names=list(row.names) or None)
+
+
+def read_columns(columns: RowColumns, places: Sequence[int]) -> ForecastColumns | None:
+    """The rows at these places of a call as arrays; None where their series differ in length."""
+    head = columns.head
+    if any(len(sizes) > 1 for sizes in head.sizes):
+        return None
+    where, arrays = select_places(places), list[Any]()
+    for (size,), raw in zip(head.sizes, columns.series, strict=True):
+        if not size:
+            return None
+        arrays.append(np.frombuffer(raw, f"<{head.code}").reshape(-1, size)[where])
+    starts = head.starts * len(places) if len(head.starts) == 1 else [head.starts[i] for i in places]
+    item_ids = [head.item_ids[i] for i in places] if head.item_ids else [None] * len(places)
+    cats = [head.cats[i] for i in places] if head.cats else [[]] * len(places)
+    target, *series = arrays
+    return ForecastColumns(
+        starts, item_ids, target, series, np.array(cats, np.int64).reshape(len(places), -1), head.names
+    )

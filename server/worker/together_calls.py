@@ -5,7 +5,7 @@ come and go with those of the others.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -13,12 +13,13 @@ import msgspec
 from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
-from server.ipc.frames import CHUNK, Request
-from server.ipc.packed import is_packed
-from server.ipc.together import ItemAnswer, read_asked, write_answered
+from server.ipc.frames import CHUNK, CacheResult, Request, Tier
+from server.ipc.packed import BlockRow
+from server.ipc.together import Answer, SharedAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
 
 JSON = "application/json"
+NOTHING = memoryview(b"")
 TOO_LARGE = "the answers of this call have more than {} bytes together (max_forecasts_bytes); ask for less in one call"
 
 NO_ROOM = "bytes of answers wait in the worker already, as many as max_inflight_bytes allows"
@@ -46,11 +47,12 @@ class TogetherCall:
     ) -> None:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
-        self._head, self._instances = read_asked(request.body)
+        self._head, self._instances, self.columns = read_asked(request.body)
         self._begun = 0  # items that have been made jobs
         self._jobs: list[Job] = []
-        self._answers: list[ItemAnswer | None] = [None] * len(self._instances)
-        self._bodies: list[bytes] = [b""] * len(self._instances)
+        self._shared: dict[SharedAnswer, int] = {}
+        self._of = [0] * len(self._instances)  # for each item its answer in those
+        self._bodies: list[Answer] = [b""] * len(self._instances)
         self._missing, self._checked = len(self._instances), 0
         self.kept_bytes = 0  #: of its items' answers
         self._ended = False
@@ -70,8 +72,8 @@ class TogetherCall:
         while self._has_more():
             place = self._begun
             self._begun += 1
-            instance, self._instances[place] = self._instances[place], memoryview(b"")  # the job has it now
-            job = steps.submit(self._make_request(place, self._head.models[place], instance), self)
+            instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
+            job = steps.submit(self._make_request(place, self._head.models[place]), self)
             if self._ended:
                 steps.cancel(job)
             elif not job.done:
@@ -97,16 +99,15 @@ class TogetherCall:
 
     @property
     def wants_numbers(self) -> bool:
-        """Whether predictions are wanted as packed numbers."""
+        """Whether predictions are wanted as rows of blocks."""
         return self._head.numbers
 
     def wrap_instance(self, instance: bytes | memoryview) -> bytes:
         """The body of a request for one instance in JSON."""
         return b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
 
-    def _make_request(self, place: int, model: str, instance: memoryview) -> Request:
-        """The request that the item would be alone; a row of a table gets its body when it is needed."""
-        body = b"" if is_packed(instance) else self.wrap_instance(instance)
+    def _make_request(self, place: int, model: str) -> Request:
+        """The request that the item would be alone; it gets its body when that is needed."""
         whole = self._request
         return Request(
             place,
@@ -114,8 +115,8 @@ class TogetherCall:
             model=model,
             content_type=JSON,
             accept=JSON,
-            body_bytes=len(body),
-            body=body,
+            body_bytes=0,
+            body=b"",
             client=whole.client,
             alone=whole.alone,
             arrived_ns=whole.arrived_ns,
@@ -124,11 +125,31 @@ class TogetherCall:
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
     def answer(
-        self, job: Job, content_type: str, body: bytes, *, queue_s: float, inference_s: float, head: bytes = b""
+        self, job: Job, content_type: str, body: Answer, *, queue_s: float, inference_s: float, head: bytes = b""
     ) -> None:
         """Keep an item's answer until all are there."""
         del head
         self._take(job, Situation.OK, content_type, body, queue_s, inference_s)
+
+    def answer_items(
+        self, jobs: Sequence[Job], content_type: str, bodies: Sequence[Answer], began: float, inference_s: float
+    ) -> None:
+        """Keep the answers of several items that ran together in a batch, which began then."""
+        if self._ended:
+            return
+        known: dict[tuple[CacheResult, Tier, float, float], int] = {}
+        inference_us, size = int(inference_s * 1e6), 0
+        for job, body in zip(jobs, bodies, strict=True):
+            alike = (job.cache, job.tier, job.load_s, job.arrived)
+            place = known.get(alike)
+            if place is None:
+                times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)
+                answer = SharedAnswer(Situation.OK, job.cache, job.tier, content_type, *times)
+                place = known[alike] = self._shared.setdefault(answer, len(self._shared))
+            self._of[job.request.id] = place
+            self._bodies[job.request.id] = body
+            size += body.block.row_bytes if isinstance(body, BlockRow) else len(body)
+        self._count(len(jobs), size)
 
     def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
         """No item asks for an answer in parts."""
@@ -141,27 +162,28 @@ class TogetherCall:
         self._take(job, refused.situation, JSON, detail, job.queued_s(time.monotonic()), 0.0)
 
     def _take(
-        self, job: Job, situation: Situation, content_type: str, body: bytes, queue_s: float, inference_s: float
+        self, job: Job, situation: Situation, content_type: str, body: Answer, queue_s: float, inference_s: float
     ) -> None:
         if self._ended:
             return
         place = job.request.id
-        version = job.slot.version if job.slot is not None else ""
         times = (int(queue_s * 1e6), int(job.load_s * 1e6), int(inference_s * 1e6))
-        self._answers[place] = ItemAnswer(
-            situation, job.cache, job.tier, version, content_type, *times, len(body), *job.marks
-        )
+        answer = SharedAnswer(situation, job.cache, job.tier, content_type, *times, *job.marks)
+        self._of[place] = self._shared.setdefault(answer, len(self._shared))
         self._bodies[place] = body
-        self._missing -= 1
-        self.kept_bytes += len(body)
+        self._count(1, body.block.row_bytes if isinstance(body, BlockRow) else len(body))
+
+    def _count(self, items: int, size: int) -> None:
+        """Count so many items as answered; the last ends the call, and so do too many bytes."""
+        self._missing -= items
+        self.kept_bytes += size
         if self.kept_bytes > self._head.most_bytes:
             self._fail(Situation.TOO_LARGE, TOO_LARGE.format(self._head.most_bytes))
         elif self.kept_bytes - self._checked > CHUNK and not self._has_room():
             self._fail(Situation.OVERLOADED, NO_ROOM)
         elif not self._missing:
             self._ended = True
-            answers = [each for each in self._answers if each is not None]
-            self._end(Situation.OK, write_answered(answers, self._bodies))
+            self._end(Situation.OK, write_answered(list(self._shared), self._of, self._bodies))
         self._checked = self.kept_bytes - self.kept_bytes % CHUNK
 
     def _fail(self, situation: Situation, message: str) -> None:

@@ -2,10 +2,14 @@
 
 Columns: `item` (its place in the call), `model`, `start` (of the forecast's first step), `step` (from 0), `mean`, one
 for each level under its name, and `error` (a code and what was wrong), which is null where there is a forecast.
+
+Forecasts that a worker computed together are columns already (`NumbersBlock`); those of them that follow each other in
+the call are one run, whose bytes are copied as they lie.
 """
 
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from server.errors import Refused, Situation
@@ -14,111 +18,141 @@ from server.front.columns.arrow_writer import Column, write_stream
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.slices import ITEM, Slices, join_parts
-from server.ipc.packed import read_prediction
+from server.ipc.packed import BlockRow, NumbersBlock
 
 MEAN = "mean"
 MOST_LEVELS = 2000  #: columns of levels, of all archives together
 ROW_BYTES = 24  #: of a row beside its texts and numbers
-ZERO = b"\0\0\0\0"
+OFFSET = 4  #: bytes of an offset or a number
+READ = ITEM // 16  #: what it counts to look at an answer
 
 
-class AnsweredRow(NamedTuple):
-    """The rows of one item: its columns' float32 bytes by name, or why there are none."""
+class AnsweredRun(NamedTuple):
+    """The rows of items that follow each other, of `steps` each: their float32 bytes by name, or why there are none."""
 
-    model: str
+    models: Sequence[str]
     start: str
     steps: int
     numbers: dict[str, memoryview]
     error: str | None
 
+    @property
+    def rows(self) -> int:
+        """The rows of all its items."""
+        return len(self.models) * self.steps
 
-def read_rows(models: Sequence[str], found: Sequence[Prediction | Refused]) -> Slices[list[AnsweredRow]]:
-    """The rows of each item of a call. Raises Refused for columns of too many levels."""
-    rows, names = list[AnsweredRow](), dict[str, None]()
-    for model, each in zip(models, found, strict=True):
-        rows.append(_read_row(model, each))
-        names.update(dict.fromkeys(rows[-1].numbers))
+
+def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> Slices[list[AnsweredRun]]:
+    """The runs of a call's items. Raises Refused for columns of too many levels."""
+    runs, names, at = list[AnsweredRun](), dict[str, None](), 0
+    while at < len(found):
+        each, first = found[at], at
+        at += 1
+        if isinstance(each, Refused):
+            error = f"{each.situation.name.lower()}: {each.detail.say('rows')}"
+            runs.append(AnsweredRun(models[first:at], "", 1, {}, error))
+        else:
+            its = _get_row(each)
+            block, row = its.block, its.at
+            while at < len(found) and _is_next(found[at], block, row + at - first):
+                at += 1
+            runs.append(_cut_run(models[first:at], block, row))
+        names.update(dict.fromkeys(runs[-1].numbers))
         if len(names) > MOST_LEVELS:
             message = f"the models answer {len(names)} different levels, {MOST_LEVELS} are the most; name `quantiles`"
             raise Refused(Situation.TOO_LARGE, message)
-        yield ITEM
-    return rows
+        yield ITEM + (at - first) * READ
+    return runs
 
 
-def _read_row(model: str, found: Prediction | Refused) -> AnsweredRow:
-    if isinstance(found, Refused):
-        error = f"{found.situation.name.lower()}: {found.detail.say('rows')}"
-        return AnsweredRow(model, "", 1, {}, error)
-    head, columns = read_prediction(found.body)
-    names = [*([MEAN] if head.has_mean else []), *head.levels]
-    return AnsweredRow(model, head.start, head.steps, dict(zip(names, columns, strict=True)), None)
+def _get_row(found: Prediction) -> BlockRow:
+    assert isinstance(found.body, BlockRow), "a table of answers was asked for"
+    return found.body
 
 
-def write_arrow(rows: Sequence[AnsweredRow], limit: Limit) -> Slices[bytes]:
+def _is_next(found: Prediction | Refused, block: NumbersBlock, row: int) -> bool:
+    if not isinstance(found, Prediction):
+        return False
+    its = _get_row(found)
+    return its.block is block and its.at == row
+
+
+def _cut_run(models: Sequence[str], block: NumbersBlock, row: int) -> AnsweredRun:
+    """The rows of a block that begin at one of its forecasts."""
+    size = block.steps * OFFSET
+    columns = (memoryview(each)[row * size : (row + len(models)) * size] for each in block.columns)
+    names = [*([MEAN] if block.has_mean else []), *block.levels]
+    return AnsweredRun(models, block.start, block.steps, dict(zip(names, columns, strict=True)), None)
+
+
+def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     """The table as an Arrow IPC stream. Raises Refused for one of more bytes than `limit`."""
-    names = list_names(rows)
-    total = sum(row.steps for row in rows)
-    size = sum(row.steps * (len(row.model) + len(row.start) + len(row.error or "")) for row in rows)
-    size += total * (ROW_BYTES + 4 * len(names))
+    names = list_names(runs)
+    total = sum(run.rows for run in runs)
+    size = sum(run.steps * sum(map(len, run.models)) for run in runs)
+    size += sum(run.rows * (len(run.start) + len(run.error or "")) for run in runs)
+    size += total * (ROW_BYTES + OFFSET * len(names))
     if size > limit.bytes:
         message = f"the table of answers would have {size} bytes, the limit is {limit.bytes} ({limit.setting})"
         raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
-    texts = (
-        ("model", [row.model for row in rows]),
-        ("start", [None if row.error else row.start for row in rows]),
-    )
-    columns = [Column("item", INT, 0, [b"", b"".join(_repeat(i, row.steps) for i, row in enumerate(rows))])]
     yield total
-    for name, values in texts:
-        columns.append(_write_texts(name, values, rows))
-        yield total * 4
-    failed = [row.error is not None for row in rows]
-    steps = b"".join(ZERO if row.error else _count_steps(row.steps) for row in rows)
-    columns.append(Column("step", INT, sum(failed), [_write_bits(failed, rows), steps]))
-    for name in names:
-        missing = [name not in row.numbers for row in rows]
-        data = b"".join(row.numbers.get(name) or bytes(4 * row.steps) for row in rows)
-        nulls = sum(row.steps for row, is_missing in zip(rows, missing, strict=True) if is_missing)
-        columns.append(Column(name, FLOAT, nulls, [_write_bits(missing, rows), data]))
-        yield len(data) + len(rows) * 64
-    columns.append(_write_texts("error", [row.error for row in rows], rows))
+    columns = [Column("item", INT, 0, [b"", _number_items(runs)])]
+    texts = [(model, run.steps) for run in runs for model in run.models]
+    columns.append(_write_texts("model", texts, [(run.rows, False) for run in runs]))
     yield total * 4
+    failed = [(run.rows, run.error is not None) for run in runs]
+    columns.append(_write_texts("start", [(run.start, run.rows) for run in runs], failed))
+    steps = b"".join(array("i", range(run.steps)).tobytes() * len(run.models) for run in runs)
+    columns.append(Column("step", INT, _count_nulls(failed), [_write_bits(failed), steps]))
+    yield total * 2
+    for name in names:
+        missing = [(run.rows, name not in run.numbers) for run in runs]
+        parts = [run.numbers[name] if name in run.numbers else bytes(OFFSET * run.rows) for run in runs]
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        columns.append(Column(name, FLOAT, _count_nulls(missing), [_write_bits(missing), data]))
+        yield len(data) + len(runs) * 64
+    errors = [(run.error or "", run.rows) for run in runs]
+    columns.append(_write_texts("error", errors, [(run.rows, run.error is None) for run in runs]))
+    yield total
     return (yield from join_parts(write_stream(columns, total)))  # type: ignore[arg-type]  # it takes any buffer
 
 
-def list_names(rows: Iterable[AnsweredRow]) -> list[str]:
+def list_names(runs: Iterable[AnsweredRun]) -> list[str]:
     """The columns of numbers: the mean, then the levels in the order in which they were first answered."""
-    names = dict.fromkeys(name for row in rows for name in row.numbers)
+    names = dict.fromkeys(name for run in runs for name in run.numbers)
     return [*([MEAN] if names.pop(MEAN, 0) is None else []), *names]
 
 
-def _count_steps(count: int) -> bytes:
-    return array("i", range(count)).tobytes()
+def _number_items(runs: Sequence[AnsweredRun]) -> bytes:
+    parts, item = list[bytes](), 0
+    for run in runs:
+        parts += [number.to_bytes(OFFSET, "little") * run.steps for number in range(item, item + len(run.models))]
+        item += len(run.models)
+    return b"".join(parts)
 
 
-def _repeat(value: int, count: int) -> bytes:
-    return value.to_bytes(4, "little") * count
-
-
-def _write_texts(name: str, values: Sequence[str | None], rows: Sequence[AnsweredRow]) -> Column:
-    """A column of one text for all rows of an item, null where there is none."""
-    borders, parts, at = array("i", (0,)), list[bytes](), 0
-    for value, row in zip(values, rows, strict=True):
-        raw = b"" if value is None else value.encode()
-        parts.append(raw * row.steps)
-        if raw:
-            borders.extend(range(at + len(raw), at + len(raw) * row.steps + 1, len(raw)))
+def _write_texts(name: str, texts: Sequence[tuple[str, int]], missing: Sequence[tuple[int, bool]]) -> Column:
+    """A column of texts, each for so many rows, null where it is missing."""
+    encoded = [(text.encode(), rows) for text, rows in texts]
+    borders, at = array("i", (0,)), 0
+    for size, alike in groupby([(len(raw), rows) for raw, rows in encoded], lambda each: each[0]):
+        rows = sum(rows for _, rows in alike)
+        if size:
+            borders.extend(range(at + size, at + size * rows + 1, size))
         else:
-            borders.extend([at] * row.steps)
-        at += len(raw) * row.steps
-    missing = [value is None for value in values]
-    nulls = sum(row.steps for row, is_missing in zip(rows, missing, strict=True) if is_missing)
-    return Column(name, UTF8, nulls, [_write_bits(missing, rows), borders.tobytes(), b"".join(parts)])
+            borders.extend(array("i", (at,)) * rows)
+        at += size * rows
+    data = b"".join([raw * rows for raw, rows in encoded])
+    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), borders.tobytes(), data])
 
 
-def _write_bits(missing: Sequence[bool], rows: Sequence[AnsweredRow]) -> bytes:
+def _count_nulls(missing: Sequence[tuple[int, bool]]) -> int:
+    return sum(rows for rows, is_missing in missing if is_missing)
+
+
+def _write_bits(missing: Sequence[tuple[int, bool]]) -> bytes:
     """Which rows have a value, a bit for each; nothing where all have."""
-    if not any(missing):
+    if not any(is_missing for _, is_missing in missing):
         return b""
-    bits = "".join(("0" if is_missing else "1") * row.steps for is_missing, row in zip(missing, rows, strict=True))
+    bits = "".join(["01"[not is_missing] * rows for rows, is_missing in missing])
     return int(bits[::-1], 2).to_bytes((len(bits) + 7) // 8, "little")

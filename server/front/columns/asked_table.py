@@ -14,12 +14,14 @@ from server.errors import Refused, Situation
 from server.front.fan_out import Item
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import ITEM, Slices
-from server.ipc.packed import InstanceHead, pack_instance
+from server.ipc.packed import TableRow, measure_instance
 
 MOST_COLUMNS = 64
 MOST_NAME = 100  #: characters of a column's name
 TEXTS = ("model", "start", "item_id")
 TARGET = "target"
+NULL = "it is null in this row"
+CUT = ITEM // 4  #: what it counts to cut a row, whose numbers are not copied
 LEFT_OUT = "__index_level_"  #: the beginning of what pandas calls an index without a name
 
 
@@ -58,48 +60,62 @@ def check_columns(table: AskedTable) -> None:
 
 def cut_rows(table: AskedTable, limit: int, setting: str) -> Slices[list[Item | Refused]]:
     """An item for each row, or why it is refused alone. `limit`: bytes of a request to one model, of that `setting`."""
+    cutter = _RowCutter(table)
     found: list[Item | Refused] = []
     for row in range(table.rows):
         try:
-            item: Item | Refused = _cut_row(table, row)
+            item: Item | Refused = cutter.cut(row)
         except Refused as refused:
             item = refused
-        size = len(memoryview(item.instance)) if isinstance(item, Item) else 0
+        size = measure_instance(item.instance) if isinstance(item, Item) else 0
         if size > limit:
             message = f"the row has {size} bytes, the limit of a request to one model is {limit} ({setting})"
             item = Refused(Situation.TOO_LARGE, message)
         found.append(item)
-        yield ITEM + size
+        yield CUT
     return found
 
 
-def _cut_row(table: AskedTable, row: int) -> Item:
-    """One row. Raises Refused."""
-    texts = {name: values[row] for name, values in table.texts.items()}
-    try:
-        model = parse_model_name(texts["model"] or "")
-    except InvalidModelName as error:
-        raise Refused(Situation.BAD_NAME, str(error), field="model") from None
-    start = texts.get("start") or table.shared.get("start")
-    if start is None:
-        raise Refused(Situation.BAD_REQUEST, "it is null in this row", field="start")
-    names = [TARGET, *(name for name in table.series if name != TARGET)]
-    series = [_cut_series(table.series[name], name, row) for name in names]
-    if len({each.code for each in series}) > 1:
-        raise Refused(Situation.BAD_REQUEST, "target and covariates have numbers of two types; send one", field=TARGET)
-    categories = {name: values[row] for name, values in table.categories.items()}
-    missing = next((name for name, value in categories.items() if value is None), None)
-    if missing is not None:
-        raise Refused(Situation.BAD_REQUEST, "it is null in this row", field=missing)
-    width = 4 if series[0].code == "f" else 8
-    sizes = [len(each.values) // width for each in series]
-    cat = [value for value in categories.values() if value is not None]
-    head = InstanceHead(start, texts.get("item_id"), series[0].code, sizes, [*names[1:], *categories], cat)
-    return Item(model, pack_instance(head, [each.values for each in series]))
+class _RowCutter:
+    """Cuts rows; what all have in common is found once."""
 
+    def __init__(self, table: AskedTable) -> None:
+        self._models = table.texts["model"]
+        nothing = [None] * table.rows
+        self._starts, self._shared_start = table.texts.get("start", nothing), table.shared.get("start")
+        self._item_ids = table.texts.get("item_id", nothing)
+        self._series = [(TARGET, table.series[TARGET])]
+        self._series += [each for each in table.series.items() if each[0] != TARGET]
+        self._categories = list(table.categories.items())
+        self._names = [name for name, _ in (*self._series[1:], *self._categories)]
 
-def _cut_series(series: Series, name: str, row: int) -> Numbers:
-    found = series(row)
-    if found is None:
-        raise Refused(Situation.BAD_REQUEST, "it is null in this row", field=name)
-    return found
+    def cut(self, row: int) -> Item:
+        """One row. Raises Refused."""
+        try:
+            model = parse_model_name(self._models[row] or "")
+        except InvalidModelName as error:
+            raise Refused(Situation.BAD_NAME, str(error), field="model") from None
+        start = self._starts[row] or self._shared_start
+        if start is None:
+            raise Refused(Situation.BAD_REQUEST, NULL, field="start")
+        code, values = "", list[bytes | memoryview]()
+        for name, series in self._series:
+            numbers = series(row)
+            if numbers is None:
+                raise Refused(Situation.BAD_REQUEST, NULL, field=name)
+            if code and numbers.code != code:
+                message = "target and covariates have numbers of two types; send one"
+                raise Refused(Situation.BAD_REQUEST, message, field=TARGET)
+            code = numbers.code
+            values.append(numbers.values)
+        cat = self._cut_categories(row) if self._categories else ()
+        return Item(model, TableRow(start, self._item_ids[row], code, self._names, values, cat))
+
+    def _cut_categories(self, row: int) -> Sequence[int]:
+        found = list[int]()
+        for name, values in self._categories:
+            value = values[row]
+            if value is None:
+                raise Refused(Situation.BAD_REQUEST, NULL, field=name)
+            found.append(value)
+        return found

@@ -54,7 +54,7 @@ def read_table_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
 
 
 def replace_numbers(call: MultiModelCall) -> MultiModelCall:
-    """The same call, answered as packed numbers. Raises Refused for joint scenarios."""
+    """The same call, answered as rows of blocks. Raises Refused for joint scenarios."""
     if call.joint is not None:
         raise Refused(Situation.BAD_REQUEST, JOINT, field="configuration.joint")
     return replace(call, numbers=True)

@@ -6,6 +6,7 @@ the correlation that the call names turns these into everybody's samples.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import msgspec
 
@@ -13,7 +14,7 @@ from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
-from server.front.columns.answered_table import read_rows, write_arrow
+from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.arrow_reader import ARROW
 from server.front.columns.table_calls import choose_answer, is_table, read_table_call, replace_numbers
 from server.front.dataplane import InferencePlane, InferStats
@@ -121,8 +122,8 @@ class Forecasts:
         """One table of all answers; an item that failed has a row with its error."""
         found = await fan_out.infer()
         models = [item.model if isinstance(item, Item) else "" for item in call.items]
-        rows = await pacer.run(read_rows(models, found))
-        body = await pacer.run(write_arrow(rows, self._limit))
+        runs = await pacer.run(read_runs(models, found))
+        body = await pacer.run(write_arrow(runs, self._limit))
         return HttpReply(OK, ARROW, body, stats=summarise_items(found), counted=self.statuses(found))
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
@@ -244,7 +245,7 @@ def _write_answer(found: Sequence[Prediction | Refused], failed: int) -> Iterato
     for i, each in enumerate(found):
         if i:
             yield b","
-        yield build_error(each) if isinstance(each, Refused) else each.body
+        yield build_error(each) if isinstance(each, Refused) else cast("bytes", each.body)
     yield FORECASTS_END % failed
 
 
@@ -263,13 +264,19 @@ def build_error(refused: Refused) -> bytes:
 
 def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
     """For the headers: how many the cache had, and the longest times."""
-    stats = [each.stats for each in found if isinstance(each, Prediction)]
-    cache = Counter(each.cache for each in stats if each.cache)
+    counts = Counter([id(each.stats) for each in found if isinstance(each, Prediction)])
+    by_id = {id(each.stats): each.stats for each in found if isinstance(each, Prediction)}  # many items share one
+    stats, cache, marks = list(by_id.values()), Counter[str](), list[InferStats]()
+    for ident, each in by_id.items():
+        if each.cache:
+            cache[each.cache] += counts[ident]
+        if each.quality or each.warnings:
+            marks += [each] * counts[ident]
     return InferStats(
         ", ".join(f"{name}={count}" for name, count in cache.items()),
         max((each.queue_us for each in stats), default=0),
         max((each.load_us or 0 for each in stats), default=0),
         max((each.inference_us for each in stats), default=0),
-        quality=add_marks(each.quality for each in stats),
-        warnings=add_marks(each.warnings for each in stats),
+        quality=add_marks(each.quality for each in marks),
+        warnings=add_marks(each.warnings for each in marks),
     )

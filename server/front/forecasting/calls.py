@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -183,7 +183,9 @@ class ForecastCall:
                 predictions = await pacer.run(put_samples(predictions, scenarios))
             for prediction in predictions:
                 found.append(_read(prediction))
-                await pacer.spend(ITEM if isinstance(prediction, Refused) else ITEM + len(prediction.body))
+                await pacer.spend(
+                    ITEM if isinstance(prediction, Refused) else ITEM + len(cast("bytes", prediction.body))
+                )
         return found
 
 
@@ -215,6 +217,6 @@ def _read(prediction: Prediction | Refused) -> Forecast | Refused:
     if isinstance(prediction, Refused):
         return prediction
     try:
-        return _decode(prediction.body)
+        return _decode(cast("bytes", prediction.body))
     except msgspec.MsgspecError:
         return Refused(Situation.MODEL_FAILED, "the model answers something else than a forecast")

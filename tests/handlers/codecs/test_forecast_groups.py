@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,10 +17,11 @@ from handlers.codecs.features import KEPT_STEPS, compute_calendar_feature, find_
 from handlers.codecs.forecast_groups import (
     AskedForecast,
     DecodedForecast,
-    ForecastNumbers,
+    ForecastColumns,
     GroupEncode,
+    decode_columns,
     decode_together,
-    encode_together,
+    encode_group,
 )
 from handlers.codecs.forecast_texts import read_configuration, read_instance, write_predictions
 from handlers.codecs.tensors import check_finite
@@ -142,15 +144,17 @@ def _write_together(found: list[Any], together: Sequence[tuple[int, DecodedForec
     """Encode those that are computed as arrays, in two parts as if they had run in two batches."""
     half = len(together) // 2
     for part in (together[half:], together[:half]):
-        encoders = [each.encode for _, each in part if isinstance(each.encode, GroupEncode)]
-        numbers = encode_together(encoders, [outputs[i : i + 1] for i, _ in part])
-        for (i, each), encoder, number in zip(part, encoders, numbers, strict=True):
-            if isinstance(number, ForecastNumbers):
-                (text,) = write_predictions([encoder], [number])
-                marks = ("", "")
-                found[i] = b'{"predictions":[' + text + b"]}", each.rows.tobytes(), list(encoder.answered), marks
-            else:
-                found[i] = str(number)
+        groups: dict[int, list[tuple[int, DecodedForecast, GroupEncode]]] = {}
+        for i, each in part:
+            if isinstance(each.encode, GroupEncode):
+                groups.setdefault(id(each.encode.group), []).append((i, each, each.encode))
+        for members in groups.values():
+            encoders = [encoder for _, _, encoder in members]
+            numbers = encode_group(encoders, outputs[[i for i, _, _ in members]])
+            texts = write_predictions(encoders, numbers)
+            for at, (i, each, encoder) in enumerate(members):
+                answer = b'{"predictions":[' + texts[at] + b"]}", each.rows.tobytes(), list(encoder.answered), ("", "")
+                found[i] = str(numbers.failures[at]) if at in numbers.failures else answer
     return found
 
 
@@ -173,6 +177,43 @@ def test_together_and_alone_are_equal(seed: int) -> None:
         for i, (codec, body) in enumerate(zip(codecs, bodies, strict=True)):
             expected = answer_alone(codec, body, outputs[i : i + 1])
             assert found[i] == expected, (i, configuration)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_columns_and_alone_are_equal(seed: int) -> None:
+    """Forecasts of one length that come as columns: mixed archives, covariates in any order, some columns wrong."""
+    rng = random.Random(100 + seed)
+    kinds = [make_codec(rng) for _ in range(12)]
+    covariates = bool(seed % 2)
+    kinds = [each for each in kinds if bool(each.forecast.dynamic_feat) is covariates or rng.random() < 0.2]
+    codecs = [rng.choice(kinds) for _ in range(60)]
+    count, steps = len(codecs), NEEDED + 24 * (seed // 2)
+    target = np.array([[60 + 20 * np.sin(i * np.pi / 12) + rng.gauss(0, 5) for i in range(steps)] for _ in codecs])
+    target[3, 5], target[4], target[7] = np.nan, 7.0, target[7, ::-1]
+    names = ["wind", "load", "region"] if covariates else []
+    series = [np.random.default_rng(seed).normal(50, 9, (count, steps + AHEAD)) for _ in names[:2]]
+    cats = np.array([[rng.randrange(9)] * covariates for _ in codecs], np.int64).reshape(count, -1)
+    starts = [rng.choice(("2026-01-01 00:00:00", "2026-01-02 00:00:00", "no")) for _ in codecs]
+    columns = ForecastColumns(starts, [rng.choice((None, "a")) for _ in codecs], target, series, cats, names)
+    outputs = np.random.default_rng(seed).normal(size=(count, AHEAD, len(LEVELS))).astype(np.float32)
+    for configuration in (Configuration(), Configuration(quantiles=["0.5", "0.1"])):
+        found: list[Any] = [None] * count
+        together = list[tuple[int, DecodedForecast]]()
+        for i, each in enumerate(decode_columns(codecs, columns, configuration)):
+            if isinstance(each, RequestError):
+                found[i] = str(each)
+            elif isinstance(each.encode, GroupEncode):
+                together.append((i, each))
+            else:
+                text = each.encode(check_finite("predictions", outputs[i : i + 1]))
+                found[i] = text, each.rows.tobytes(), list(each.encode.answered), each.encode.marks
+        assert len(together) > count // 4
+        _write_together(found, together, outputs)
+        for i, codec in enumerate(codecs):
+            instance = msgspec.to_builtins(columns.read_instance(i), enc_hook=lambda array: array.tolist())
+            told = {key: value for key, value in instance.items() if value is not None}
+            body = msgspec.json.encode({"instances": [told], "configuration": configuration})
+            assert found[i] == answer_alone(codec, body, outputs[i : i + 1]), i
 
 
 def test_most_are_computed_as_arrays() -> None:
@@ -208,9 +249,7 @@ def test_many_predictions_are_written_in_one_pass() -> None:
         each.encode for each in found if isinstance(each, DecodedForecast) and isinstance(each.encode, GroupEncode)
     ]
     outputs = np.random.default_rng(3).normal(size=(700, AHEAD, len(LEVELS))).astype(np.float32)
-    numbers = encode_together(encoders, [outputs[i : i + 1] for i in range(700)])
-    good = [each for each in numbers if isinstance(each, ForecastNumbers)]
-    written = write_predictions(encoders, good)
+    written = write_predictions(encoders, encode_group(encoders, outputs))
     assert len(written) == 700
     for i in (0, 1, 272, 273, 699):
         _, encode = codec.decode(b'{"instances":[' + texts[i].encode() + b"]}")

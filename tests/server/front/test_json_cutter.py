@@ -44,6 +44,20 @@ def test_items_are_those_that_msgspec_finds(value: list[Any], unit: int, indent:
     assert list(map(bytes, found)) == list(map(bytes, msgspec.json.decode(text, type=list[msgspec.Raw])))
 
 
+PLAIN = st.dictionaries(
+    st.text("abé ", max_size=3), st.text("ab,:é") | st.lists(LEAVES) | st.lists(st.lists(LEAVES)) | LEAVES
+)
+
+
+@given(st.lists(PLAIN | VALUES), st.integers(2, 70) | st.just(UNIT), st.sampled_from([None, 1]))
+def test_plain_objects_are_cut_where_msgspec_cuts_them(value: list[Any], unit: int, indent: int | None) -> None:
+    """Objects that one pattern finds, beside others and beside those that are longer than what it is given."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False).encode()
+    with cut_small(unit):
+        found = finish_slices(cut_items(text, 1000))
+    assert list(map(bytes, found)) == list(map(bytes, msgspec.json.decode(text, type=list[msgspec.Raw])))
+
+
 @given(st.text('[]{}",:\\1a ', max_size=60).map(str.encode), st.integers(2, 20))
 @example(b"[[\\]", 2)  # a backslash that is in no string
 def test_what_is_cut_stays_within_its_borders(text: bytes, unit: int) -> None:
@@ -64,7 +78,17 @@ def test_what_is_cut_stays_within_its_borders(text: bytes, unit: int) -> None:
         assert read == {"instances": [json.loads(item)], "configuration": {}}
 
 
-FILLINGS = [b"1.25,", b"[],", b'"",', b'{"a":[1,{"b":2}]},', b"[" * 400 + b"]" * 400 + b",", b'"\\"\\\\",', b" 1 ,"]
+FILLINGS = [
+    b"1.25,",
+    b'{"a":[1,[2]],"b":"c"},',
+    b'{"a":[' + b"1," * UNIT + b"1]},",
+    b"[],",
+    b'"",',
+    b'{"a":[1,{"b":2}]},',
+    b"[" * 400 + b"]" * 400 + b",",
+    b'"\\"\\\\",',
+    b" 1 ,",
+]
 
 
 @pytest.mark.parametrize("filling", [*FILLINGS, b'"' + b"x" * 5 * UNIT + b'",', b'"' + b"\\n" * 5 * UNIT + b'",'])

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +19,7 @@ from server.front.fan_out import FanOut, Prediction
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane
 from server.ipc.frames import CacheResult, Tier
-from server.ipc.together import PREDICTION, TOGETHER, ItemAnswer, read_asked, write_answered
+from server.ipc.together import PREDICTION, TOGETHER, SharedAnswer, read_asked, write_answered
 from tests.server.front.answering import Asked, Worker, attach, stay_connected
 
 FAR = 1e9
@@ -36,13 +36,9 @@ def answer_together(asked: Asked, judge: Judge = say_name) -> Any:
     """A worker's answer to a call, and to an item alone."""
     if asked.content_type != TOGETHER:
         return b'{"predictions":["alone"]}'
-    head, _ = read_asked(asked.body)
-    found = [judge(model) for model in head.models]
-    items = [
-        ItemAnswer(situation, CacheResult.HIT, Tier.NONE, "v", PREDICTION, 5, 0, 7, len(body))
-        for situation, body in found
-    ]
-    return write_answered(items, [body for _, body in found])
+    found = [judge(model) for model in read_asked(asked.body).head.models]
+    items = [SharedAnswer(situation, CacheResult.HIT, Tier.NONE, PREDICTION, 5, 0, 7) for situation, _ in found]
+    return write_answered(items, range(len(items)), [body for _, body in found])
 
 
 def make_plane(*workers: Worker, bounds: Bounds | None = None) -> TogetherPlane:
@@ -66,7 +62,10 @@ def infer(plane: InferencePlane, count: int, limit: Limit = LIMIT) -> list[Predi
 
 def read_bodies(found: list[Prediction | Refused]) -> list[Any]:
     """The predictions; of a refusal its situation."""
-    return [each.situation if isinstance(each, Refused) else json.loads(bytes(each.body)) for each in found]
+    return [
+        each.situation if isinstance(each, Refused) else json.loads(bytes(cast("memoryview", each.body)))
+        for each in found
+    ]
 
 
 def test_one_request_a_worker() -> None:

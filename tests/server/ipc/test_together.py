@@ -1,16 +1,21 @@
 """Calls for many models between front and worker: what is written is read, and nothing else is."""
 
 import random
+from array import array
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Tier, WireError
+from server.ipc.packed import BlockRow, NumbersBlock, TableRow
 from server.ipc.together import (
     LENGTH,
     MOST_ITEMS,
+    Answer,
     AskedTogether,
-    ItemAnswer,
+    SharedAnswer,
     read_answered,
     read_asked,
     write_answered,
@@ -18,21 +23,95 @@ from server.ipc.together import (
 )
 
 
-def make_answer(size: int, situation: Situation = Situation.OK) -> ItemAnswer:
-    """One item's head."""
-    return ItemAnswer(situation, CacheResult.HIT, Tier.DISK, "v1", "application/json", 1, 0, 2, size, "flat=1")
+def make_answer(situation: Situation = Situation.OK) -> SharedAnswer:
+    """What came of items."""
+    return SharedAnswer(situation, CacheResult.HIT, Tier.DISK, "application/json", 1, 0, 2, "flat=1")
+
+
+def make_rows(count: int, *, uniform: bool) -> list[TableRow]:
+    """Rows with a covariate and a category, alike in what can be said once or in nothing."""
+    return [
+        TableRow(
+            f"s{0 if uniform else i}",
+            None if uniform else f"i{i}",
+            "f",
+            ["load", "region"],
+            [array("f", [i] * (3 if uniform else i)).tobytes(), array("f", [-i] * 5).tobytes()],
+            [i],
+        )
+        for i in range(count)
+    ]
 
 
 def test_what_is_written_is_read() -> None:
     """Instances and answers of any size, also none, come back in their order."""
     instances = [b'{"a":1}', b"", b"x" * 1000]
     body = write_asked(AskedTogether(["a.mar", "b.mar", "ü.mar"], list(map(len, instances)), b"{}", 99), instances)
-    head, found = read_asked(body)
+    head, found, columns = read_asked(body)
+    assert columns is None
     assert (head.models, head.configuration, head.most_bytes) == (["a.mar", "b.mar", "ü.mar"], b"{}", 99)
-    assert [bytes(each) for each in found] == instances
-    answers = [make_answer(3), make_answer(0, Situation.DEADLINE)]
-    told = read_answered(write_answered(answers, [b"abc", b""]), 2)
-    assert [(each, bytes(body)) for each, body in told] == [(answers[0], b"abc"), (answers[1], b"")]
+    assert [bytes(cast("memoryview", each)) for each in found] == instances
+    answers = [make_answer(), make_answer(Situation.DEADLINE)]
+    told = read_answered(write_answered(answers, [0, 1, 0], [b"abc", b"", b"de"]), 3)
+    assert [each for each, _ in told] == [answers[0], answers[1], answers[0]]
+    assert [bytes(body) for _, body in told if not isinstance(body, BlockRow)] == [b"abc", b"", b"de"]
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("count", [1, 4])
+def test_rows_of_a_table_travel_as_columns(count: int, uniform: bool) -> None:
+    """Each row is what it was, and the bytes of a series lie together."""
+    rows = make_rows(count, uniform=uniform)
+    body = write_asked(AskedTogether(["m.mar"] * count, [], b"{}", 99, numbers=True), rows)
+    head, found, columns = read_asked(body)
+    assert columns is not None
+    assert [bytes(each) for each in columns.series] == [b"".join(row.series[k] for row in rows) for k in range(2)]
+    assert (len(columns.head.starts) == 1) is (uniform or count == 1)
+    assert [
+        msgspec.structs.replace(each, series=[*map(bytes, each.series)]) for each in cast("list[TableRow]", found)
+    ] == rows
+    for cut in (1, len(body) // 2):
+        with pytest.raises(WireError):
+            read_asked(body[:-cut])
+    assert head.numbers
+
+
+def test_columns_that_do_not_fit_are_refused() -> None:
+    """Sizes, starts or categories for another number of rows, or numbers of no known type."""
+    changes: tuple[dict[str, Any], ...] = (
+        {"starts": []},
+        {"starts": ["a"] * 3},
+        {"sizes": []},
+        {"cats": [[1]]},
+        {"code": "x"},
+    )
+    for change in changes:
+        body = write_asked(AskedTogether(["m"] * 2, [], b"{}", 99), make_rows(2, uniform=True))
+        head = read_asked(body).head
+        assert head.columns is not None
+        changed = msgspec.structs.replace(head, columns=msgspec.structs.replace(head.columns, **change))
+        packed = msgspec.msgpack.encode(changed)
+        rest = body[LENGTH + int.from_bytes(body[:LENGTH], "little") :]
+        with pytest.raises(WireError):
+            read_asked(len(packed).to_bytes(LENGTH, "little") + packed + rest)
+
+
+def test_forecasts_of_a_block_come_back_as_rows_of_one() -> None:
+    """In any order and with gaps; an item that failed has its own bytes beside them."""
+    columns = [array("f", range(6)).tobytes(), array("f", range(10, 16)).tobytes()]
+    block = NumbersBlock("s", 2, True, ["0.5"], columns)
+    for rows in ([0, 1, 2], [2, 0], [1]):
+        bodies: list[Answer] = [*(BlockRow(block, row) for row in rows), b"no"]
+        shared = [make_answer(), make_answer(Situation.OVERLOADED)]
+        told = read_answered(write_answered(shared, [0] * len(rows) + [1], bodies), len(bodies))
+        found = [body for _, body in told if isinstance(body, BlockRow)]
+        assert len({id(each.block) for each in found}) == 1
+        assert [each.at for each in found] == list(range(len(rows)))
+        for k, column in enumerate(columns):
+            assert bytes(found[0].block.columns[k]) == b"".join(column[8 * row : 8 * row + 8] for row in rows)
+        last = told[-1][1]
+        assert not isinstance(last, BlockRow)
+        assert bytes(last) == b"no"
 
 
 @pytest.mark.parametrize(
@@ -48,7 +127,9 @@ def test_a_head_that_does_not_fit_is_refused(models: list[str], sizes: list[int]
 def test_answers_for_other_items_are_refused() -> None:
     """As many answers as items."""
     with pytest.raises(WireError, match="2 items are answered by 1"):
-        read_answered(write_answered([make_answer(1)], [b"a"]), 2)
+        read_answered(write_answered([make_answer()], [0], [b"a"]), 2)
+    with pytest.raises(WireError, match="by nothing"):
+        read_answered(write_answered([make_answer()], [1], [b"a"]), 1)
 
 
 def test_any_bytes_are_read_or_refused() -> None:

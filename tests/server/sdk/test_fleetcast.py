@@ -104,6 +104,19 @@ def test_what_cannot_be_opened_or_answered(archive: Path) -> None:
         fleetcast.pack(archive, architecture="tcn", onnx="model.onnx")
 
 
+def check_table(client: fleetcast.Client, names: list[str], expected: fleetcast.ForecastResult) -> None:
+    """The same call as a table: the numbers of the good model, and the errors of the others in their rows."""
+    columns = {"model": names, "target": np.stack([HISTORY] * len(names))}
+    table = client.forecast_table(columns, start=START, options=fleetcast.ForecastOptions(quantiles=[0.5]))
+    steps = table.filter(table["error"].is_null())
+    assert set(steps["model"].to_pylist()) == {names[0]}
+    assert steps["mean"].to_pylist() == np.array(expected.mean, np.float32).tolist()
+    assert steps["0.5"].to_pylist() == np.array(expected.quantile(0.5), np.float32).tolist()
+    failed = table.filter(table["error"].is_valid())
+    assert failed["item"].to_pylist() == [1, 2]
+    assert [each.partition(":")[0] for each in failed["error"].to_pylist()] == ["not_found", "archive_failed"]
+
+
 @pytest.mark.e2e
 def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archive: Path) -> None:
     """One model, many with bad ones, a body as it is, errors by class: the numbers of the model in process."""
@@ -120,6 +133,7 @@ def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archi
             requests = [fleetcast.ForecastRequest(model=name, target=HISTORY, start=START) for name in names]
             good, missing, broken = client.forecast_many(requests)
             assert good == found
+            check_table(client, list(names), found)
             assert (type(missing), missing.code, missing.instance) == (fleetcast.ModelNotFound, "not_found", 1)
             assert (type(broken), broken.code, broken.instance) == (fleetcast.ModelFailed, "archive_failed", 2)
             body = json.dumps({"instances": [{"start": START, "target": HISTORY.tolist()}]}).encode()

@@ -1,7 +1,7 @@
 """A call for many models in the worker: a job for each item, one response, bounded answers, cancelled as a whole."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_items_are_jobs_of_their_own() -> None:
     call, ended = make_call()
     steps = Steps(refused="b")
     call.submit(steps)
-    assert [(job.model, json.loads(job.request.body)) for job in steps.jobs] == [
+    assert [(job.model, json.loads(call.wrap_instance(job.instance))) for job in steps.jobs] == [
         (name, {"instances": [{"n": n}], "configuration": {"seed": 1}}) for name, n in (("a", 0), ("c", 2))
     ]
     assert {(job.arrived, job.deadline, job.request.client) for job in steps.jobs} == {(5.0, 9.0, "desk")}
@@ -66,7 +66,7 @@ def test_items_are_jobs_of_their_own() -> None:
     assert not ended
     answer(call, steps.jobs[0], b"first")
     ((situation, body),) = ended
-    found = [(item.situation, bytes(told)) for item, told in read_answered(body, 3)]
+    found = [(item.situation, bytes(cast("memoryview", told))) for item, told in read_answered(body, 3)]
     assert situation is Situation.OK
     assert found == [(0, b"first"), (Situation.OVERLOADED, b'{"message":"full"}'), (0, b"third")]
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from server.errors import Refused, Situation
-from server.front.columns.answered_table import MOST_LEVELS, read_rows, write_arrow
+from server.front.columns.answered_table import MOST_LEVELS, read_runs, write_arrow
 from server.front.dataplane import InferStats
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.slices import finish_slices
-from server.ipc.packed import PredictionHead, pack_json_prediction, pack_prediction
+from server.ipc.packed import BlockRow, NumbersBlock, read_json_prediction
 from tests.server.front.columns.tables import START, pa
 
 LIMIT = Limit(100_000, "max_forecasts_bytes")
@@ -19,14 +19,14 @@ STATS = InferStats("hit", 0, None, 0)
 
 
 def make_prediction(levels: list[str], *rows: list[float], has_mean: bool = True) -> Prediction:
-    """A packed prediction."""
-    head = PredictionHead(START, len(rows[0]), has_mean, levels)
-    return Prediction(pack_prediction(head, [array("f", row).tobytes() for row in rows]), STATS)
+    """A prediction that is a block of its own."""
+    columns = [array("f", row).tobytes() for row in rows]
+    return Prediction(BlockRow(NumbersBlock(START, len(rows[0]), has_mean, levels, columns), 0), STATS)
 
 
 def read_answer(models: list[str], found: list[Prediction | Refused], limit: Limit = LIMIT) -> list[dict[str, Any]]:
     """The table as a client reads it, fully validated."""
-    body = bytes(finish_slices(write_arrow(finish_slices(read_rows(models, found)), limit)))
+    body = bytes(finish_slices(write_arrow(finish_slices(read_runs(models, found)), limit)))
     table = pa.ipc.open_stream(body).read_all()
     table.validate(full=True)
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -39,7 +39,7 @@ def test_forecasts_and_errors_are_rows() -> None:
         make_prediction(["0.5"], [1.0, 2.0], [3.0, 4.0]),
         Refused(Situation.NOT_FOUND, "no ü", field="model"),
         make_prediction(["0.9"], [5.0], has_mean=False),
-        Prediction(pack_json_prediction(b'{"start":"s","time_zone":"UTC","mean":[7],"quantiles":{"0.5":[8]}}'), STATS),
+        Prediction(read_json_prediction(b'{"start":"s","time_zone":"UTC","mean":[7],"quantiles":{"0.5":[8]}}'), STATS),
     ]
     empty = {"start": None, "step": None, "mean": None, "0.5": None, "0.9": None}
     no_error = {"0.5": None, "0.9": None, "error": None}
@@ -71,4 +71,4 @@ def test_a_large_table_is_refused_before_it_is_built() -> None:
 def test_answers_without_a_place_in_a_table(text: bytes) -> None:
     """Answers of several products, or no forecast at all."""
     with pytest.raises(Exception, match=r"JSON|series|truncated|Expected|expected"):
-        pack_json_prediction(text)
+        read_json_prediction(text)

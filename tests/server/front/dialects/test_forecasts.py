@@ -2,7 +2,7 @@
 
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -57,7 +57,7 @@ def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]],
     for i, (item, each) in enumerate(zip(asked, found.items, strict=True)):
         assert isinstance(each, Item)
         assert each.model == f"m{i}.mar"
-        assert json.loads(build_request(each.instance, found.configuration)) == {
+        assert json.loads(build_request(cast("bytes", each.instance), found.configuration)) == {
             "instances": [item],
             "configuration": configuration,
         }
@@ -137,7 +137,9 @@ def test_a_large_call_is_cut_in_slices() -> None:
     assert sum(works) >= 2 * len(body), "all bytes are counted, for the call and for its items"
     assert call.configuration == b'{"seed": 3}'
     *whole, without, number = call.items
-    assert [(each.model, bytes(each.instance)) for each in whole if isinstance(each, Item)] == [("au/m.mar", item)] * 5
+    assert [(each.model, bytes(cast("bytes", each.instance))) for each in whole if isinstance(each, Item)] == [
+        ("au/m.mar", item)
+    ] * 5
     assert [each.situation for each in (without, number) if isinstance(each, Refused)] == [Situation.BAD_REQUEST] * 2
 
 
@@ -241,7 +243,7 @@ def test_a_joint_call_asks_the_models_for_marginals() -> None:
     assert found.joint.correlation == "j.mar"
     item = found.items[1]
     assert isinstance(item, Item)
-    assert json.loads(build_request(item.instance, found.configuration)) == {
+    assert json.loads(build_request(cast("bytes", item.instance), found.configuration)) == {
         "instances": [{"target_model": "b.mar", "target": [2]}],
         "configuration": {"output_types": ["mean", "quantiles", "marginal"], "quantiles": ["0.5"]},
     }
