@@ -95,6 +95,8 @@ def make_answer(
 ) -> CodeAnswer:
     """An answer of what a handler has set, as the worker takes it. In a child. Raises ValueError."""
     code = OK if status is None else int(status)
+    if code == OK and not (content_type or headers or reason):
+        return CodeAnswer(OK, body, body_type=body_type)
     pairs = {str(name): str(value) for name, value in headers.items()} if headers else {}
     texts = (str(content_type), str(reason), *pairs, *pairs.values()) if pairs else (str(content_type), str(reason))
     if not MIN_STATUS <= code <= MAX_STATUS or len(pairs) > MAX_HEADERS or max(map(len, texts)) > MAX_HEADER:
@@ -161,6 +163,9 @@ class ChildMessages:
 
     def feed(self, data: bytes) -> Iterator[FromChild]:
         """The messages that `data` completes. Raises ProtocolError for what no child of ours would send."""
+        if not self._buffer and _is_one(data) and len(data) - _LENGTH.size <= self._most_bytes:  # as it mostly is
+            yield _decode_checked(memoryview(data)[_LENGTH.size :])
+            return
         self._buffer += data
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)
@@ -171,10 +176,20 @@ class ChildMessages:
                 return
             payload = bytes(memoryview(self._buffer)[_LENGTH.size : end])
             del self._buffer[:end]
-            try:
-                yield _decode_from_child(payload)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise ProtocolError(f"it sent no message of ours: {str(error)[:MAX_TEXT]}") from error
+            yield _decode_checked(payload)
+
+
+def _is_one(data: bytes) -> bool:
+    """Whether this is one whole message."""
+    return len(data) >= _LENGTH.size and len(data) - _LENGTH.size == _LENGTH.unpack_from(data)[0]
+
+
+def _decode_checked(payload: bytes | memoryview) -> FromChild:
+    """The message. Raises ProtocolError."""
+    try:
+        return _decode_from_child(payload)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"it sent no message of ours: {str(error)[:MAX_TEXT]}") from error
 
 
 class Batches:
@@ -182,6 +197,7 @@ class Batches:
 
     def __init__(self, channel: socket.socket) -> None:
         self._channel, self._received = channel, b""
+        self._is_slow = False  # whether what comes next will have to be waited for, as what came before had
         self._poll = select.poll()
         self._poll.register(channel.fileno(), select.POLLIN)
 
@@ -199,19 +215,23 @@ class Batches:
             received = received + part if received else part
         end = len(received) + missing
         self._received = received[end:]
+        self._is_slow = self._is_slow and not self._received
         return _decode_to_child(memoryview(received)[_LENGTH.size : end])
 
     def _receive(self, missing: int) -> bytes:
         """What comes next; of a large message all that is missing. Empty when the channel has been closed.
 
         It polls before it waits: who waits in `recv` is woken too when the other end has read the answer before.
+        After it has waited, it tries at once only when requests have come several at a time.
         """
         if missing <= RECEIVE_BYTES:
-            try:
-                return self._channel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                self._poll.poll()
-                return self._channel.recv(RECEIVE_BYTES)
+            if not self._is_slow:
+                try:
+                    return self._channel.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    self._is_slow = True
+            self._poll.poll()
+            return self._channel.recv(RECEIVE_BYTES)
         found = bytearray()
         while len(found) < missing and (part := self._channel.recv(RECEIVE_BYTES)):
             found += part

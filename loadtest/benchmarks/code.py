@@ -1,12 +1,13 @@
 """Archives with code beside Multi Model Server: the same handler, network and weights on both, in one run.
 
-Both servers are up from the start, and take turns within each round: a new archive of 100 KB, from the request to its
+All servers are up from the start, and take turns within each round: a new archive of 100 KB, from the request to its
 first answer (registration included there); then load from wrk on one model at 1 and 8 connections, and on 16 models at
-8. After the rounds: private memory of an extra model's process, and 100 archives asked in turn by a server with room
-for 20. The network is small (two layers on 32 features, eager), so that what is compared are the servers;
-`--network tcn` takes that of `bench peers`, whose own time is the same on both. CPU time a request tells them apart
-also on a machine that others use. Saves a record. The first run installs Multi Model Server with pip, about 1 GB under
-`.fleetcast/peers`; it needs Java and wrk.
+8. The third server is the floor, the smallest chain of Python that runs the same handler (`code_floor_server`): it says
+which goals the machine allows. After the rounds: private memory of an extra model's process, and 100 archives asked in
+turn by a server with room for 20. The network is small (two layers on 32 features, eager), so that what is compared are
+the servers; `--network tcn` takes that of `bench peers`, whose own time is the same on all. CPU time a request tells
+them apart also on a machine that others use. Saves a record. The first run installs Multi Model Server with pip, about
+1 GB under `.fleetcast/peers`; it needs Java and wrk.
 """
 
 import json
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from loadtest import record
 from loadtest.driver import wrk
 from loadtest.observe.local_server import LocalServer, run_local_server
+from loadtest.peers.code_floor import FLOOR, start_code_floor
 from loadtest.peers.comparison import SEED, Models, write_models
 from loadtest.peers.comparison_table import OURS, order_turns
 from loadtest.peers.environments import HERE
@@ -101,7 +103,11 @@ def measure_code(network: Network, rounds: int, seconds: int, say: Callable[[str
             pack_handler(models.weights / name, store / f"{name}.mar")
         say("starting servers")
         local = stack.enter_context(run_code_server(store))
-        servers = {OURS: wrap_server(OURS, local), PEER: stack.enter_context(start_mms(models.weights, say))}
+        servers = {
+            OURS: wrap_server(OURS, local),
+            PEER: stack.enter_context(start_mms(models.weights, say)),
+            FLOOR: stack.enter_context(start_code_floor(models.weights, WARM)),
+        }
         comparison = Comparison(models, servers, folder / "body.json")
         say(f"loading {WARM} models into each")
         comparison.warm()
@@ -160,12 +166,12 @@ def run_code_server(store: Path, *flags: str) -> Iterator[LocalServer]:
 
 
 class Comparison:
-    """Two servers that take turns. `found`: what was measured, by server."""
+    """Servers that take turns. All of them but the floor load new models, too."""
 
     def __init__(self, models: Models, servers: Mapping[str, PeerServer], body_file: Path) -> None:
         self.servers, self.body_file = servers, body_file
         self.body = servers[OURS].dialect.tensor_body(models.x)
-        self.loads: dict[str, list[float]] = {name: [] for name in servers}
+        self.loads: dict[str, list[float]] = {name: [] for name in servers if name != FLOOR}
         self.runs: dict[str, dict[str, list[wrk.WrkResult]]] = {name: {load: [] for load in LOADS} for name in servers}
         self.cpu_ms: dict[str, dict[str, list[float]]] = {name: {load: [] for load in LOADS} for name in servers}
         self._models = models
@@ -187,7 +193,7 @@ class Comparison:
     def play(self, number: int, seconds: int) -> None:
         """One round: each server loads a new model, then each load on each server, in rotating order."""
         order = order_turns(list(self.servers), number)
-        for name in order:
+        for name in (name for name in order if name != FLOOR):
             model = self._models.names[WARM + number]
             self.loads[name].append(self.servers[name].load(model, self.body) * 1e3)
         for load, (count, connections) in LOADS.items():
@@ -201,8 +207,7 @@ class Comparison:
         return wrk.WrkTarget(server.name, server.url, count, server.suffix, self.body_file, JSON, server.dialect)
 
     def results(self) -> dict[str, Any]:
-        """Medians of each server, and of ours / theirs in each round."""
-        ours, theirs = self.runs[OURS], self.runs[PEER]
+        """Medians of each server, and of ours / theirs and the floor / theirs in each round."""
         return {
             "load_ms": {name: record.summarise_spread(found) for name, found in self.loads.items()},
             "loads": {
@@ -216,18 +221,24 @@ class Comparison:
                 }
                 for load in LOADS
             },
-            "ratios": {
-                load: {
-                    "requests_per_s": statistics.median(
-                        mine.requests_per_s / its.requests_per_s
-                        for mine, its in zip(ours[load], theirs[load], strict=True)
-                    ),
-                    "p50": statistics.median(
-                        mine.p50_ms / its.p50_ms for mine, its in zip(ours[load], theirs[load], strict=True)
-                    ),
-                }
-                for load in LOADS
-            },
+            "ratios": self._compare(OURS),
+            "floor_ratios": self._compare(FLOOR),
+        }
+
+    def _compare(self, name: str) -> dict[str, dict[str, float]]:
+        """Medians over the rounds of this server's results divided by the peer's, by load."""
+        return {
+            load: {
+                "requests_per_s": statistics.median(
+                    mine.requests_per_s / its.requests_per_s
+                    for mine, its in zip(self.runs[name][load], self.runs[PEER][load], strict=True)
+                ),
+                "p50": statistics.median(
+                    mine.p50_ms / its.p50_ms
+                    for mine, its in zip(self.runs[name][load], self.runs[PEER][load], strict=True)
+                ),
+            }
+            for load in LOADS
         }
 
 
@@ -283,19 +294,32 @@ def time_request(server: PeerServer, model: str, body: bytes) -> float:
 
 
 def build_table(results: Mapping[str, Any]) -> Table:
-    """The goals and what was reached."""
-    ratios = results["ratios"]
+    """The goals, what was reached, and what the floor reaches of those that are ratios."""
     reached = {
         "load p50, ms": results["load_ms"][OURS]["median"],
         "private MB a process": results["private_mb"]["median"],
+        f"failed of {TURNS_OF} archives in room for {ROOM}": float(results["turns"]["failed"]),
+        **_name_ratios(results["ratios"]),
+    }
+    floor = _name_ratios(results["floor_ratios"])
+    table = Table("", "goal", "reached", "", "floor", box=box.SIMPLE)
+    for name, (sign, goal) in GOALS.items():
+        mark = "" if _holds(reached[name], sign, goal) else "missed"
+        beneath = ""
+        if name in floor:
+            beneath = f"{floor[name]:.3g}{'' if _holds(floor[name], sign, goal) else ', misses it too'}"
+        table.add_row(name, f"{sign} {goal:g}", f"{reached[name]:.3g}", mark, beneath)
+    return table
+
+
+def _name_ratios(ratios: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The ratios that are goals, by the goals' names."""
+    return {
         "p50 / theirs, 1 model, 1 connection": ratios["1 model, 1 connection"]["p50"],
         "requests/s / theirs, 1 model, 8 connections": ratios["1 model, 8 connections"]["requests_per_s"],
         "requests/s / theirs, 16 models, 8 connections": ratios["16 models, 8 connections"]["requests_per_s"],
-        f"failed of {TURNS_OF} archives in room for {ROOM}": float(results["turns"]["failed"]),
     }
-    table = Table("", "goal", "reached", "", box=box.SIMPLE)
-    for name, (sign, goal) in GOALS.items():
-        value = reached[name]
-        holds = value <= goal if sign == "<=" else value >= goal
-        table.add_row(name, f"{sign} {goal:g}", f"{value:.3g}", "" if holds else "missed")
-    return table
+
+
+def _holds(value: float, sign: str, goal: float) -> bool:
+    return value <= goal if sign == "<=" else value >= goal

@@ -49,6 +49,7 @@ from server.ipc.lends import (
 AHEAD = 4  #: requests that a child has at most, so that it finds the next one when it has answered
 QUICK_S = 0.005  #: what a request takes at most that others are sent behind: these cannot be taken back
 IDLE_S = 1.0  #: without a request, and a child is returned
+_NOTHING = memoryview(b"")
 
 
 class AnswerRoom(Protocol):
@@ -115,7 +116,7 @@ class LentChild:
         self._running: deque[_Running] = deque()
         self._dropped: dict[int, int] = {}  # running ones that nobody waits for any more, and their outcome
         self._messages, self._counted = ChildMessages(), 0
-        self._unsent = memoryview(b"")
+        self._unsent = _NOTHING
         self._free_at = self._used_at = time.monotonic()  # since when the child has had the first of those running
         self._most = 1  # requests that it may have at a time
         self._is_reading = self._is_overdue = False
@@ -167,25 +168,27 @@ class LentChild:
     def _send(self, requests: Sequence[Request]) -> None:
         now = time.monotonic()
         self._running.extend(_Running(request, now) for request in requests)
-        self._unsent = memoryview(b"".join([frame(RunBatch([make_request(request)])) for request in requests]))
-        self._write()
+        frames = [frame(RunBatch([make_request(request)])) for request in requests]
+        self._write(frames[0] if len(frames) == 1 else b"".join(frames))
 
-    def _write(self) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         assert self._socket is not None, "only a child that is here is asked"
         try:
-            sent = self._socket.send(self._unsent)
+            sent = self._socket.send(data)
         except BlockingIOError:
             sent = 0
         except OSError:
+            self._unsent = memoryview(data)
             return  # it has ended: the worker says why
-        waited, self._unsent = len(self._unsent) > sent, self._unsent[sent:]
-        if waited:
+        if sent < len(data):
+            self._unsent = memoryview(data)[sent:]
             self._loop.add_writer(self._socket.fileno(), self._write_rest)
 
     def _write_rest(self) -> None:
         assert self._socket is not None, "only a child that is here is asked"
         self._loop.remove_writer(self._socket.fileno())
-        self._write()
+        data, self._unsent = self._unsent, _NOTHING
+        self._write(data)
         self._send_next()
 
     # --- answers ----------------------------------------------------------------------------------------------------
@@ -281,8 +284,9 @@ class LentChild:
             times = int((began - arrived) * 1e6), int((now - began) * 1e6)
             self._owner.answer(self._make_response(request.id, content_type, body, head, times, refused))
         turn = Turn(arrived, began, now, outcome, request.trace_id if isinstance(request, TracedRequest) else "")
-        for at in range(0, len(measures), MOST_MEASURES):
-            self._owner.tell(Measured(self.id, turn, list(measures[at : at + MOST_MEASURES])))
+        if measures:
+            for at in range(0, len(measures), MOST_MEASURES):
+                self._owner.tell(Measured(self.id, turn, list(measures[at : at + MOST_MEASURES])))
         self._turns.append(turn)
         if len(self._turns) >= MOST_TURNS:
             self.report()

@@ -9,7 +9,7 @@ from server.code_messages import CodeAnswer, CodeRequest
 from server.contract import JSON, OPEN_INFERENCE_INFER
 from server.errors import Refused, Situation
 from server.ipc.frames import Request
-from server.ipc.handler_calls import AnswerHead, decode_call, encode_head
+from server.ipc.handler_calls import SAID_NOTHING, AnswerHead, decode_call, encode_head
 
 WORKER_DIED = 500  #: what TorchServe and Multi Model Server answer then, as "Worker died."
 OK, MULTIPLE_CHOICES = 200, 300
@@ -77,6 +77,8 @@ def _make_head(answer: CodeAnswer) -> AnswerHead:
 
     INVARIANT: nothing that code sets ends a header's line, or says where the answer ends.
     """
+    if answer.status == OK and not (answer.content_type or answer.reason or answer.headers):
+        return SAID_NOTHING
     if not _is_value(answer.content_type):
         raise _refuse_head(f"content type {answer.content_type[:80]!r} is no value of a header")
     if not _is_value(answer.reason):

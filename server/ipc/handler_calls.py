@@ -43,9 +43,12 @@ class AnswerHead(Struct, frozen=True, array_like=True):
     headers: Pairs = []
 
 
+SAID_NOTHING = AnswerHead()  #: the head of most answers; nobody changes its headers
+
 _encode = msgspec.msgpack.Encoder().encode
 _decode_call = msgspec.msgpack.Decoder(HandlerCall).decode
 _decode_head = msgspec.msgpack.Decoder(AnswerHead).decode
+_NOTHING = _encode(SAID_NOTHING)
 
 
 def encode_call(call: HandlerCall) -> bytes:
@@ -66,11 +69,11 @@ def decode_call(encoded: bytes) -> HandlerCall:
 
 def encode_head(head: AnswerHead) -> bytes:
     """The bytes of a head. INVARIANT: whoever makes it bounds its fields, so that they fit MAX_HEAD."""
-    encoded = _encode(head)
+    encoded = _NOTHING if head is SAID_NOTHING else _encode(head)
     assert len(encoded) <= MAX_HEAD, "an answer's head is bounded before it is encoded"
     return encoded
 
 
 def decode_head(encoded: bytes) -> AnswerHead:
     """The head of these bytes, which a worker of ours has made."""
-    return _decode_head(encoded)
+    return SAID_NOTHING if encoded == _NOTHING else _decode_head(encoded)

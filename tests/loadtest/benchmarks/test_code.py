@@ -39,14 +39,17 @@ def test_the_archive_is_one_of_multi_model_server_and_answers_right(
 
 
 def test_the_table_says_which_goals_are_missed() -> None:
-    """Each goal has a row."""
+    """Each goal has a row, and a ratio says beside it what the floor reaches, which may miss it too."""
     results: dict[str, Any] = {
         "load_ms": {OURS: {"median": 61.0}},
         "private_mb": {"median": 16.0},
         "ratios": {load: {"p50": 0.4, "requests_per_s": 3.0} for load in LOADS},
+        "floor_ratios": {load: {"p50": 0.6, "requests_per_s": 3.5} for load in LOADS},
         "turns": {"failed": 1},
     }
     table = build_table(results)
     marks = list(table.columns[3].cells)
     assert list(table.columns[0].cells) == list(GOALS)
     assert marks == ["missed", "", "", "", "missed", "missed"]
+    floor = list(table.columns[4].cells)
+    assert floor == ["", "", "0.6, misses it too", "3.5", "3.5, misses it too", ""]

@@ -126,7 +126,7 @@ def _advise(error: BaseException) -> str:
 
 def refuse_large(answers: list[CodeAnswer]) -> list[CodeAnswer]:
     """The answers, or refusals where together they are more than a message may hold."""
-    size = sum(len(answer.body) for answer in answers)
+    size = len(answers[0].body) if len(answers) == 1 else sum(len(answer.body) for answer in answers)
     if size < MAX_ANSWER_BYTES - 64 * 1024 * len(answers):
         return answers
     message = f"the answers of a batch have {size} bytes, {MAX_ANSWER_BYTES} are allowed"

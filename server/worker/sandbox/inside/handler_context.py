@@ -3,22 +3,28 @@
 Source of the names: TorchServe 0.12 and Multi Model Server 1.1, "Custom service" and "Advanced custom handlers".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.partial_answers import PartialAnswers
 from server.worker.sandbox.inside.request_parts import RequestHeaders
 
+MakeHeaders = Callable[[], RequestHeaders]
+
 OK: Final = 200
 FIRST_GPU: Final = 0  #: a worker sees one
 
 
 class RequestProperties:
-    """One request of a batch, and what the handler sets for its answer (`context.request_processor[i]`)."""
+    """One request of a batch, and what the handler sets for its answer (`context.request_processor[i]`).
 
-    def __init__(self, headers: RequestHeaders) -> None:
-        self._headers = headers
+    Its headers are made when the handler first asks for one: most ask for none.
+    """
+
+    def __init__(self, make_headers: MakeHeaders) -> None:
+        self._make_headers = make_headers
+        self._headers: RequestHeaders | None = None
         self._status, self._phrase = OK, ""
         self._answered: dict[str, str] = {}
 
@@ -28,10 +34,12 @@ class RequestProperties:
 
     def get_request_property(self, key: str) -> Any:
         """A header of the request, or what is known of a part of its body."""
-        return self._headers.get(key)
+        return self.get_request_properties().get(key)
 
     def get_request_properties(self) -> RequestHeaders:
         """All of them."""
+        if self._headers is None:
+            self._headers = self._make_headers()
         return self._headers
 
     def report_status(self, code: int, reason_phrase: str | None = None) -> None:
@@ -95,8 +103,8 @@ class HandlerContext:
         """For example `<HandlerContext of au/NSW1.mar, 2 requests>`."""
         return f"<HandlerContext of {self.model_name}, {len(self.request_processor)} requests>"
 
-    def begin(self, ids: Sequence[str], headers: Sequence[RequestHeaders]) -> None:
-        """The requests of the next batch."""
+    def begin(self, ids: Sequence[str], headers: Sequence[MakeHeaders]) -> None:
+        """The requests of the next batch: the id of each, and what makes its headers."""
         self.request_ids = dict(enumerate(ids))
         self.request_processor = [RequestProperties(each) for each in headers]
 

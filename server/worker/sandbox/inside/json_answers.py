@@ -19,7 +19,8 @@ def write_json(value: Any) -> bytes:
     try:
         if is_plain(value):
             written = _encode(value)
-            if written.isascii() and b"\\" not in written:  # `json` writes other characters as escapes
+            # `json` writes other characters, and the last of ASCII, as escapes.
+            if written.isascii() and b"\\" not in written and b"\x7f" not in written:
                 return msgspec.json.format(written, indent=2)
     except (msgspec.MsgspecError, OverflowError, RecursionError, UnicodeEncodeError):
         pass

@@ -26,14 +26,13 @@ class PartialAnswers:
     def __init__(self) -> None:
         self._send: SendPart | None = None
         self._lock = threading.Lock()  # a handler may send from threads of its own, also when its call has ended
-        self._ids: Sequence[str] = ()
+        self._requests: Sequence[CodeRequest] = ()  # of the call that runs
         self._places: Sequence[int] = ()
-        self._streams: Sequence[bool] = ()
         self._joined: dict[int, CodeAnswer] = {}
 
     def __repr__(self) -> str:
         """For example `<PartialAnswers to 2 requests>`."""
-        return f"<PartialAnswers to {len(self._ids)} requests>"
+        return f"<PartialAnswers to {len(self._requests)} requests>"
 
     def connect(self, send: SendPart) -> None:
         """Send parts so from now on."""
@@ -42,14 +41,15 @@ class PartialAnswers:
     def begin(self, places: Sequence[int], requests: Sequence[CodeRequest]) -> None:
         """The handler is called with these requests."""
         with self._lock:
-            self._places, self._joined = places, {}
-            self._ids, self._streams = [each.id for each in requests], [each.streams for each in requests]
+            self._places, self._requests, self._joined = places, requests, {}
 
-    def end(self, answers: Sequence[CodeAnswer]) -> list[CodeAnswer]:
+    def end(self, answers: list[CodeAnswer]) -> list[CodeAnswer]:
         """The call's answers, each behind the parts that were not sent; later parts are refused."""
         with self._lock:
-            self._ids, joined = (), self._joined
+            self._requests, joined = (), self._joined
             self._joined = {}
+        if not joined:
+            return answers
         return [_join(joined[i], answer) if i in joined else answer for i, answer in enumerate(answers)]
 
     def sendall(self, message: bytes) -> None:
@@ -59,18 +59,18 @@ class PartialAnswers:
         except (error, UnicodeDecodeError) as wrong:
             raise ValueError(f"context.cl_socket takes messages of create_predict_response: {wrong}") from wrong
         with self._lock:
-            if not self._ids:
+            if not self._requests:
                 raise ValueError("a part of an answer comes while its handler runs, and this one has returned")
-            left = list(range(len(self._ids)))
+            left = list(range(len(self._requests)))
             for ident, answer in parts:
-                place = next((i for i in left if self._ids[i] == ident), None)
+                place = next((i for i in left if self._requests[i].id == ident), None)
                 if place is None:
                     raise ValueError(f"no request of this call has the id {ident[:80]!r}")
                 left.remove(place)
                 self._take(place, answer)
 
     def _take(self, place: int, answer: CodeAnswer) -> None:
-        if self._streams[place] and self._send is not None:
+        if self._requests[place].streams and self._send is not None:
             self._send(PartAnswered(self._places[place], answer))
             return
         before = self._joined.get(place)

@@ -6,7 +6,7 @@ request's own fields. A part is its value where it is JSON, `str` where it is te
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl
@@ -48,14 +48,22 @@ class RequestHeaders(dict[str, Any]):
         return super().__contains__(key) or (isinstance(key, str) and self.get(key) is not None)
 
 
-def read_request(request: CodeRequest) -> tuple[dict[str, Any], RequestHeaders]:
-    """The parts and the headers. Raises BadParts."""
-    data: dict[str, Any] = {name: bytearray(value.encode()) for name, value in request.parts}
-    headers = RequestHeaders({name: {"content-type": ""} for name, _ in request.parts})
-    for name, content_type, value in _split_body(request):
-        data[name], headers[name] = read_value(value, content_type), {"content-type": content_type}
+def read_parts(request: CodeRequest) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parts, and the content type of each. Raises BadParts."""
+    data: dict[str, Any] = {}
+    types: dict[str, str] = {}
+    for name, value in request.parts:
+        data[name], types[name] = bytearray(value.encode()), ""
+    for name, content_type, raw in _split_body(request):
+        data[name], types[name] = read_value(raw, content_type), content_type
+    return data, types
+
+
+def read_headers(request: CodeRequest, types: Mapping[str, str]) -> RequestHeaders:
+    """The content type of each part, and the fields of the request's head."""
+    headers = RequestHeaders((name, {"content-type": content_type}) for name, content_type in types.items())
     headers |= read_fields(request)
-    return data, headers
+    return headers
 
 
 def read_fields(request: CodeRequest) -> RequestHeaders:
@@ -84,16 +92,15 @@ def read_value(value: bytes, content_type: str) -> Any:
     return bytearray(value)
 
 
-def _split_body(request: CodeRequest) -> Iterator[tuple[str, str, bytes]]:
+def _split_body(request: CodeRequest) -> Iterable[tuple[str, str, bytes]]:
     """Name, content type and bytes of each part of the body. Raises BadParts."""
     media, _, parameters = request.content_type.partition(";")
     media = media.strip()
     if media.lower() == FORM:
-        yield from _split_form(request.body)
-    elif media.lower() == MULTIPART:
-        yield from _split_multipart(request.body, _find_boundary(parameters))
-    else:
-        yield "body", media, request.body
+        return _split_form(request.body)
+    if media.lower() == MULTIPART:
+        return _split_multipart(request.body, _find_boundary(parameters))
+    return (("body", media, request.body),)
 
 
 def _split_form(body: bytes) -> Iterator[tuple[str, str, bytes]]:

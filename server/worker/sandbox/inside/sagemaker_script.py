@@ -13,6 +13,7 @@ import io
 import json
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,7 @@ class Script:
         return [self._answer_one(request) for request in requests]
 
     def _answer_one(self, request: CodeRequest) -> CodeAnswer:
-        self._context.begin([request.id], [read_fields(request)])
+        self._context.begin([request.id], [partial(read_fields, request)])
         media = request.content_type.partition(";")[0].strip().lower() or JSON
         accept = request.accept if request.accept not in ("", ANY) else JSON
         try:

@@ -14,6 +14,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,17 +29,18 @@ from server.code_messages import (
     make_failure,
 )
 from server.worker.sandbox.inside import torchserve_package
-from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext
+from server.worker.sandbox.inside.handler_context import FIRST_GPU, HandlerContext, MakeHeaders
 from server.worker.sandbox.inside.handler_metrics import HandlerMetrics
 from server.worker.sandbox.inside.handler_problem import HandlerProblem
 from server.worker.sandbox.inside.json_answers import write_json
 from server.worker.sandbox.inside.partial_answers import SendPart
 from server.worker.sandbox.inside.request_envelope import Envelope, find_envelope
-from server.worker.sandbox.inside.request_parts import JSON, BadParts, RequestHeaders, read_request
+from server.worker.sandbox.inside.request_parts import JSON, BadParts, read_headers, read_parts
 from server.worker.sandbox.messages import Entry, ForkChild
 
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 TEXT, BYTES = "text/plain; charset=utf-8", "application/octet-stream"
+BUFFERS = (bytes, bytearray)
 ASKED = ("explain", "describe")  #: properties of a request that say what a handler is asked for
 BAD_REQUEST, UNAVAILABLE, NO_MEMORY = 400, 503, 507
 
@@ -69,15 +71,15 @@ class Handler:
         if len(requests) == 1:
             return self._answer_one(requests)
         answers: dict[int, CodeAnswer] = {}  # an alias that is called, `dict[...]()`, would be built for each batch
-        calls: dict[object, list[tuple[int, dict[str, Any], RequestHeaders]]] = {}
+        calls: dict[object, list[tuple[int, dict[str, Any], MakeHeaders]]] = {}
         for i, request in enumerate(requests):
             try:
-                parts, fields = read_request(request)
+                parts, types = read_parts(request)
             except BadParts as error:
                 answers[i] = make_failure(BAD_REQUEST, str(error))
             else:  # a handler looks at the first request of a call to see what is asked of it
                 asked: object = i if self._alone else tuple(request.properties.get(name) for name in ASKED)
-                calls.setdefault(asked, []).append((i, parts, fields))
+                calls.setdefault(asked, []).append((i, parts, partial(read_headers, request, types)))
         for call in calls.values():
             places, data, headers = zip(*call, strict=True)
             asked_here = [requests[i] for i in places]
@@ -89,10 +91,10 @@ class Handler:
     def _answer_one(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """The same of one request, without sorting it."""
         try:
-            parts, fields = read_request(requests[0])
+            parts, types = read_parts(requests[0])
         except BadParts as error:
             return [make_failure(BAD_REQUEST, str(error))]
-        self._context.begin([requests[0].id], [fields])
+        self._context.begin([requests[0].id], [partial(read_headers, requests[0], types)])
         self._parts.begin((0,), requests)
         return self._parts.end(self._run([parts]))
 
@@ -176,7 +178,7 @@ def import_handler(entry: Entry) -> ModuleType:
 
 def write_body(value: Any) -> tuple[bytes, str]:
     """A handler's answer as bytes, and its content type if the handler says none. Raises TypeError, ValueError."""
-    if isinstance(value, bytes | bytearray):
+    if isinstance(value, BUFFERS):
         return bytes(value), BYTES
     if isinstance(value, str):
         return value.encode(), TEXT

@@ -3,14 +3,29 @@
 import json
 from enum import IntEnum
 from fractions import Fraction
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.code_messages import CodeRequest
+from server.worker.sandbox.inside.handler_context import HandlerContext
 from server.worker.sandbox.inside.json_answers import write_json
-from server.worker.sandbox.inside.request_parts import MAX_PARTS, BadParts, read_request
+from server.worker.sandbox.inside.request_parts import (
+    MAX_PARTS,
+    BadParts,
+    RequestHeaders,
+    read_headers,
+    read_parts,
+)
+
+
+def read_request(request: CodeRequest) -> tuple[dict[str, Any], RequestHeaders]:
+    """The parts and the headers, as a handler that asks for both gets them."""
+    parts, types = read_parts(request)
+    return parts, read_headers(request, types)
 
 
 def make_request(content_type: str, body: bytes = b"", **headers: str) -> CodeRequest:
@@ -112,7 +127,26 @@ class Size(IntEnum):
     LARGE = 3
 
 
-@pytest.mark.parametrize("value", [{1: 2, None: 3, False: 4, 1.5: 5}, Size.LARGE, [2**70], "\x7f\x1f\\ ü"])
+@pytest.mark.parametrize("value", [{1: 2, None: 3, False: 4, 1.5: 5}, Size.LARGE, [2**70], "\x7f", "\x7f\x1f\\ ü"])
 def test_an_answer_that_only_python_writes_so_is_written_by_it(value: object) -> None:
     """Keys that are no texts, numbers that are of a class of their own or too large, and escapes."""
     assert write_json(value) == json.dumps(value, indent=2).encode()
+
+
+def test_headers_are_made_once_and_only_for_a_handler_that_asks() -> None:
+    """What the handler changes in them stays, as they are its request's own."""
+    made: list[str] = []
+
+    def make(name: str) -> RequestHeaders:
+        made.append(name)
+        return RequestHeaders({"X-Foo": name})
+
+    context = HandlerContext("m", "folder", {}, 2, {})
+    context.begin(["1", "2"], [partial(make, "first"), partial(make, "second")])
+    context.set_response_status(201, "Created", 0)
+    assert context.get_response_status(0) == (201, "Created")
+    assert not made
+    assert context.get_request_header(1, "x-foo") == "second"
+    context.get_all_request_header(1)["X-Bar"] = "own"
+    assert context.get_request_header(1, "X-Bar") == "own"
+    assert made == ["second"]
