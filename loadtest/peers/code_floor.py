@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import find_free_port, is_reachable, wait_until
+from loadtest.peers.peer_server import PeerServer
 from loadtest.peers.process_tree import start_process
-from loadtest.peers.servers import PeerServer
 
 FLOOR = "floor"
 
