@@ -76,9 +76,14 @@ def test_pods_are_rays_and_the_servers() -> None:
     assert float(container["resources"]["requests"]["cpu"]) >= options.cpus
     assert node["spec"]["terminationGracePeriodSeconds"] > settings.drain_s + LONGEST_END_S
     assert service["spec"]["selector"] == node["metadata"]["labels"]
-    assert {port["targetPort"] for port in service["spec"]["ports"]} == {settings.inference_port}
-    (mount,) = container["volumeMounts"]
-    assert settings.disk_cache.parent.as_posix() == mount["mountPath"], "a folder of its own below the volume"
+    served = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
+    assert served == {"inference": settings.inference_port, "metrics": settings.metrics_port}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert settings.disk_cache.parent.as_posix() == mounts["cache"], "a folder of its own below the volume"
+    assert settings.tokens is not None, "the metrics listener is open to other hosts"
+    assert settings.tokens.parent.as_posix() == mounts["tokens"]
+    assert settings.metrics_host == "0.0.0.0"
+    assert settings.allowed_hosts == [service["metadata"]["name"]], "Prometheus asks by the service's name"
 
 
 def test_the_page_names_what_there_is() -> None:
