@@ -36,14 +36,14 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit wheel clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml handlers/codecs/_quick_numbers.c
 	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c '$(FITS)' || { \
 	  echo "Python 3.11 or 3.12 is needed: apt-get install python3.11 python3.11-venv, or pyenv; PYTHON3=... names one"; \
 	  exit 1; }
@@ -139,6 +139,12 @@ docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 	@echo "read it: site/index.html"
 
+wheel: $(READY) ## dist/*.whl with the compiled part, for every Python from 3.11 on; needs a C compiler
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+	@unzip -l dist/*.whl | grep -q _quick_numbers || { \
+	  echo "the wheel has no compiled part: apt-get install gcc libc6-dev"; exit 1; }
+
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
 	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto
 
@@ -146,5 +152,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build site *.egg-info
+	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site *.egg-info handlers/codecs/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
