@@ -106,7 +106,7 @@ bench-code: $(READY) ## archives with code beside Multi Model Server, a record; 
 bench-peers: $(READY) ## the same weights on Triton, Mosec, Ray Serve, TorchServe and others; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
-bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour
+bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; twelve minutes
 	@$(BIN)/fleetcast-load bench ray $(ARGS)
 
 gpu: ## the first ten minutes on a real GPU: checks, suites, benchmark, a record (makes .venv-cuda)

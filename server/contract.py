@@ -53,6 +53,7 @@ OPENAPI_PATH: Final = "/openapi.json"  #: on the management listener, as the pag
 DOCS_PATH: Final = "/docs"
 ACCURACY_PATH: Final = "/fleet/accuracy"  #: what observed prices say of forecasts, as JSON
 ACCURACY_PAGE_PATH: Final = "/accuracy"  #: the same as a page
+TARGETS_PATH: Final = "/targets"  #: of the metrics listener: where Prometheus finds the nodes of a cluster
 EVENTS_PATH: Final = "/fleet/events"  #: takes a store's notifications of changed archives (POST)
 ModelVerb = Literal["load", "unload", "pin", "unpin", "reload", "release"]
 

@@ -4,7 +4,8 @@ Contenders: Ray Serve as it comes, and in its best shape (HAProxy, throughput op
 fronts (direct), and through Ray's proxy. Each has one replica on this host. In each round every contender is started,
 measured and ended, in rotating order, since Ray's processes use the machine when they idle. Measured: a warm load at 1,
 8 and 32 connections, 100 models that nothing has asked before at once, a tick of 500 models over 32 connections, and
-the memory by which the processes grow for these models. Five rounds save a record. The first run installs Ray with pip.
+the memory by which the processes grow for these models. At last the hit ratios at equal memory (`ray_hits`). Five
+rounds save a record, within twelve minutes on a quiet machine of two cores. The first run installs Ray with pip.
 """
 
 import os
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from loadtest import record
+from loadtest.benchmarks import ray_hits
 from loadtest.driver import wrk
 from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import find_free_port
@@ -58,8 +60,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def main(
     *,
     rounds: Annotated[int, typer.Option(min=1, help="number of rounds; fewer than 5 save no record")] = RECORDED,
-    seconds: Annotated[int, typer.Option(min=1, help="duration of each of the three warm loads")] = 4,
+    seconds: Annotated[int, typer.Option(min=1, help="duration of each of the three warm loads")] = 2,
     contenders: Annotated[str, typer.Option(help="whom to measure, comma-separated")] = ",".join(CONTENDERS),
+    hits: Annotated[bool, typer.Option("--hits/--no-hits", help="also measure hit ratios at equal memory")] = True,
 ) -> None:
     """Measure Fleetcast on Ray beside Ray's own multiplexing."""
     chosen = [name.strip() for name in contenders.split(",")]
@@ -80,15 +83,19 @@ def main(
                     if not name.startswith("ray"):
                         raise
                     lost[name] = " ".join(str(error).split())[:500]
-    measured = {name: summarise_rounds(each) for name, each in found.items() if each}
+        measured = {name: summarise_rounds(each) for name, each in found.items() if each}
+        equal = measure_equal_memory(models, measured) if hits and {DIRECT, RAY} <= measured.keys() else {}
     results = {
         "ray": parse_pins(find_requirements("ray").read_text())["ray"],
         "rounds": rounds,
         "models": {"warm": WARM_MODELS, "cold": COLD_MODELS, "tick": TICK_MODELS},
         "contenders": measured,
+        "equal_memory": equal,
         "unavailable": lost,
     }
     CONSOLE.print(build_table(measured))
+    if equal:
+        CONSOLE.print(describe_equal_memory(equal), highlight=False)
     for name, why in lost.items():
         CONSOLE.print(f"{name}: {why}", highlight=False)
     if rounds >= RECORDED:
@@ -117,6 +124,31 @@ def measure_contender(start: Start, models: Models, folder: Path, seconds: int) 
         found["mb_per_model"] = (server.tree.memory() - before) / 1e6 / count
         found["tick"] = ask_at_once(server, names[:TICK_MODELS], body, TICK_CONNECTIONS)
         return found
+
+
+def measure_equal_memory(models: Models, measured: Mapping[str, Found]) -> Found:
+    """Give both caches the same bytes, and the same traces."""
+    most = ray_hits.count_models_of_ray(measured[RAY]["mb_per_model"]["median"])
+    names = models.names[:TICK_MODELS]
+    traces = ray_hits.make_traces(names)
+    CONSOLE.print(f"equal memory: {ray_hits.BUDGET} bytes, {most} models of Ray's", highlight=False)
+    with start_ray(models.weights, CONSOLE.print, most) as server:
+        body = server.dialect.tensor_body(models.x)
+        served = ray_hits.HitServer(server, partial(ray_hits.count_loads_of_ray, server))
+        rays = ray_hits.measure_hits(served, traces, body)
+    port = find_free_port()
+    with start_cluster(models.store, by_proxy=False, metrics_port=port, model_cache_bytes=ray_hits.BUDGET) as server:
+        served = ray_hits.HitServer(server, partial(ray_hits.count_loads_of_ours, f"http://127.0.0.1:{port}"))
+        ours = ray_hits.measure_hits(served, traces, server.dialect.tensor_body(models.x))
+    asked = {"models": len(names), "requests": ray_hits.REQUESTS, "traces": ray_hits.TRACES, "zipf": ray_hits.ZIPF}
+    return {"budget_bytes": ray_hits.BUDGET, **asked, "models_of_ray": most, "hit_ratio": {RAY: rays, DIRECT: ours}}
+
+
+def describe_equal_memory(equal: Found) -> str:
+    """Say both hit ratios in a line."""
+    ratios = ", ".join(f"{name} {found['median']:.3f}" for name, found in equal["hit_ratio"].items())
+    where = f"{equal['budget_bytes'] / 2**20:.0f} MiB for {equal['models']} models, Zipf {equal['zipf']:g}"
+    return f"hit ratio at equal memory ({where}): {ratios}"
 
 
 def check_answers(server: PeerServer, models: Models, body: bytes) -> None:
@@ -185,7 +217,7 @@ def _make_starter(name: str, models: Models) -> Start:
 
 
 @contextmanager
-def start_cluster(store: Path, *, by_proxy: bool) -> Iterator[PeerServer]:
+def start_cluster(store: Path, *, by_proxy: bool, **settings: Any) -> Iterator[PeerServer]:
     """`fleetcast cluster` of one replica, in the peer's environment, which finds our packages behind its own."""
     python = make_environment("ray", CONSOLE.print) / "bin" / "python"
     asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -196,6 +228,7 @@ def start_cluster(store: Path, *, by_proxy: bool) -> Iterator[PeerServer]:
         flags = {
             "store": store, "replicas": 1, "cpus": 1, "device": "cpu", "inference-port": port, "management-port": 0,
             "metrics-port": 0, "ray-port": ray_port, "disk-cache": folder / "disk",
+            **{name.replace("_", "-"): value for name, value in settings.items()},
         }  # fmt: skip
         line = [str(python), "-P", "-m", "server.cli.main", "cluster"]
         line += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]

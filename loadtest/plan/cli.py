@@ -72,8 +72,15 @@ class PlanFlags:
     ] = None
     workers: Annotated[int, make_flag(SERVER, "number of workers of a node", min=1)] = 1
     nodes: Annotated[int, make_flag(SERVER, "number of nodes, over which the models are distributed", min=1)] = 1
+    regions: Annotated[
+        int,
+        make_flag(SERVER, "number of regions, each of so many nodes; each serves every model to its clients", min=1),
+    ] = 1
     replicas: Annotated[int, make_flag(SERVER, "number of nodes that serve each model in turn", min=1)] = 1
     lose_at: Annotated[float | None, make_flag(SERVER, "second at which a node is lost; default never")] = None
+    lose_region_at: Annotated[
+        float | None, make_flag(SERVER, "second at which a region is lost, whose clients then ask the others")
+    ] = None
     policy: Annotated[str, make_flag(SERVER, "eviction policy: " + ", ".join(POLICIES))] = EVICTION_POLICY
     loader_threads: Annotated[int, make_flag(SERVER, "number of loads that a worker runs at a time", min=1)] = (
         LOADER_THREADS
@@ -110,6 +117,8 @@ def plan(asked: PlanFlags) -> None:
         plan for real requests, which `fleetcast serve --access-log` recorded
     fleetcast-load plan --models 1000000 --rate 10000 --nodes 4 --workers 7 --loader-threads 16 --lose-at 150
         plan for several machines and the loss of one
+    fleetcast-load plan --models 1000000 --rate 10000 --regions 3 --nodes 4 --workers 3 --lose-region-at 150
+        plan for three regions of four machines each, and the loss of one
     """  # noqa: D301 -- click's mark for "do not wrap"
     try:
         found = _simulate_plan(asked)
@@ -185,14 +194,25 @@ def calibrate_server(
 def _simulate_plan(asked: PlanFlags) -> PlanFindings:
     """Simulate the demand on the machines of the flags. Raises EXPECTED for what a user can fix."""
     demand = _make_demand(asked)
-    loss = None if asked.lose_at is None else Loss(0, asked.lose_at)
+    loss = _choose_loss(asked)
     slab = _parse_bytes(asked.slab)
-    base = Machines(0, asked.workers, asked.nodes, asked.replicas, loss, asked.policy, slab, asked.loader_threads)
+    base = Machines(
+        0, asked.workers, asked.nodes, asked.replicas, loss, asked.policy, slab, asked.loader_threads, asked.regions
+    )
     wanted = Promise(asked.p99_ms, asked.hit_ratio, availability=asked.availability)
     console.print(f"{demand.said}; {demand.fleet_bytes / 1e6:,.1f} MB of models")
     costs = read_costs(asked.costs) if asked.costs else DEFAULT
     sizes = _choose_sizes(asked.cache, base, demand)
     return _compute_findings(demand, costs, base, sizes, wanted, asked.prices or EXAMPLE, asked.seed)
+
+
+def _choose_loss(asked: PlanFlags) -> Loss | None:
+    """Return what is lost, and when. Raises ValueError for two losses."""
+    if asked.lose_at is not None and asked.lose_region_at is not None:
+        raise ValueError("a plan has one loss: omit lose_at or lose_region_at")
+    if asked.lose_region_at is not None:
+        return Loss(-1, asked.lose_region_at)
+    return None if asked.lose_at is None else Loss(0, asked.lose_at)
 
 
 def _make_demand(asked: PlanFlags) -> Demand:

@@ -42,7 +42,10 @@ class Promise:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A kind of machine: `needed` of them reach the targets (`found`), `nodes` keep enough up; or `why` it cannot."""
+    """A kind of machine: `needed` of them reach the targets (`found`), `nodes` keep enough up; or `why` it cannot.
+
+    Both are of one region; `monthly` is for all regions.
+    """
 
     machine: Machine
     needed: int = 0
@@ -91,7 +94,7 @@ def _find_offer(
         return Offer(machine, why=f"the costs were measured on {costs.device}, this one has {machine.device}")
     if machine.cache_bytes // machine.workers < max(base.slab_bytes, int(demand.charge.max())):
         return Offer(machine, why="its memory has no room for a model in each worker")
-    least = max(1, ceil(_count_workers(demand, there, base.loader_threads) / machine.workers))
+    least = max(1, ceil(_count_workers(demand, there, base.loader_threads) / base.regions / machine.workers))
     if least > most:
         return Offer(machine, why=f"takes {least} of them; more than {most} are not looked at")
     tried: dict[int, SimulationResult] = {}
@@ -106,7 +109,7 @@ def _find_offer(
         last = max(tried)
         return Offer(machine, why=f"{last} of them: {promise.missed(tried[last])}")
     nodes = count_nodes(needed, prices.availability, promise.availability)
-    return Offer(machine, needed, nodes, prices.monthly(machine, nodes), tried[needed])
+    return Offer(machine, needed, nodes, prices.monthly(machine, nodes * base.regions), tried[needed])
 
 
 def _count_workers(demand: Demand, costs: Costs, loader_threads: int) -> float:

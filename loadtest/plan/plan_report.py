@@ -83,10 +83,12 @@ class PlanFindings:
         if best is not None and best.found is not None:
             fits, cache = count_models_that_fit(self.demand, best.found.machines), best.found.machines.cache_bytes
             there = f"{best.needed} x {best.machine.name}, with {_format_size(cache)} of cache each"
+            there += _format_regions(best.found.machines)
             yield f"{fits:,} of them fit on {there}."
             yield f"{_format_tail(best.found)}."
             spare = f", {best.nodes - best.needed} of them to spare" if best.nodes > best.needed else ""
-            yield f"{best.nodes} x {best.machine.name}{spare}: {self.prices.money(best.monthly)} a month."
+            each = f"{best.nodes} x {best.machine.name}{spare}{_format_regions(best.found.machines)}"
+            yield f"{each}: {self.prices.money(best.monthly)} a month."
         else:
             yield "No machine of the price table keeps the promise."
         machine, instances, alone = find_cheapest_alone(self.prices, models, self.promise)
@@ -112,6 +114,7 @@ class PlanFindings:
         rows = [self._row(found) for found in self.sizes]
         machines = self.sizes[0].machines
         where = f"{_format_count(machines.nodes, 'node')} of {_format_count(machines.workers, 'worker')}"
+        where += _format_regions(machines)
         error = max(found.error for found in self.sizes)
         slow = "; loads wait for loader threads" if any(found.loading > LOADING for found in self.sizes) else ""
         sure = f"; hit ratios to {2 * error:.3f}, since some workers speak for others" if error else ""
@@ -143,7 +146,10 @@ class PlanFindings:
             if found.after is not None
         ]
         head = ["cache", "hit ratio", "p99 ms", "hit ratio after", "p99 ms after"]
-        return ReportTable("When a node is lost", head, rows, says="the whole time, and what came after the loss")
+        loss = self.sizes[0].machines.loss
+        what = "a region" if loss is not None and loss.is_of_region else "a node"
+        says = "the whole time, and what came after the loss; what was lost is in neither"
+        return ReportTable(f"When {what} is lost", head, rows, says=says)
 
     def _by_machine(self) -> ReportTable:
         head = ["machine", "needed", "with spares", "a month", "hit ratio", "p99 ms", "why not"]
@@ -212,6 +218,10 @@ def _offer_as_json(offer: Offer) -> dict[str, Any]:
 
 def _format_count(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count > 1)}"
+
+
+def _format_regions(machines: Machines) -> str:
+    return f" in each of {machines.regions} regions" if machines.regions > 1 else ""
 
 
 def _format_size(count: int) -> str:

@@ -37,15 +37,23 @@ def list_models(demand: Demand, asked: Int64) -> list[SimulatedModel]:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A node that is lost at this second."""
+    """A node of the first region that is lost at this second; -1: all nodes of that region."""
 
     node: int
     at_s: float
 
+    @property
+    def is_of_region(self) -> bool:
+        """Whether the whole first region is lost, whose clients then ask the others in turn."""
+        return self.node < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Machines:
-    """`nodes` of `workers` workers each and `cache_bytes` for their caches together; each model on `replicas` nodes."""
+    """`nodes` of `workers` workers each and `cache_bytes` for their caches together; each model on `replicas` nodes.
+
+    Each of `regions` has so many nodes, serves every model to its own clients, and no request leaves it.
+    """
 
     cache_bytes: int
     workers: int = 1
@@ -55,12 +63,15 @@ class Machines:
     policy: str = EVICTION_POLICY
     slab_bytes: int = SLAB_BYTES
     loader_threads: int = LOADER_THREADS
+    regions: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.replicas <= self.nodes:
             raise ValueError(f"{self.replicas} replicas of each model need as many nodes, not {self.nodes}")
-        if self.loss is not None and not 0 <= self.loss.node < self.nodes > 1:
-            raise ValueError("a node can be lost only where others stay")
+        if self.loss is None:
+            return
+        if self.regions == 1 if self.loss.is_of_region else not self.loss.node < self.nodes > 1:
+            raise ValueError("a node or a region can be lost only where others stay")
 
     def cache(self) -> Cache:
         """Make an empty cache of one worker. Raises ValueError if it is smaller than a slab."""
@@ -143,17 +154,20 @@ class _WorkerResult:
 
 
 class _PlacedDemand:
-    """The worker of each request. A worker is a number: its node times the workers per node, plus its index there."""
+    """The worker of each request. A worker is a number: its node times the workers per node, plus its index there.
+
+    Nodes are numbered through the regions. Clients of a region ask for each model as often as those of the others.
+    """
 
     def __init__(self, placement: Placement, machines: Machines) -> None:
         demand = self.demand = placement.demand
         self.machines = machines
         models, loss = len(demand.names), machines.loss
-        self.lost_node = -1 if loss is None else loss.node
+        self.lost_workers: Int64 = _list_lost(machines)
         self.homes = placement.homes(machines.workers)
         self.nodes = placement.nodes(machines.nodes, machines.replicas + 1)  # the replicas, and the next node
         self.lost: Int64 = np.full(models, machines.nodes, np.int64)  # [models] the rank of the lost node
-        if loss is not None:
+        if loss is not None and not loss.is_of_region:
             found = self.nodes == loss.node
             self.lost = np.where(found.any(axis=1), found.argmax(axis=1), machines.nodes)
         self.worker = self._workers(demand.schedule, loss)
@@ -164,9 +178,8 @@ class _PlacedDemand:
 
     def chosen(self, most: int) -> list[tuple[int, float]]:
         """The workers to simulate, and how many workers each represents; never one whose node is lost."""
-        each = self.machines.workers
-        load = np.bincount(self.worker, minlength=self.machines.nodes * each)
-        alive = sorted((w for w in range(len(load)) if w // each != self.lost_node), key=lambda w: -load[w])
+        load = np.bincount(self.worker, minlength=_count_all_workers(self.machines))
+        alive = sorted(set(range(len(load))) - set(self.lost_workers.tolist()), key=lambda worker: -load[worker])
         room = max(3, round(most / max(1.0, float(load[alive].mean()))))
         others = alive[1:]
         picked = others[:: max(1, -(-len(others) // (room - 1)))]
@@ -174,7 +187,7 @@ class _PlacedDemand:
 
     def requests(self, since_s: float = 0.0) -> int:
         """Return the number of requests for all workers from which `chosen` samples."""
-        stays = self.worker // self.machines.workers != self.lost_node
+        stays = ~np.isin(self.worker, self.lost_workers)
         return int((stays & (self.demand.schedule.at >= since_s)).sum())
 
     def run(self, worker: int, weight: float, costs: Costs, seed: int) -> _WorkerResult:
@@ -194,12 +207,38 @@ class _PlacedDemand:
     def _workers(self, schedule: Schedule, loss: Loss | None) -> Int64:
         """Return the worker of each request [n]: a model's replicas take turns; the next node replaces a lost one."""
         machines, count = self.machines, np.arange(len(schedule.at))
+        region = _assign_regions(len(schedule.at), machines.regions)
         line = count % machines.replicas
         if loss is not None:
-            after = schedule.at >= loss.at_s
-            turn = count % min(machines.replicas, machines.nodes - 1)
-            line = np.where(after, turn + (self.lost[schedule.model] <= turn), line)
-        return self.nodes[schedule.model, line] * machines.workers + self.homes[schedule.model]
+            after = (schedule.at >= loss.at_s) & (region == 0)
+            if loss.is_of_region:
+                region = np.where(after, 1 + count % (machines.regions - 1), region)
+            else:
+                turn = count % min(machines.replicas, machines.nodes - 1)
+                line = np.where(after, turn + (self.lost[schedule.model] <= turn), line)
+        node = region * machines.nodes + self.nodes[schedule.model, line]
+        return node * machines.workers + self.homes[schedule.model]
+
+
+def _count_all_workers(machines: Machines) -> int:
+    return machines.regions * machines.nodes * machines.workers
+
+
+def _list_lost(machines: Machines) -> Int64:
+    """Return the workers that a loss takes."""
+    loss, each = machines.loss, machines.workers
+    if loss is None:
+        return np.arange(0)
+    if loss.is_of_region:
+        return np.arange(machines.nodes * each)
+    return np.arange(loss.node * each, (loss.node + 1) * each)
+
+
+def _assign_regions(requests: int, regions: int) -> Int64:
+    """Return the region [requests] whose client makes each request; drawn, so that no model has a region of its own."""
+    if regions == 1:
+        return np.zeros(requests, np.int64)
+    return np.random.default_rng([regions, requests]).integers(0, regions, requests)
 
 
 def _combine_workers(machines: Machines, parts: Sequence[_WorkerResult], requests: int) -> SimulationResult:

@@ -14,13 +14,13 @@ import ray
 import structlog
 from ray import serve
 
+from server.cluster.addresses import describe_node
 from server.cluster.directory import Directory, DirectoryFollower, Entry
 from server.cluster.engine import Engine, EngineFailed
 from server.cluster.options import ReplicaOptions, parse_options
 from server.cluster.passing import Passing, Receive, Scope, Send
 from server.cluster.request_router import NODE
 from server.cluster.slots import Slot, claim_slot
-from server.front.nodes.membership import Node
 from server.host import read_host
 from server.settings import Settings
 
@@ -104,7 +104,7 @@ class EngineReplica:
             self._follower.prepare()
             engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock)
             actor = self._context.replica_id.to_full_id_str()
-            self._follower.enter(Entry(_describe(slot.name, engine), actor, os.getpid()))
+            self._follower.enter(Entry(describe_node(slot.name, engine.addresses), actor, os.getpid()))
             self._engine = engine
             log.info("replica", node=slot.name, addresses=dict(engine.addresses))
 
@@ -127,14 +127,6 @@ def _write_secret(path: Path, secret: str) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secret)
-
-
-def _describe(name: str, engine: Engine) -> Node:
-    def place(listener: str) -> str:
-        return engine.addresses[listener].partition("://")[2]
-
-    at = engine.addresses
-    return Node(name, place("node"), place("metrics"), at["management"], at["inference"])
 
 
 __all__ = ["EngineFailed", "EngineReplica", "make_app"]

@@ -30,6 +30,7 @@ from server.ipc.frames import CacheResult, Partial, Response, Tier
 from server.ipc.handler_calls import AnswerHead, decode_head
 from server.ipc.operations import (
     ActualsReply,
+    DescribeNode,
     KnownModel,
     ListKnownModels,
     LoadForClient,
@@ -483,6 +484,10 @@ class DataPlane:
             return await self._ask_supervisor(RecordActuals(list(items)), deadline)
         finally:
             self._recording -= 1
+
+    async def describe_node(self, deadline: float) -> bytes:
+        """What this server does, for another node's viewers. Raises Refused."""
+        return await self._ask_supervisor(DescribeNode(), deadline)
 
     async def _ask_supervisor(self, asked: Operation[Reply], deadline: float) -> Reply:
         """The supervisor's reply. Raises Refused."""

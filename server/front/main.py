@@ -29,6 +29,7 @@ from server.ipc.operations import (
     AskedOfFront,
     AwaitConnections,
     ConnectWorkers,
+    DescribeNodes,
     Drain,
     Exemplar,
     JoinAsFront,
@@ -100,12 +101,8 @@ class Front:
                 if self._cluster is not None:
                     await self._cluster.join()
                 return None
-            case ScrapeMetrics():
-                links = self._app.plane.links
-                self._metrics.show_under_way({worker: len(link.backlog) for worker, link in links.items()})
-                return self._metrics.text()
-            case ListExemplars():
-                return [_make_exemplar(*each) for each in self._metrics.list_examples()]
+            case ScrapeMetrics() | ListExemplars() | DescribeNodes():
+                return await self._report(operation)
             case Ping():
                 return repr(self)
             case Drain():
@@ -114,6 +111,16 @@ class Front:
                 return None
             case _:
                 assert_never(operation)
+
+    async def _report(self, operation: ScrapeMetrics | ListExemplars | DescribeNodes) -> object:
+        """What the supervisor shows of this front, and of the nodes that it is linked to."""
+        if isinstance(operation, DescribeNodes):
+            return [] if self._cluster is None else await self._cluster.describe_nodes(operation.within_s)
+        if isinstance(operation, ListExemplars):
+            return [_make_exemplar(*each) for each in self._metrics.list_examples()]
+        links = self._app.plane.links
+        self._metrics.show_under_way({worker: len(link.backlog) for worker, link in links.items()})
+        return self._metrics.text()
 
     async def sweep(self) -> None:
         """Sweep the data plane for as long as the front lives."""

@@ -193,6 +193,10 @@ class RecordActuals(Operation[ActualsReply]):
     items: list[ObservedPrices]
 
 
+class DescribeNode(Operation[bytes]):
+    """What this server does, for another node's viewers: a part of `GET /fleet/overview`, as JSON."""
+
+
 AskedByFront: TypeAlias = (
     JoinAsFront
     | Ready
@@ -204,6 +208,7 @@ AskedByFront: TypeAlias = (
     | LoadForClient
     | UnloadForClient
     | RecordActuals
+    | DescribeNode
 )
 AskedByWorker: TypeAlias = JoinAsWorker | Ready | Fatal | ReportOverrun
 
@@ -291,8 +296,37 @@ class AwaitConnections(Operation[None]):
     """Answered when the front is connected to all workers that `ConnectWorkers` named last."""
 
 
+class NodeView(Struct, frozen=True):
+    """A node of the table as this front sees it. `state`: here, linked, silent or lost; the addresses as announced.
+
+    `summary`: what it said to `DescribeNode`; empty where it was not asked or did not answer, and `why` not.
+    """
+
+    name: str
+    state: str
+    inference: str = ""
+    management: str = ""
+    metrics: str = ""
+    summary: bytes = b""
+    why: str = ""
+
+
+class DescribeNodes(Operation[list[NodeView]]):
+    """The nodes of the table by name; those that answer within `within_s` (0: none is asked) say what they do."""
+
+    within_s: float
+
+
 AskedOfFront: TypeAlias = (
-    Ping | Drain | ScrapeMetrics | ListExemplars | ConnectWorkers | AwaitConnections | SetReleases | SetRegistrations
+    Ping
+    | Drain
+    | ScrapeMetrics
+    | ListExemplars
+    | ConnectWorkers
+    | AwaitConnections
+    | SetReleases
+    | SetRegistrations
+    | DescribeNodes
 )
 
 # --- the supervisor asks a worker -----------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ FLEET = Protocol(
         Route("GET", "/fleet/aliases", "aliases", "All aliases"),
         Route("GET", "/fleet/processes", "processes", "Fronts and workers"),
         Route("GET", "/fleet/overview", "overview", "What the fleet is doing, in counts since the server's start"),
+        Route("GET", "/fleet/nodes", "nodes", "The nodes of the cluster: how each is, and what it does"),
         Route("GET", "/fleet/sample/{model}", "sample", "The request of the golden sample, or an example"),
         Route("POST", "/fleet/try/{model}", "try", "Answer a request as a client's, to try a model", (JSON,),
               schema="any_object"),
@@ -61,7 +62,10 @@ METRICS = Protocol(
     "metrics",
     "Metrics",
     "Prometheus",
-    (Route("GET", "/metrics", "metrics", "All series, merged over all processes", gives=(TEXT,)),),
+    (
+        Route("GET", "/metrics", "metrics", "All series, merged over all processes", gives=(TEXT,)),
+        Route("GET", contract.TARGETS_PATH, "targets", "The metrics listeners of all nodes, for Prometheus"),
+    ),
     (401, 403, 503),
     "error_object",
 )

@@ -28,7 +28,7 @@ from starlette.routing import Route
 from model_store.names import InvalidModelName, ModelName, parse_model_name, parse_versioned_name
 from server.access.sites import Sites
 from server.access.tls import open_tls
-from server.contract import EVENTS_PATH
+from server.contract import EVENTS_PATH, TARGETS_PATH
 from server.errors import Situation
 from server.host import raise_open_files_limit
 from server.http_listener import Listener, make_listener
@@ -40,6 +40,7 @@ from server.sdk import __version__
 from server.settings import Settings
 from server.supervisor.access_control import PROTECTED, AccessControl, listener_hosts, open_tokens, read_secrets
 from server.supervisor.actuals.api import list_accuracy_routes
+from server.supervisor.cluster_view import ClusterView
 from server.supervisor.console.routes import list_console_routes
 from server.supervisor.docs_routes import list_docs_routes
 from server.supervisor.exemplars import render_open_metrics, wants_open_metrics
@@ -132,6 +133,7 @@ def management_app(supervisor: Supervisor, addresses: Mapping[str, str]) -> Star
 def _list_status_routes(supervisor: Supervisor) -> list[Route]:
     """How the server is, and what it does."""
     shared = Overview(supervisor.metrics, partial(_describe_server, supervisor))
+    cluster = supervisor.cluster = ClusterView(supervisor.settings.node_name, supervisor.fronts, shared)
 
     async def ready(_: Request) -> Response:
         found = supervisor.readiness()
@@ -143,12 +145,16 @@ def _list_status_routes(supervisor: Supervisor) -> list[Route]:
     async def overview(_: Request) -> Response:
         return JSONResponse(await shared.read())
 
+    async def nodes(_: Request) -> Response:
+        return JSONResponse(await cluster.read())
+
     async def ping(_: Request) -> Response:
         return JSONResponse({"status": "Healthy"})
 
     return [
         Route("/fleet/processes", processes),
         Route("/fleet/overview", overview),
+        Route("/fleet/nodes", nodes),
         Route("/ping", ping),
         Route("/ready", ready),
     ]
@@ -160,6 +166,7 @@ def _describe_server(supervisor: Supervisor) -> dict[str, object]:
     return {
         "version": __version__,
         "store": supervisor.settings.store,
+        "node": supervisor.settings.node_name,
         "ready": ready["ready"],
         "processes": supervisor.processes(),
     }
@@ -176,7 +183,7 @@ def _list_model_server_routes(supervisor: Supervisor) -> list[Route]:
 def metrics_app(supervisor: Supervisor) -> Starlette:
     """`/metrics`, merged over all processes. `?name[]=` leaves only families of these names, as TorchServe has it.
 
-    Prometheus asks for OpenMetrics, which has exemplars.
+    Prometheus asks for OpenMetrics, which has exemplars. `/targets` tells it the nodes (its HTTP service discovery).
     """
     clock = CpuClock()
 
@@ -199,11 +206,16 @@ def metrics_app(supervisor: Supervisor) -> Starlette:
             return Response(body, media_type=media_type)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def targets(request: Request) -> Response:
+        assert supervisor.cluster is not None, "the management listener has made it"
+        found = await supervisor.cluster.list_targets(request.url.netloc)
+        return JSONResponse([{"targets": found, "labels": {}}])
+
     async def describe(_: Request) -> Response:
         return reply(encode_pretty(describe_metrics()))
 
-    routes = [Route("/metrics", metrics), Route("/", describe, methods=["OPTIONS"])]
-    return Starlette(routes=routes, exception_handlers={HTTPException: refuse_path})
+    routes = [Route("/metrics", metrics), Route(TARGETS_PATH, targets), Route("/", describe, methods=["OPTIONS"])]
+    return Starlette(routes=routes, exception_handlers={HTTPException: refuse_path, ControlError: _control_error})
 
 
 def bind_socket(host: str, port: int, name: str) -> socket.socket:

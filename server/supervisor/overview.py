@@ -7,8 +7,8 @@ answer is made at most once a second, however many viewers ask: it asks every pr
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Generic, TypeVar
 
 from prometheus_client.metrics_core import Metric
 
@@ -18,8 +18,29 @@ from server.metrics import MergedMetrics
 
 FRESH_S = 1.0  #: for how long an answer serves all viewers
 
+Made = TypeVar("Made")
 Series = dict[str, float]  #: values by the label that a viewer tells apart
 Buckets = dict[str, Any]  #: `bounds` in seconds or rows, `counts` up to and with each (the last: all), `sum`
+
+
+class SharedAnswer(Generic[Made]):
+    """An answer that is made at most once in FRESH_S, for all who ask within it."""
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, Made]], clock: Callable[[], float]) -> None:
+        self._make, self._clock = make, clock
+        self._made: asyncio.Task[Made] | None = None
+        self._made_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<SharedAnswer made at {self._made_at:.1f}>"
+
+    async def read(self) -> Made:
+        """The answer for now, at most FRESH_S old. Viewers that ask meanwhile wait for the one that is made."""
+        made = self._made
+        if made is None or (made.done() and self._clock() - self._made_at >= FRESH_S):
+            self._made_at = self._clock()
+            made = self._made = asyncio.create_task(self._make())
+        return await asyncio.shield(made)  # a viewer that leaves does not take it from the others
 
 
 class Overview:
@@ -32,20 +53,15 @@ class Overview:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`describe_server` says what no metric does: version, store, readiness, processes."""
-        self._read_metrics, self._describe_server, self._clock = read_metrics, describe_server, clock
-        self._made: asyncio.Task[dict[str, object]] | None = None
-        self._made_at = 0.0
+        self._read_metrics, self._describe_server = read_metrics, describe_server
+        self._shared = SharedAnswer(self._make, clock)
 
     def __repr__(self) -> str:
-        return f"<Overview made at {self._made_at:.1f}>"
+        return f"<Overview {self._shared!r}>"
 
     async def read(self) -> dict[str, object]:
-        """The answer for now, at most FRESH_S old. Viewers that ask meanwhile wait for the one that is made."""
-        made = self._made
-        if made is None or (made.done() and self._clock() - self._made_at >= FRESH_S):
-            self._made_at = self._clock()
-            made = self._made = asyncio.create_task(self._make())
-        return await asyncio.shield(made)  # a viewer that leaves does not take it from the others
+        """The answer for now."""
+        return await self._shared.read()
 
     async def _make(self) -> dict[str, object]:
         merged = await self._read_metrics()
@@ -62,6 +78,7 @@ def summarise_metrics(families: Iterable[Metric]) -> dict[str, object]:
     return {
         "requests": _sum_events_by(find(contract.INFERENCE_REQUESTS), "code"),
         "requests_by_protocol": _sum_events_by(find(contract.INFERENCE_REQUESTS), "protocol"),
+        "forwarded": _sum_by(find(contract.FORWARDED), "").get("", 0.0),
         "request_seconds": _sum_buckets(find(contract.INFERENCE_SECONDS)),
         "queue_seconds": _sum_buckets(find(contract.QUEUE)),
         "under_way": _sum_by(find(contract.UNDER_WAY), "worker"),

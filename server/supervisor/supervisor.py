@@ -28,6 +28,7 @@ from server.ipc.operations import (
     AwaitConnections,
     CallManagement,
     ConnectWorkers,
+    DescribeNode,
     EndTrial,
     Exemplar,
     Fatal,
@@ -66,6 +67,7 @@ from server.supervisor.actuals.market_metrics import MarketFamilies
 from server.supervisor.actuals.rollout import ActualsRollout, greet_worker
 from server.supervisor.actuals.service import ActualsService
 from server.supervisor.children import Child, Children
+from server.supervisor.cluster_view import ClusterView
 from server.supervisor.fleet_operations import FleetOperations
 from server.supervisor.host_files import (
     StartFailed,
@@ -155,6 +157,7 @@ class Supervisor:
         self._log_keeper: asyncio.Task[None] | None = None
         self._fronts_gone = asyncio.Event()
         self._listen: Sequence[socket.socket] = ()
+        self.cluster: ClusterView | None = None  #: what the management listener shows of the nodes
         self.management: App | None = None  #: the management API with its checks, for calls that come by gRPC
 
     def __repr__(self) -> str:
@@ -278,21 +281,34 @@ class Supervisor:
                 self._quarantine.add(model, reason)
                 self._announce_quarantine()
                 return None
-            case TrySuspect(model, for_s, lost):
-                return await self._trials.begin(child.name, model, for_s, lost)
-            case EndTrial(model, lost):
-                waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
-                self._trials.end(child.name, model, lost if waits else -1)
-                return None
+            case TrySuspect() | EndTrial():
+                return await self._try_suspect(child, operation)
             case CallManagement() | ManageModels():
                 return await self._manage(operation)
             case ListKnownModels() | LoadForClient() | UnloadForClient() | RecordActuals():
                 return await self._serve_client(operation)
+            case DescribeNode():
+                return await self._describe_node()
             case Fatal(error):
                 self._note_failed_start(child, error)
                 return None
             case _:
                 assert_never(operation)
+
+    async def _try_suspect(self, child: Child, operation: TrySuspect | EndTrial) -> object:
+        """A front wants to run a suspect alone, or has done so."""
+        model, lost = operation.model, operation.lost
+        if isinstance(operation, TrySuspect):
+            return await self._trials.begin(child.name, model, operation.for_s, lost)
+        waits = 0 <= lost < len(self.workers) and self.workers[lost].ready.is_set()
+        self._trials.end(child.name, model, lost if waits else -1)
+        return None
+
+    async def _describe_node(self) -> bytes:
+        """What this server does, for viewers of another node."""
+        if self.cluster is None:
+            raise ControlError("the server is starting; try again", Situation.NOT_READY)
+        return await self.cluster.describe_own()
 
     async def _manage(self, operation: CallManagement | ManageModels) -> object:
         """Answer a client of an archived server's management API that has come to a front."""

@@ -16,6 +16,29 @@ from tests.docker.test_images import DOCKER
 
 RAY = DOCKER / "ray"
 PAGE = DOCKER.parent / "docs/cluster.md"
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+PARAMETERS = {"type": "object", "additionalProperties": TEXT}
+TEMPLATE = {"type": "object", "required": ["spec"]}  # pods have a schema of their own
+
+
+def describe_object(fields: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    """The schema of an object that has these fields and no others."""
+    return {"type": "object", "properties": fields, "required": required, "additionalProperties": False}
+
+
+#: What KubeRay 1.7's definition of a RayService (ray.io/v1) says of the fields that the file has. The API server drops
+#: what is misspelt without a word.
+HEAD = describe_object({"rayStartParams": PARAMETERS, "template": TEMPLATE}, ["template"])
+WORKERS = describe_object(
+    {"groupName": TEXT, "replicas": COUNT, "minReplicas": COUNT, "maxReplicas": COUNT, "rayStartParams": PARAMETERS,
+     "template": TEMPLATE},
+    ["groupName", "minReplicas", "maxReplicas", "template"],
+)  # fmt: skip
+CLUSTER = describe_object(
+    {"rayVersion": TEXT, "headGroupSpec": HEAD, "workerGroupSpecs": {"type": "array", "items": WORKERS}},
+    ["headGroupSpec"],
+)
+SERVICE = describe_object({"serveConfigV2": TEXT, "rayClusterConfig": CLUSTER}, ["rayClusterConfig"])
 SESSION = {"name": "RAY_SERVE_SESSION_ID_HEADER_KEY", "value": HEADER_TARGET_MODEL}
 
 
@@ -46,12 +69,13 @@ def test_arguments_are_the_programs(name: str) -> None:
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 def test_kubernetes_takes_the_pods_and_the_service(version: str) -> None:
-    """KubeRay's own kind has no schema in a package; what it is made of has one, which knows no other fields."""
+    """Kubernetes' schemas of the service and the pods know no other fields, nor does KubeRay's of what is above."""
+    above = pytest.importorskip("jsonschema", reason="jsonschema is missing: `make venv` brings it")
     schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing: `make venv` brings it")
     service, ray = read_documents(RAY / "kuberay.yaml")
     schemas.validate(service, version, strict=True)
     assert (ray["apiVersion"], ray["kind"]) == ("ray.io/v1", "RayService")
-    assert ray["spec"].keys() <= {"serveConfigV2", "rayClusterConfig"}
+    above.validate(ray["spec"], SERVICE)
     for template in list_pods():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, "spec": template["spec"]}
         schemas.validate(pod, version, strict=True)
@@ -76,9 +100,14 @@ def test_pods_are_rays_and_the_servers() -> None:
     assert float(container["resources"]["requests"]["cpu"]) >= options.cpus
     assert node["spec"]["terminationGracePeriodSeconds"] > settings.drain_s + LONGEST_END_S
     assert service["spec"]["selector"] == node["metadata"]["labels"]
-    assert {port["targetPort"] for port in service["spec"]["ports"]} == {settings.inference_port}
-    (mount,) = container["volumeMounts"]
-    assert settings.disk_cache.parent.as_posix() == mount["mountPath"], "a folder of its own below the volume"
+    served = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
+    assert served == {"inference": settings.inference_port, "metrics": settings.metrics_port}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert settings.disk_cache.parent.as_posix() == mounts["cache"], "a folder of its own below the volume"
+    assert settings.tokens is not None, "the metrics listener is open to other hosts"
+    assert settings.tokens.parent.as_posix() == mounts["tokens"]
+    assert settings.metrics_host == "0.0.0.0"
+    assert settings.allowed_hosts == [service["metadata"]["name"]], "Prometheus asks by the service's name"
 
 
 def test_the_page_names_what_there_is() -> None:

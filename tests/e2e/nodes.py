@@ -1,12 +1,15 @@
 """Several servers on this host as the nodes of a cluster, without Ray: who writes the table of nodes is the test."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from server.cluster.addresses import describe_node
+from server.front.nodes.membership import NodeTable
 from tests.e2e.server import Server, run_server
 from tests.s3 import S3Server
 
@@ -22,9 +25,9 @@ class Nodes:
 
     def write(self, *names: str) -> None:
         """Have these nodes in the table, at the addresses that they announced."""
-        nodes = [{"name": name, "address": self.servers[name].addresses["node"].partition("://")[2]} for name in names]
+        table = NodeTable([describe_node(name, self.servers[name].addresses) for name in names])
         draft = self.file.with_suffix(".new")
-        draft.write_text(json.dumps({"nodes": nodes}))
+        draft.write_bytes(msgspec.json.encode(table))
         draft.replace(self.file)
 
     def holders(self) -> dict[str, set[str]]:

@@ -50,6 +50,7 @@ class RayCluster:
     mark: str
     log: Path
     proxy: str  #: address of Ray's HTTP proxy
+    dashboard: str  #: where Ray's own command line deploys
     http: httpx.Client
 
     def do(self, command: str, **arguments: Any) -> Any:
@@ -70,6 +71,15 @@ class RayCluster:
                 return found
         raise AssertionError(f"the driver ended: {self.log.read_text()[-3000:]}")
 
+    def run_serve(self, *arguments: str) -> str:
+        """What Ray's own `serve ARGUMENTS` prints. Raises AssertionError with its words where it fails."""
+        command = [str(make_ray_python().parent / "serve"), *arguments, "--address", self.dashboard]
+        own = {"HOME": str(self.log.parent), "PYTHONPATH": str(ROOT)}
+        variables = {**keep_variables(), **own, "NO_PROXY": "*", "RAY_AUTH_MODE": "disabled"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S, env=variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
     def list_servers(self) -> dict[str, Server]:
         """The replicas' servers by name."""
         return {row["name"]: self.wrap(row) for row in self.do("list_nodes")}
@@ -81,7 +91,7 @@ class RayCluster:
 
 @contextmanager
 def run_ray(s3: S3Server, folder: Path) -> Iterator[RayCluster]:
-    """Ray with its head alone; it ends with the block, and so does all that it has started.
+    """Ray with its head alone, and the dashboard; it ends with the block, and so does all that it has started.
 
     A raylet ends itself where its agents take longer than 15 s to start, as on a busy machine: then Ray is started
     again.
@@ -104,7 +114,8 @@ def run_ray(s3: S3Server, folder: Path) -> Iterator[RayCluster]:
 
 
 def _start_driver(s3: S3Server, folder: Path) -> RayCluster:
-    home, log, port, mark = folder / "home", folder / "driver.log", find_free_port(), uuid.uuid4().hex
+    home, log, mark = folder / "home", folder / "driver.log", uuid.uuid4().hex
+    port, dashboard = find_free_port(), find_free_port()
     home.mkdir(parents=True)
     variables = {
         MARK: mark,
@@ -112,6 +123,7 @@ def _start_driver(s3: S3Server, folder: Path) -> RayCluster:
         "NO_PROXY": "*",
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "disabled",
+        "RAY_DASHBOARD_PORT": str(dashboard),
         "RAY_PORT": str(port),
         "RAY_SERVE_SESSION_ID_HEADER_KEY": "X-Amzn-SageMaker-Target-Model",
         "RAY_TMPDIR": _short_folder(mark),
@@ -129,7 +141,7 @@ def _start_driver(s3: S3Server, folder: Path) -> RayCluster:
             env={**keep_variables(), **s3.env, **variables},
         )  # fmt: skip
     http = httpx.Client(timeout=PATIENCE_S, trust_env=False)
-    return RayCluster(process, mark, log, f"http://127.0.0.1:{port}", http)
+    return RayCluster(process, mark, log, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http)
 
 
 def _end_driver(cluster: RayCluster) -> None:

@@ -31,7 +31,10 @@ class Driver:
     """The cluster: a head, and nodes that come and go."""
 
     def __init__(self) -> None:
-        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=describe_node(HEAD_CPUS))
+        head = describe_node(HEAD_CPUS)
+        if port := os.environ.get("RAY_DASHBOARD_PORT"):  # through which Ray's own command line deploys
+            head |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": int(port)}
+        self._cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self._nodes: list[Any] = []
         ray.init(address=self._cluster.address, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["RAY_PORT"])})

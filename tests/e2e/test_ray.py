@@ -10,15 +10,18 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from server.contract import home_weight
 from server.front.nodes.membership import number_node
 from server.settings import Settings
+from tests.docker.test_images import DOCKER
 from tests.e2e.models import Question, pack_fleet
 from tests.e2e.ray_cluster import RayCluster, run_ray
 from tests.e2e.server import Answer, Load, Server, upload
@@ -139,6 +142,54 @@ def test_replicas_nodes_settings_and_the_head_come_and_go(
         _lose_a_node(ray, options, load)
     problems = [outcome for outcome in load.outcomes if outcome.problem]
     assert not problems, f"{len(problems)} of {len(load.outcomes)} answers: {problems[:3]}"
+
+
+@pytest.mark.timeout(900)
+def test_rays_own_tools_deploy_the_file(s3: S3Server, store: str, tmp_path: Path, ray: RayCluster) -> None:
+    """`serve deploy` with docker/ray/serve.yaml, whose store, secret and ports are this test's: both replicas answer
+    for all models, and so does Ray's proxy. Deployed again with other settings, the nodes keep their names, and models
+    come back from their disks; `serve status` says that it runs.
+    """
+    upload(s3, store, MODELS[:20])
+    config = yaml.safe_load((DOCKER / "ray/serve.yaml").read_text())
+    config["http_options"]["port"] = int(ray.proxy.rpartition(":")[2])
+    (application,) = config["applications"]
+    own = make_options(f"s3://{store}", tmp_path / "disk")
+    settings = {"device": "cpu", "disk_cache": str(tmp_path / "disk"), "drain_s": 10, "log_format": "json"}
+    ports = {"inference_port": 0, "management_port": 0, "metrics_port": 0, "host": "127.0.0.1"}
+    application["args"]["settings"] |= {"store": f"s3://{store}", **settings, **ports}
+    application["args"] |= {"cpus": 1.0, "per_host": 2, "secret": own["secret"], "host": "127.0.0.1"}
+    file = tmp_path / "serve.yaml"
+    before: dict[str, Server] = {}
+    for rows in (512, 64):
+        application["args"]["settings"]["max_batch_rows"] = rows
+        file.write_text(yaml.safe_dump(config))
+        ray.run_serve("deploy", str(file))
+        wait_until(partial(_is_deployed, ray, before), "Ray runs the application")
+        servers = wait_for(ray, 2)
+        for server in (*servers.values(), ray.wrap({"inference": ray.proxy})):
+            for question in QUESTIONS[:20]:
+                assert _ask(ray, server.url, question)
+        assert not before or servers.keys() == before.keys(), "the nodes have their old names"
+        before = servers
+    assert count_loads(*servers.values(), tier="store") == 0, "all models were on the nodes' disks"
+
+
+def _is_deployed(ray: RayCluster, before: dict[str, Server]) -> bool:
+    """All replicas serve, none of them as it was before."""
+    said = ray.run_serve("status")
+    status = yaml.safe_load(said[said.index("proxies:") :])
+    servers = ray.list_servers()
+    fresh = {name for name, server in servers.items() if name not in before or server.url != before[name].url}
+    return status["applications"]["fleetcast"]["status"] == "RUNNING" and len(fresh) == 2
+
+
+def _ask(ray: RayCluster, url: str, question: Question) -> bool:
+    headers = {"X-Amzn-SageMaker-Target-Model": question.model, "Content-Type": "application/json"}
+    reply = ray.http.post(f"{url}/invocations", content=question.body, headers=headers)
+    assert reply.status_code == httpx.codes.OK, reply.text
+    question.check(reply.content)
+    return True
 
 
 def _ask_through_the_proxy(ray: RayCluster, servers: dict[str, Server]) -> None:

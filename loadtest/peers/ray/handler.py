@@ -24,14 +24,21 @@ FOLDER, PORT, MODELS, TEMP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sy
 class MultiplexedModel:
     """Body {"x": [8][168]} -> {"predictions": [[24][5]]}."""
 
+    def __init__(self) -> None:
+        self.loads = 0
+
     @serve.multiplexed(max_num_models_per_replica=MODELS)
     async def network(self, model: str) -> PlainTcn:
         """Read a model's weights; Ray keeps the most recently used ones."""
+        self.loads += 1
         return load_network(os.path.join(FOLDER, model))  # noqa: PTH118 -- as in Ray's own examples
 
     async def __call__(self, request: Request) -> Any:
-        """The header serve_multiplexed_model_id names the model."""
-        network = await self.network(serve.get_multiplexed_model_id())
+        """The header serve_multiplexed_model_id names the model; without it the answer counts the loads so far."""
+        model = serve.get_multiplexed_model_id()
+        if not model:
+            return {"loads": self.loads}
+        network = await self.network(model)
         x = torch.tensor((await request.json())["x"], dtype=torch.float32)
         with torch.inference_mode():
             return {"predictions": network(x[None]).tolist()}

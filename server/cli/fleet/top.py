@@ -4,7 +4,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from typing import Annotated
 
@@ -18,6 +18,7 @@ from server.cli.fleet.rows import BAD_STATES, Row, count_answers, find_reason, f
 from server.cli.terminal import verbatim
 
 SHOWN_MODELS, SHOWN_FAILURES = 10, 5
+HEALTHY_NODES = ("here", "linked")
 NOTHING = "-"  #: what stands where nothing was observed
 MANY = 10  #: from here on numbers need no decimals
 
@@ -36,8 +37,8 @@ def top(
 ) -> None:
     """Show what a running server is doing: requests, times, cache, loads, memory, workers, busiest and failed models.
 
-    Rates and times are those of the last interval. Ctrl-C ends it. Where standard output is no terminal, readings
-    follow each other.
+    A node of a cluster also shows the others. Rates and times are those of the last interval. Ctrl-C ends it. Where
+    standard output is no terminal, readings follow each other.
 
     \b
     fleetcast top
@@ -57,7 +58,9 @@ def top(
 
 def _print_json(management: Management, interval: float, *, once: bool) -> None:
     while True:
-        print(json.dumps(management.get("/fleet/overview")), flush=True)  # noqa: T201 -- the answer
+        found = management.get("/fleet/overview")
+        shown = {**found, "nodes": management.get("/fleet/nodes")["nodes"]} if found.get("node") else found
+        print(json.dumps(shown), flush=True)  # noqa: T201 -- the answer
         if once:
             return
         time.sleep(interval)
@@ -66,13 +69,15 @@ def _print_json(management: Management, interval: float, *, once: bool) -> None:
 def _read_pages(management: Management, interval: float, *, models: bool, once: bool) -> Iterator[RenderableType]:
     """A page for each interval that has passed."""
     before, earlier = management.get("/fleet/overview"), _list_by_name(management) if models else {}
+    nodes_before = _list_nodes(management, before)
     for _ in range(1) if once else count():
         time.sleep(interval)
         now, rows = management.get("/fleet/overview"), _list_by_name(management) if models else {}
+        nodes = _list_nodes(management, now)
         change = Change(before, now)
-        parts = [make_summary(change), make_processes(now)]
+        parts = [make_summary(change), *([make_nodes(nodes_before, nodes)] if nodes else []), make_processes(now)]
         yield Group(*parts, *([make_busiest(earlier, rows, change.seconds), make_failed(rows)] if models else []))
-        before, earlier = now, rows
+        before, earlier, nodes_before = now, rows, nodes
 
 
 def _show(pages: Iterator[RenderableType]) -> None:
@@ -87,6 +92,11 @@ def _show(pages: Iterator[RenderableType]) -> None:
 
 def _list_by_name(management: Management) -> dict[str, Row]:
     return {row["model"]: row for row in management.list_models()}
+
+
+def _list_nodes(management: Management, overview: Reading) -> list[Row]:
+    """The cluster's nodes, where the server is one of them; an older server says nothing of it."""
+    return management.get("/fleet/nodes")["nodes"] if overview.get("node") else []
 
 
 def make_summary(change: Change) -> RenderableType:
@@ -166,6 +176,43 @@ def make_processes(now: Reading) -> RenderableType:
             str(each["incarnation"] - 1),
         )
     return table
+
+
+def make_nodes(before: Sequence[Row], nodes: Sequence[Row]) -> RenderableType:
+    """The nodes of the cluster; one that does not answer, is not ready or misses a worker is red."""
+    table = make_table("node", "state", ">answers/s", ">failed/s", ">hits", ">p99", ">models", "memory", "management")
+    earlier = {row["name"]: row["does"] for row in before}
+    for row in nodes:
+        does = row["does"]
+        state = describe_node_state(row)
+        shown = verbatim(state, "" if state in HEALTHY_NODES else "red")
+        if does is None:
+            table.add_row(verbatim(row["name"]), shown, *[""] * 6, verbatim(row["management"]))
+            continue
+        change = Change(earlier.get(row["name"]) or does, does)
+        failed = sum(change.list_failed().values())
+        numbers = [
+            _number((change.count("requests") - failed) / change.seconds),
+            _number(failed / change.seconds),
+            _percent(change.share("cache_requests", "hit")),
+            _milliseconds(change.buckets("request_seconds").quantile(0.99)),
+            _number(sum(does["loaded_models"].values())),
+            _describe_memory(does),
+        ]
+        table.add_row(verbatim(row["name"]), shown, *numbers, verbatim(row["management"]))
+    return table
+
+
+def describe_node_state(row: Row) -> str:
+    """In words: how this node's front sees the other one, and what that says of its workers."""
+    does = row["does"]
+    if row["state"] not in HEALTHY_NODES or does is None:
+        return f"{row['state']}: {row['why']}" if row["why"] else str(row["state"])
+    if not does["ready"]:
+        return "not ready"
+    if does["workers_up"] < does["workers"]:
+        return f"{does['workers_up']} of {does['workers']} workers"
+    return str(row["state"])
 
 
 def make_busiest(earlier: Mapping[str, Row], rows: Mapping[str, Row], seconds: float) -> RenderableType:

@@ -33,9 +33,10 @@ from server.front.nodes.handshake import ListeningHandshake, NotProven, read_sec
 from server.front.nodes.membership import Node, NodesFile, number_node
 from server.front.nodes.node_gate import NodeGate
 from server.front.nodes.node_link import LOAD, UNLOAD, NodeLink, connect_to_node, make_client_context
+from server.front.nodes.node_views import describe_nodes
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import CHUNK
-from server.ipc.operations import LoadForClient, UnloadForClient
+from server.ipc.operations import LoadForClient, NodeView, UnloadForClient
 from server.ipc.pulse import PulseReader
 from server.metrics import FrontMetrics
 from server.routing import WorkerLoad
@@ -155,6 +156,10 @@ class ClusterPlane(DataPlane):
         except WorkerLost:
             raise Refused(Situation.WORKER_LOST, "the model's node was lost meanwhile; try again") from None
         return bytes(response.body).decode()
+
+    async def describe_nodes(self, within_s: float) -> list[NodeView]:
+        """Every node of the table, for viewers of this one: see `DescribeNodes`."""
+        return await describe_nodes(self._nodes, self._node_links, self.router.silent, self.here, within_s)
 
     def note_loss(self, worker: int) -> None:
         """Suspects are the lost node's own: its workers may live on."""

@@ -16,7 +16,7 @@ import structlog
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
 from server.front.dataplane import ClientGone, DataPlane, InferRequest, InferResponse, InferStats, RefusedByWorker
-from server.front.nodes.node_link import BEAT, LOAD, UNLOAD, set_socket_options
+from server.front.nodes.node_link import BEAT, DESCRIBE, LOAD, UNLOAD, set_socket_options
 from server.ipc.frames import (
     CHUNK,
     CacheResult,
@@ -108,6 +108,10 @@ class NodeGate(RequestConnection):
             if request.content_type in (LOAD, UNLOAD):
                 version = await self._control(request)
                 self._respond(request.id, _NO_STATS, "", version.encode())
+                return
+            if request.content_type == DESCRIBE:
+                said = await self._plane.describe_node(request.deadline_ns / 1e9)
+                self._respond(request.id, _NO_STATS, "application/json", said)
                 return
             response = await self._plane.infer(_make_request(request))
             if response.is_streamed:

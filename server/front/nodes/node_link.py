@@ -25,6 +25,7 @@ DEAD_MS = 4000
 BEAT = "application/vnd.fleetcast.beat"  #: content type of a request that no model is asked by
 LOAD = "application/vnd.fleetcast.load"  #: of one that loads its model, answered with the version
 UNLOAD = "application/vnd.fleetcast.unload"
+DESCRIBE = "application/vnd.fleetcast.describe"  #: of one that asks what the node does, for a viewer elsewhere
 
 
 class NodeLink(WorkerLink):
@@ -61,6 +62,10 @@ class NodeLink(WorkerLink):
         call = self.call("", BEAT, "", deadline, b"")
         self._beats = {call.id}
         return call
+
+    def describe(self, deadline: float) -> WorkerCall:
+        """Ask what the node does."""
+        return self.call("", DESCRIBE, "", deadline, b"")
 
     def send(self, frame: Request | Response | Cancel | Credit | Held | Partial | Stages) -> None:
         """Send a frame; a request's times become spans."""

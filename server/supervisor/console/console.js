@@ -143,6 +143,51 @@ async function readOverview() {
   if (readings.length > 1) showCharts(readings.slice(1).map((reading, i) => summarise(readings[i], reading)));
 }
 
+// --- the other nodes, where the server is one of a cluster -----------------------------------------------------------------
+
+const nodesBefore = new Map(); // name -> what the node said it does, at the reading before
+
+function describeNode(row) {
+  const does = row.does, isUp = row.state === "here" || row.state === "linked";
+  if (!isUp || !does) return { text: row.why ? `${row.state}: ${row.why}` : row.state, isWell: false };
+  if (!does.ready) return { text: "not ready", isWell: false };
+  if (does.workers_up < does.workers) return { text: `${does.workers_up} of ${does.workers} workers`, isWell: false };
+  return { text: row.state, isWell: true };
+}
+
+function summariseNode(before, now) {
+  const seconds = Math.max(now.at - before.at, 1e-3), asked = change(before, now, "cache_requests");
+  const capacity = now.cache_capacity_bytes.device;
+  return [
+    change(before, now, "requests", (code) => code < 400) / seconds,
+    change(before, now, "requests", (code) => code >= 400) / seconds,
+    asked ? 100 * change(before, now, "cache_requests", (result) => result === "hit") / asked : null,
+    milliseconds(quantile(subtract(before.request_seconds, now.request_seconds), 0.99)),
+    total(now.loaded_models),
+    capacity ? 100 * (now.cache_bytes.device || 0) / capacity : null,
+    total(now.under_way),
+  ];
+}
+
+async function readNodes() {
+  if (!readings.at(-1)?.node) return;
+  const { nodes, why } = await ask("/fleet/nodes");
+  at("cluster").hidden = false;
+  const states = nodes.map(describeNode), well = states.filter((each) => each.isWell).length;
+  at("nodes-count").textContent = why || `${well} of ${nodes.length} nodes are well`;
+  at("nodes-count").className = well < nodes.length || why ? "bad" : "";
+  at("nodes").replaceChildren(...nodes.map((row, i) => {
+    const line = make("tr"), does = row.does;
+    make("th", row.name, line).scope = "row";
+    make("td", states[i].text, line, states[i].isWell ? "" : "bad");
+    const numbers = does ? summariseNode(nodesBefore.get(row.name) ?? does, does) : Array(7).fill(null);
+    for (const value of numbers) make("td", formatNumber(value), line, "number");
+    make("td", row.management, line);
+    if (does) nodesBefore.set(row.name, does);
+    return line;
+  }));
+}
+
 // --- models ----------------------------------------------------------------------------------------------------------
 
 const held = (row) => row.holders.filter((each) => each.bytes !== undefined);
@@ -414,4 +459,5 @@ at("try").addEventListener("click", tryModel);
 at("model").addEventListener("close", () => { open = null; });
 showHeads();
 repeat(readOverview, READ_MS);
+repeat(readNodes, READ_MS);
 repeat(followModels, LOOK_MS);

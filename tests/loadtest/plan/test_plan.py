@@ -232,6 +232,25 @@ def test_a_node_is_lost() -> None:
         assert found.after.cold * found.after.requests == pytest.approx(replicas * 400 / 3, rel=0.2)
 
 
+def test_regions_are_machines_of_their_own() -> None:
+    """Three regions with three times the requests do as one alone: no region has another's models for it. When one is
+    lost, its clients' requests are in the others, which hold these models: none is cold, and none is lost.
+    """
+    for room in (400, 150):
+        one, three = (
+            simulate(Placement(make_profile_demand(Profile(400, rate), 60, 60, str(SLAB))), machines, PLAIN)
+            for rate, machines in ((100.0, make_room(room)), (300.0, replace(make_room(room), regions=3)))
+        )
+        assert three.simulated == 3
+        assert three.hit_ratio == pytest.approx(one.hit_ratio, abs=0.02)
+    asked = make_profile_demand(Profile(400, 300.0, zipf=0.0), 60, 60, str(SLAB))
+    found = simulate(Placement(asked), replace(make_room(400), regions=3, loss=Loss(-1, 30.0)), PLAIN)
+    assert found.after is not None
+    assert found.after.requests == int((asked.schedule.at >= 30.0).sum())
+    assert found.after.hit_ratio > 0.999
+    assert found.requests == pytest.approx(len(asked.schedule.at) * (1 / 2 * 2 / 3 + 1 / 2), rel=0.05)
+
+
 def test_some_workers_speak_for_the_rest() -> None:
     """Three of sixteen workers simulated: the hit ratio is that of all within what the plan says it is off by."""
     asked = make_profile_demand(Profile(4_000, 800.0, zipf=0.6), 60, 30, str(SLAB))
@@ -285,6 +304,8 @@ def test_machines_that_cannot_be() -> None:
         Machines(SLAB, nodes=2, replicas=3)
     with pytest.raises(ValueError, match="only where others stay"):
         Machines(SLAB, loss=Loss(0, 1.0))
+    with pytest.raises(ValueError, match="only where others stay"):
+        Machines(SLAB, nodes=2, loss=Loss(-1, 1.0))
     with pytest.raises(ValueError, match="no eviction policy 'fifo'"):
         Machines(8 * SLAB, slab_bytes=SLAB, policy="fifo").cache()
 
