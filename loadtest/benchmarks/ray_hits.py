@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from loadtest.peers.comparison import SEED
-from loadtest.peers.servers import PeerServer, send_request
+from loadtest.peers.peer_server import PeerServer, send_request
 from loadtest.record import summarise_spread
 from server.contract import CACHE_REQUESTS
 
