@@ -26,8 +26,8 @@ from rich.console import Console
 
 from handlers.forecasters import build_family
 from loadtest import record
-from loadtest.benchmarks.cold_thousand import OK, Connection
 from loadtest.benchmarks.core import write_bodies, write_fleet
+from loadtest.benchmarks.steady_hits import OK, Connection
 from loadtest.fleets.network_shape import CONFIG as TCN
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import wait_until

@@ -95,6 +95,7 @@ def build_steps(
             *measures,
             code=code,
             describe_row=describe_row if survivors else describe_no_row,
+            threads=settings.loader_threads,
         ),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
