@@ -13,7 +13,7 @@ import torch
 from handlers import kinds
 from handlers.base import Family, Float32
 from handlers.kinds import BuiltModel, RowModel, RunRow, SingleModel, Target
-from handlers.kinds.kept_rows import RowKind
+from handlers.kinds.kept_rows import makes_rows
 from handlers.work import SessionLimits, WorkLimits
 from model_store.archives.archive import Archive
 from model_store.archives.manifest import GoldenSample
@@ -222,7 +222,7 @@ class ModelLoader:
         if self._code is not None and self._code.runs(model, found.archive):
             code = self._code.prepare(model, found.archive)
             return UnpackedCode(code, found.version, found.tier, found.store_s, found.validated_at, found.stale)
-        is_row = isinstance(kinds.find_kind(found.archive), RowKind)
+        is_row = makes_rows(kinds.find_kind(found.archive))
         built, golden = (
             self._build_proven(model, found.archive)
             if is_row
