@@ -36,14 +36,14 @@ IN_PARALLEL = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit clean
+.PHONY: help venv protos run forecast-demo load test-fast test test-s3 test-ray fuzz chaos check format docs docs-site bench bench-code bench-peers bench-ray gpu gpu-steps scale lock audit wheel clean
 
 help: ## what can be done
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## the environment .venv, made once and again when pyproject.toml changes
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml handlers/codecs/_quick_numbers.c
 	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c '$(FITS)' || { \
 	  echo "Python 3.11 or 3.12 is needed: apt-get install python3.11 python3.11-venv, or pyenv; PYTHON3=... names one"; \
 	  exit 1; }
@@ -89,7 +89,7 @@ check: $(READY) ## lint, format, types, import arrows, dead code
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
-	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py
+	$(BIN)/python -m mypy docker/audit.py docker/dashboard.py docs/write_reference.py docs/write_comparison.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m vulture
 
@@ -103,7 +103,7 @@ scale: $(READY) ## 10,000 archives and 5,000 residents: does anything grow? minu
 bench-code: $(READY) ## archives with code beside Multi Model Server, a record; under ten minutes; needs wrk and Java
 	@$(BIN)/fleetcast-load bench code $(ARGS)
 
-bench-peers: $(READY) ## the same weights on TorchServe, MMS, MLServer and Ray Serve; installs each apart; half an hour
+bench-peers: $(READY) ## the same weights on Triton, Mosec, Ray Serve, TorchServe and others; installs each apart; half an hour
 	@$(BIN)/fleetcast-load bench peers $(ARGS)
 
 bench-ray: $(READY) ## a cluster on Ray beside Ray's own multiplexing; a quarter of an hour
@@ -131,13 +131,20 @@ lock: $(TOOLS_READY) ## docker/*.lock: the images' packages with hashes (ARGS=--
 audit: $(TOOLS_READY) ## known vulnerabilities of what the images install (ARGS=--warn-unreachable without a network)
 	@$(TOOLS)/bin/python docker/audit.py $(TOOLS)/bin/pip-audit $(ARGS)
 
-docs: $(READY) ## the generated pages of docs/reference, and Grafana's dashboard
+docs: $(READY) ## the generated pages of docs/reference, the comparison's figures, and Grafana's dashboard
 	$(BIN)/python docs/write_reference.py
+	$(BIN)/python docs/write_comparison.py
 	$(BIN)/python docker/dashboard.py > docker/grafana/dashboards/fleetcast.json
 
 docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it is read without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
 	@echo "read it: site/index.html"
+
+wheel: $(READY) ## dist/*.whl with the compiled part, for every Python from 3.11 on; needs a C compiler
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+	@unzip -l dist/*.whl | grep -q _quick_numbers || { \
+	  echo "the wheel has no compiled part: apt-get install gcc libc6-dev"; exit 1; }
 
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
 	cd $(PROTOS) && $(abspath $(BIN))/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=descriptors.binpb *.proto
@@ -146,5 +153,5 @@ bench: $(READY) ## benchmarks with dated records (ARGS=warm, cold or memory for 
 	$(BIN)/fleetcast-load bench core $(or $(ARGS),all)
 
 clean: ## what was made here: environment, demo fleet, caches
-	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build site *.egg-info
+	rm -rf .venv .venv-cuda .tools .fleetcast .hypothesis .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site *.egg-info handlers/codecs/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +

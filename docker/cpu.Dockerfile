@@ -14,6 +14,9 @@ RUN python -m venv /opt/fleetcast && \
       --find-links "$TORCH_WHEELS" -r docker/requirements.lock
 
 FROM dependencies AS program
+# For handlers/codecs/_quick_numbers.c; the image that is shipped has no compiler.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY handlers handlers

@@ -36,11 +36,14 @@ BENCHMARKS: Mapping[str, CommandModule] = {
     "first-gpu": CommandModule("benchmarks.first_gpu", "the first ten minutes on a real GPU; `make gpu` runs it"),
     "gpu": CommandModule("benchmarks.gpu", "steps on a GPU, without HTTP"),
     "many-models": CommandModule("benchmarks.many_models", "one call for many models beside a call for each"),
+    "goals": CommandModule(
+        "benchmarks.goals", "what one archive reaches when it is refitted, beside the project's goals"
+    ),
     "markets": CommandModule("benchmarks.markets", "accuracy of real prices through a running server"),
     "overload": CommandModule(
         "benchmarks.overload", "one to three times the peak: answers in time, late ones, refusals"
     ),
-    "peers": CommandModule("benchmarks.peers", "the same weights on TorchServe, MMS, MLServer and Ray Serve"),
+    "peers": CommandModule("benchmarks.peers", "the same weights on Triton, Mosec, Ray Serve, TorchServe and others"),
     "planner": CommandModule("benchmarks.planner", "the planner's prediction beside a real server"),
     "prefetch": CommandModule("benchmarks.prefetch", "latency of a market's ticks with and without prefetch"),
     "ray": CommandModule("benchmarks.ray_serve", "a cluster on Ray beside Ray's own multiplexing; needs wrk"),

@@ -1,7 +1,8 @@
 """Shifts the quantile levels of forecasts by offsets that were learnt from past errors. No torch.
 
 An offset is in widths of the forecast's own band, so that it widens a wide band by more than a narrow one. Estimated
-by `handlers.evaluation.conformal`, carried by the archive, applied where network numbers have become prices.
+by `handlers.evaluation.conformal`, carried by the archive, applied where network numbers have become prices. A sample
+path is shifted by the offset of its rank at that step, and keeps its rank: paths stay what they are, one above another.
 """
 
 from collections.abc import Sequence
@@ -40,17 +41,24 @@ class BandCalibration:
     """The offsets of one archive. Safe in several threads: its only state is replaced as a whole."""
 
     def __init__(self, forecast: ForecastSpec, offsets: Float32, low: float, high: float) -> None:
-        """`offsets` [rows, levels] are in widths of the band between the levels `low` and `high`."""
+        """`offsets` [D?, rows, levels] are in widths of the band between the levels `low` and `high`."""
         self._forecast, self._unit = forecast, (low, high)
         self._offsets = offsets.astype(np.float64)
         places = (forecast.quantile_levels.index(level) for level in (low, high))
         self._low, self._high = ((..., slice(place, place + 1)) for place in places)
+        self._band = np.empty(0)  #: weights [paths, 1] of sorted paths, whose sum is the width of the band
+        if forecast.paths:
+            ranks = np.array(forecast.trained_levels)
+            levels, rows = forecast.quantile_levels, self._offsets.reshape(-1, self._offsets.shape[-1])
+            spread = [np.interp(ranks, levels, row) for row in rows]
+            self._offsets = np.stack(spread).reshape(*self._offsets.shape[:-1], len(ranks))
+            self._band = (_weigh_ranks(high, ranks) - _weigh_ranks(low, ranks))[:, None]
         self.growth = 1 + 2 * float(np.abs(self._offsets).max())  #: most times that a shifted price is larger
         self._step_s, self._length = parse_step_seconds(forecast.frequency), forecast.prediction_length
         self._last: tuple[str, Float64] = ("", self._offsets)
 
     def __repr__(self) -> str:
-        rows, levels = self._offsets.shape
+        rows, levels = self._offsets.shape[-2:]
         return f"<BandCalibration of {levels} levels, {rows} rows>"
 
     @property
@@ -68,7 +76,7 @@ class BandCalibration:
         return BandCalibration(self._forecast, (self._offsets + offsets).astype(np.float32), *self._unit)
 
     def shift(self, prices: Float64, starts: Sequence[str]) -> Float64:
-        """Shift sorted quantiles [n, prediction, levels], whose first steps are at the stamps `starts`.
+        """Shift sorted quantiles [n, D?, prediction, levels], whose first steps are at the stamps `starts`.
 
         They may cross then. Prices must be at most FLOAT32_MAX / `growth`, so that shifted ones are float32.
         """
@@ -76,9 +84,18 @@ class BandCalibration:
         shifted += prices
         return shifted
 
+    def shift_paths(self, paths: Float64, starts: Sequence[str]) -> Float64:
+        """Shift sample paths [n, prediction, paths] by rank; the highest at a step stays the highest there."""
+        order = np.argsort(paths, axis=-1, kind="stable")
+        ranked = np.take_along_axis(paths, order, -1)
+        shifted = np.sort(ranked + self.find_offsets(starts) * (ranked @ self._band), axis=-1)
+        found = np.empty_like(paths)
+        np.put_along_axis(found, order, shifted, -1)
+        return found
+
     def find_offsets(self, starts: Sequence[str]) -> Float64:
-        """Return the offsets [n or 1, prediction or 1, levels] of forecasts that begin at these stamps."""
-        if len(self._offsets) == 1:
+        """Return the offsets [n or 1, D?, prediction or 1, levels or paths] of forecasts that begin at these stamps."""
+        if self._offsets.shape[-2] == 1:
             return self._offsets
         known, found = self._last
         if len(starts) == 1 and starts[0][11:16] == known:
@@ -86,7 +103,8 @@ class BandCalibration:
         times = [stamp[11:16] for stamp in starts]
         if times.count(known) == len(times):  # forecasts of one archive mostly begin at the same time of day
             return found
-        by_time = {time: self._offsets[list_hours(_parse_time(time), self._step_s, self._length)] for time in times}
+        hours = {time: list_hours(_parse_time(time), self._step_s, self._length) for time in times}
+        by_time = {time: self._offsets[..., places, :] for time, places in hours.items()}
         if len(by_time) == 1:
             self._last = next(iter(by_time.items()))
             return self._last[1]
@@ -113,7 +131,8 @@ def find_unit_band(levels: Float64) -> tuple[int, int] | None:
 def make_calibration(forecast: ForecastSpec) -> BandCalibration | None:
     """Make a calibration that shifts nothing yet; None for an archive whose levels cannot be shifted.
 
-    Those are archives of several products, of sample paths, and of a single level.
+    Those are archives of several products, of sample paths, and of a single level: what prices that come move is for
+    bands of one product.
     """
     levels = np.array(forecast.quantile_levels)
     unit = find_unit_band(levels)
@@ -137,6 +156,13 @@ def list_hours(first_s: int, step_s: int, length: int) -> Hours:
 def count_rows(step_s: int) -> int:
     """Return how many rows of offsets a forecast has: one for each hour, or one where steps do not divide a day."""
     return HOURS if step_s < DAY and DAY % step_s == 0 else 1
+
+
+def _weigh_ranks(level: float, ranks: Float64) -> Float64:
+    """Weigh sorted paths [paths] so that their sum is the quantile at a level, between the two ranks around it."""
+    at = float(np.interp(level, ranks, np.arange(len(ranks))))
+    weights: Float64 = np.maximum(0.0, 1.0 - np.abs(np.arange(len(ranks)) - at))
+    return weights
 
 
 def _parse_time(text: str) -> int:

@@ -88,7 +88,7 @@ class DeepAr:
         budget: RequestBudget | None = None,
         calibration: BandCalibration | None = None,
     ) -> None:
-        """`budget` refuses requests of too many rows, `calibration` shifts the levels of one product's forecast.
+        """`budget` refuses requests of too many rows, `calibration` shifts the levels, or the paths by rank.
 
         Raises ArchiveInvalid if the input recipe cannot be run.
         """
@@ -402,9 +402,12 @@ class DeepAr:
         if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
             raise RunFailed(OVERFLOWS)
         if calibration is not None:  # it has learnt from sorted prices within floor and cap
-            prices = self._clip(prices)
-            prices.sort(axis=-1)  # they are this call's own: `from_network` and `clip` make new arrays
-            prices = calibration.shift(prices, [one.first.stamp for one in asked])
+            prices, starts = self._clip(prices), [one.first.stamp for one in asked]
+            if forecast.paths:
+                prices = calibration.shift_paths(prices, starts)
+            else:
+                prices.sort(axis=-1)  # they are this call's own: `from_network` and `clip` make new arrays
+                prices = calibration.shift(prices, starts)
         for place, one in enumerate(asked):
             if one.fallback is not None:
                 prices[place] = one.fallback if one.first.base is None else one.fallback + one.first.base[:, None]

@@ -37,7 +37,8 @@ from loadtest.peers.comparison import SEED, Models, write_models
 from loadtest.peers.comparison_table import OURS, order_turns
 from loadtest.peers.environments import HERE
 from loadtest.peers.network import PlainMlp
-from loadtest.peers.servers import PeerServer, start_mms, wrap_server
+from loadtest.peers.peer_server import PeerServer
+from loadtest.peers.servers import start_mms, wrap_server
 from server.contract import EVICTIONS, JSON, MODELS_PATH
 
 RECORDED = 7  #: least number of rounds of a record

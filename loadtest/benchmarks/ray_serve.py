@@ -32,8 +32,9 @@ from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import find_free_port
 from loadtest.peers.comparison import CLOSE, SEED, Models, write_models
 from loadtest.peers.environments import find_requirements, make_environment, parse_pins
+from loadtest.peers.peer_server import PeerServer
 from loadtest.peers.process_tree import ProcessTree, read_log_end, start_process
-from loadtest.peers.servers import PeerServer, start_ray
+from loadtest.peers.servers import start_ray
 from server.contract import JSON
 
 RECORDED = 5  #: least number of rounds of a record

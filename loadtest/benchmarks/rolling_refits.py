@@ -46,13 +46,14 @@ class Recipe:
     epochs: float = 0.0
     scaling: Scaling = "asinh"
     levels: tuple[float, ...] = LEVELS
+    parts: str = ""  #: of a mixture with learnt weights, as `--architecture` names them
 
     @property
     def flags(self) -> list[str]:
         """The flags of the command: the levels, and what differs from its defaults."""
-        found = ["--architecture", self.architecture]
+        found = ["--architecture", *([self.parts, "--stack"] if self.parts else [self.architecture])]
         found += ["--members", str(self.members)] if self.members > 1 else []
-        found += ["--config", self.config] if self.config != "{}" else []
+        found += ["--config", self.config] if self.config != "{}" and not self.parts else []
         found += ["--epochs", f"{self.epochs:g}"] if self.epochs else []
         found += ["--scaling", self.scaling] if self.scaling != "asinh" else []
         return [*found, "--quantiles", ",".join(map(str, self.levels))]

@@ -3,7 +3,8 @@
 import json
 import shutil
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loadtest.driver.dialects import DIALECTS, ClientDialect
@@ -32,6 +33,7 @@ class WrkTarget:
     body: Path
     content_type: str
     dialect: ClientDialect = DIALECTS["sagemaker"]  #: the protocol, which places the model's name
+    headers: Mapping[str, str] = field(default_factory=dict)  #: of the body, besides those of the protocol
 
 
 def require_wrk() -> None:
@@ -44,8 +46,11 @@ def run_wrk(target: WrkTarget, connections: int, seconds: float) -> WrkResult:
     """Run wrk for so many whole seconds. Raises RuntimeError if any request failed, because errors may be fast."""
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(SCRIPT), target.url, "--"]
     command += [str(target.body), str(target.count), target.suffix, target.content_type, target.dialect.path]
-    command += [part for header in target.dialect.headers.items() for part in header]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + 60)
+    command += [part for header in {**target.dialect.headers, **target.headers}.items() for part in header]
+    # It has a session of its own, because Linux shares processors out by session, and servers differ in whose they are.
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=seconds + 60, start_new_session=True
+    )
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
     found = json.loads(line.removeprefix("RESULT "))
     if found["errors"]:

@@ -18,14 +18,14 @@ from safetensors.numpy import save_file
 from handlers.forecasters import build_family, random_tensors
 from handlers.kinds import ArchiveParts, pack_model
 from loadtest.driver import wrk
-from loadtest.driver.dialects import encode_npy
+from loadtest.driver.request_bodies import RequestBody
 from loadtest.fleets.network_shape import CONFIG as TCN
-from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_NPY, order_turns, summarize_runs
+from loadtest.peers.comparison_table import CONNECTIONS, OURS, OURS_WAYS, order_turns, summarize_runs
+from loadtest.peers.encodings import Encode, encode_json
 from loadtest.peers.environments import PeerUnavailable
-from loadtest.peers.servers import PeerServer
+from loadtest.peers.peer_server import PeerServer
 from loadtest.record import summarise_spread
 from model_store.archives.manifest import Kind
-from server.contract import JSON
 
 SEED = 7
 WARM_S, IDLE_S = 2, 3
@@ -85,7 +85,7 @@ class Contender:
 
     server: PeerServer
     names: Sequence[str]
-    body: bytes
+    request: RequestBody
     target: wrk.WrkTarget
     found: dict[str, Any]
     stack: ExitStack
@@ -104,7 +104,7 @@ class Contender:
         self.server.tree.signal(signal.SIGCONT)
         try:
             for name in self.names:
-                self.server.ask(name, self.body)
+                self.server.ask(name, self.request)
             yield
         finally:
             self.server.tree.signal(signal.SIGSTOP)
@@ -142,11 +142,11 @@ class PeerComparison:
         version: str,
         start: Callable[[], AbstractContextManager[PeerServer]],
         count: int,
-        media: str = JSON,
+        encode: Encode = encode_json,
     ) -> None:
         """Start a server, load `count` models into it, compare its answers with the plain network's, and warm it.
 
-        Its load are bodies of the type `media`: JSON as the server's protocol has it, or NPY.
+        `encode` writes its request, which is the one that is checked and the one of its load.
         """
         stack = self._stack.enter_context(ExitStack())
         with self.risking(name), ExitStack() as unless_entered:
@@ -155,22 +155,25 @@ class PeerComparison:
             server = stack.enter_context(start())
             stack.callback(server.tree.signal, signal.SIGCONT)  # a stopped process would not handle SIGTERM
             found: dict[str, Any] = {"version": version, "start_s": time.monotonic() - begin}
-            body, names = server.dialect.tensor_body(self.models.x), self.models.names[:count]
+            request, names = encode(self.models.x, server.dialect), self.models.names[:count]
+            found |= {"settings": dict(server.settings), "body": request.content_type, "body_bytes": len(request.body)}
             if not server.fixed:
-                found["load_ms"] = summarise_spread([server.load(each, body) * 1e3 for each in names])
+                found["load_ms"] = summarise_spread([server.load(each, request) * 1e3 for each in names])
             for each in names:
-                self._check(server, each, body)
-            file = self._folder / f"{name}.json"
-            file.write_bytes(body if media == JSON else encode_npy(self.models.x))
-            target = wrk.WrkTarget(name, server.url, count, server.suffix, file, media, server.dialect)
+                self._check(server, each, request)
+            file = self._folder / f"{name}.body"
+            file.write_bytes(request.body)
+            target = wrk.WrkTarget(
+                name, server.url, count, server.suffix, file, request.content_type, server.dialect, request.headers
+            )
             wrk.run_wrk(target, CONNECTIONS[-1], WARM_S)
-            self.contenders[name] = Contender(server, names, body, target, found, stack)
+            self.contenders[name] = Contender(server, names, request, target, found, stack)
             unless_entered.pop_all()
 
-    def _check(self, server: PeerServer, model: str, body: bytes) -> None:
+    def _check(self, server: PeerServer, model: str, request: RequestBody) -> None:
         """Check the answers. Raises RuntimeError if one differs from the plain network."""
         wanted = self.models.answers["m0" if server.fixed else model]
-        got = server.ask(model, body)
+        got = server.ask(model, request)
         if got.shape != wanted.shape or not np.allclose(got, wanted, rtol=CLOSE, atol=CLOSE):
             raise RuntimeError(
                 f"{server.name} answers {got[:3]} ... for {model}, where the weights give {wanted[:3]} ..."
@@ -202,7 +205,7 @@ class PeerComparison:
 
     def results(self) -> dict[str, Any]:
         """Return the results of each server, with their ratios to those of Fleetcast."""
-        ours = {name: self.contenders[name].runs for name in (OURS, OURS_NPY) if name in self.contenders}
+        ours = {name: self.contenders[name].runs for name in OURS_WAYS if name in self.contenders}
         return {
             name: {**each.found, **summarize_runs(each.runs, {} if name.startswith(OURS) else ours)}
             for name, each in self.contenders.items()

@@ -1,7 +1,7 @@
 """The results of a comparison of servers: the order of turns, medians and ratios by round, one table. Pure."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -11,7 +11,36 @@ from loadtest.record import summarise_spread
 
 OURS = "fleetcast"
 OURS_NPY = "fleetcast npy"
+OURS_BINARY = "fleetcast binary"
+OURS_WAYS = (OURS, OURS_NPY, OURS_BINARY)
+PLAIN = "plain"
+TRITON, TRITON_BINARY = "triton", "triton binary"
+MOSEC, MOSEC_BATCH = "mosec", "mosec batch 32"
+RAY_BEST = "ray best"
 CONNECTIONS = (1, 8, 32)
+
+
+class Goal(NamedTuple):
+    """A ratio ours / its of so many connections, which shall be `least` or more, or `most` or less."""
+
+    ours: str
+    its: str
+    connections: int
+    figure: str  #: `requests_per_s` or `p50`
+    least: float = 0.0
+    most: float = float("inf")
+
+    def __str__(self) -> str:
+        bound = f">= {self.least:g}" if self.least else f"<= {self.most:g}"
+        figure = "p50" if self.figure == "p50" else "requests/s"
+        return f"{self.ours} / {self.its}, {figure} at {self.connections}: {bound}"
+
+
+GOALS = (
+    *(Goal(OURS_NPY, TRITON_BINARY, connections, "requests_per_s", least=2.0) for connections in (8, 32)),
+    *(Goal(OURS, TRITON, connections, "requests_per_s", least=2.5) for connections in (8, 32)),
+    *(Goal(OURS, its, 1, "p50", most=1.0) for its in (PLAIN, MOSEC)),
+)
 
 
 def order_turns(servers: Sequence[str], turn: int) -> list[str]:
@@ -50,7 +79,7 @@ def build_table(results: Mapping[str, Any]) -> Table:
     for head in ("", "conns", "requests/s", "p50 ms", "p99 ms", *ratios, "load ms", "MB a model"):
         shown.add_column(head, justify="right" if head else "left", overflow="fold")
     for name, found in results["servers"].items():
-        load, memory = _format_spread(found.get("load_ms")), found.get("mb_per_model")
+        load, memory = format_spread(found.get("load_ms")), found.get("mb_per_model")
         aside = [
             (name, load, "" if memory is None else _format_number(memory)),
             (found["version"], "", ""),
@@ -62,16 +91,44 @@ def build_table(results: Mapping[str, Any]) -> Table:
             shown.add_row(
                 first,
                 str(connections),
-                _format_spread(row["requests_per_s"]),
-                _format_spread(row["p50_ms"]),
+                format_spread(row["requests_per_s"]),
+                format_spread(row["p50_ms"]),
                 _format_number(row["p99_ms"]["median"]),
-                _format_spread(ratio.get("requests_per_s")),
-                _format_spread(ratio.get("p50")),
-                _format_spread(npy.get("requests_per_s")),
+                format_spread(ratio.get("requests_per_s")),
+                format_spread(ratio.get("p50")),
+                format_spread(npy.get("requests_per_s")),
                 *last,
                 end_section=connections == CONNECTIONS[-1],
             )
     return shown
+
+
+def judge_goals(servers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Compare the ratios with the goals: the median of the rounds counts. Servers that were not measured have none."""
+    for goal in GOALS:
+        ratio = servers.get(goal.its, {}).get(f"{goal.connections} connections", {}).get(f"{goal.ours} / it")
+        if ratio is not None:
+            spread = ratio[goal.figure]
+            yield {"goal": str(goal), "ratio": spread, "holds": goal.least <= spread["median"] <= goal.most}
+
+
+def list_goals(results: Mapping[str, Any]) -> list[str]:
+    """The lines of the goals: what each wants, what was reached, and whether that is missed."""
+    return [
+        f"{found['goal']}: {format_spread(found['ratio'])}{'' if found['holds'] else ', missed'}"
+        for found in results["goals"]
+    ]
+
+
+def list_settings(results: Mapping[str, Any]) -> list[str]:
+    """The lines of the settings: what was chosen for each server, whole."""
+    lines = ["Settings:"]
+    for name, found in results["servers"].items():
+        lines.append(f"  {name}: {found['body']} bodies of {found['body_bytes']} bytes")
+        for key, value in found["settings"].items():
+            shown = " ".join(f"{each}={value[each]}" for each in value) if isinstance(value, dict) else str(value)
+            lines.append(f"    {key}: {' '.join(shown.split())}")
+    return lines
 
 
 def describe_servers(results: Mapping[str, Any]) -> list[str]:
@@ -87,7 +144,7 @@ def describe_servers(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _format_spread(found: Mapping[str, float] | None) -> str:
+def format_spread(found: Mapping[str, float] | None) -> str:
     """`12.3 (12.1-12.9)`."""
     return (
         ""

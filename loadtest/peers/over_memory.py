@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loadtest.observe.local_server import run_local_server
-from loadtest.peers.servers import PeerServer, start_ray, wrap_server
+from loadtest.peers.peer_server import PeerServer
+from loadtest.peers.servers import start_ray, wrap_server
 
 MB = 1e6
 SCANS = 3

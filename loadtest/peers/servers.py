@@ -1,108 +1,46 @@
 """Starts every server of the comparison on loopback: Fleetcast, the plain peer, and the others.
 
 Each starter is a context manager that yields a `PeerServer`; it ends all its processes. Settings are what a user would
-choose for small models on a small machine: one worker per model and one thread; all else is the default.
+choose for small models on a small machine: one worker per model and one thread; all else is the default, except for
+`start_best_ray`. What was chosen is in the server's `settings`. Triton and Mosec are in folders of their own.
 """
 
-import http.client
 import json
-import os
 import random
 import shutil
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import urlencode
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from loadtest.driver.dialects import DIALECTS, ClientDialect
+from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import find_free_port, is_reachable
 from loadtest.peers.environments import HERE, PeerUnavailable, make_environment
-from loadtest.peers.plain import serve_plain
-from loadtest.peers.process_tree import ProcessTree, read_log_end, start_process
-from server.contract import JSON
+from loadtest.peers.graphs import export_graph
+from loadtest.peers.network import load_network
+from loadtest.peers.peer_server import (
+    LOAD_S,
+    PeerServer,
+    describe_settings,
+    make_process_environment,
+    post_accepted,
+    wait_for_server,
+)
+from loadtest.peers.plain import FRONT, serve_plain
+from loadtest.peers.plain_worker import OPENVINO
+from loadtest.peers.process_tree import ProcessTree, start_process
 
-START_S = 120.0
-LOAD_S = 120.0
 JAVA = 17
 UNBOUNDED = 100_000  #: most models of a Ray replica, more than any run has
 
-
-@dataclass(frozen=True, slots=True)
-class PeerServer:
-    """A running server. `register` loads a model; if it is None, the first request loads it.
-
-    A `fixed` server has all its models from the start, each with the weights of m0.
-    """
-
-    name: str
-    url: str
-    dialect: ClientDialect
-    suffix: str
-    tree: ProcessTree
-    prepare: Callable[[str], object] = lambda _: None
-    register: Callable[[str], None] | None = None
-    fixed: bool = False
-
-    def __repr__(self) -> str:
-        return f"<PeerServer {self.name} at {self.url}, {self.tree}>"
-
-    def ask(self, model: str, body: bytes) -> npt.NDArray[np.float64]:
-        """Request a model and return the numbers of its response, flat.
-
-        Raises RuntimeError for any status but 200, OSError without a response.
-        """
-        path = self.dialect.path.format(model=quote(model + self.suffix))
-        headers = {key: value.format(model=model + self.suffix) for key, value in self.dialect.headers.items()}
-        status, data = send_request("POST", self.url + path, body, {"Content-Type": JSON, **headers})
-        if status != http.HTTPStatus.OK:
-            raise RuntimeError(f"{self.name} answered {status} for {model}: {data[:200].decode(errors='replace')}")
-        answer = json.loads(data)
-        found = answer["outputs"][0]["data"] if "outputs" in answer else answer["predictions"]
-        return np.asarray(found, np.float64).ravel()
-
-    def load(self, model: str, body: bytes) -> float:
-        """Measure the seconds from registering a model to its first answer, without packing it."""
-        self.prepare(model)
-        begin = time.perf_counter()
-        if self.register is not None:
-            self.register(model)
-        self.ask(model, body)
-        return time.perf_counter() - begin
-
-
 Starter = Callable[..., AbstractContextManager[PeerServer]]
-
-
-def send_request(
-    method: str, url: str, body: bytes = b"", headers: Mapping[str, str] | None = None
-) -> tuple[int, bytes]:
-    """Send one request on a new connection."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=LOAD_S)
-    try:
-        connection.request(method, parts.path + (f"?{parts.query}" if parts.query else ""), body, dict(headers or {}))
-        reply = connection.getresponse()
-        return reply.status, reply.read()
-    finally:
-        connection.close()
-
-
-def post_accepted(name: str, url: str) -> None:
-    """POST without a body. Raises RuntimeError with the response if it is refused."""
-    status, data = send_request("POST", url)
-    if status != http.HTTPStatus.OK:
-        raise RuntimeError(
-            f"{name} refused a model with {status}: {' '.join(data.decode(errors='replace').split())[:200]}"
-        )
 
 
 @contextmanager
@@ -131,8 +69,10 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
         (folder / "config.properties").write_text(_write_properties(name, base, management))
         arguments = [str(folder / "config.properties"), "--start", "--model-store", str(folder / "archives")]
         line = [str(binaries / command[0]), *command[1:], *arguments]
-        with start_process(line, folder, _make_environment(binaries, folder)) as (tree, log):
-            _wait_for(name, f"{base}/ping", tree, log)
+        environment = make_process_environment(binaries, folder)
+        settings = describe_settings(folder, line, environment, config=_write_properties(name, base, management))
+        with start_process(line, folder, environment) as (tree, log):
+            wait_for_server(name, f"{base}/ping", tree, log)
 
             def prepare(model: str) -> None:
                 _pack_peer_archive(name, binaries, models / model, folder / "archives")
@@ -141,7 +81,7 @@ def _model_server(name: str, models: Path, say: Callable[[str], None], command: 
                 query = {"url": f"{model}.mar", "model_name": model, "initial_workers": 1, "synchronous": "true"}
                 post_accepted(name, f"{management}/models?{urlencode(query)}")
 
-            yield PeerServer(name, base, DIALECTS[name], "", tree, prepare, register)
+            yield PeerServer(name, base, DIALECTS[name], "", tree, prepare, register, settings=settings)
 
 
 def _write_properties(name: str, base: str, management: str) -> str:
@@ -190,12 +130,11 @@ def start_mlserver(models: Path, say: Callable[[str], None]) -> Iterator[PeerSer
         (folder / "settings.json").write_text(json.dumps({**settings, "model_repository_root": str(folder)}))
         for file in ("network.py", "mlserver/handler.py"):
             shutil.copy(HERE / file, folder)
-        with start_process([str(binaries / "mlserver"), "start", "."], folder, _make_environment(binaries, folder)) as (
-            tree,
-            log,
-        ):
+        line, environment = [str(binaries / "mlserver"), "start", "."], make_process_environment(binaries, folder)
+        told = describe_settings(folder, line, environment, config=json.dumps(settings))
+        with start_process(line, folder, environment) as (tree, log):
             base = f"http://127.0.0.1:{ports['http_port']}"
-            _wait_for("mlserver", f"{base}/v2/health/live", tree, log)
+            wait_for_server("mlserver", f"{base}/v2/health/live", tree, log)
 
             def prepare(model: str) -> None:
                 (folder / model).mkdir(exist_ok=True)
@@ -206,27 +145,72 @@ def start_mlserver(models: Path, say: Callable[[str], None]) -> Iterator[PeerSer
             def register(model: str) -> None:
                 post_accepted("mlserver", f"{base}/v2/repository/models/{model}/load")
 
-            yield PeerServer("mlserver", base, DIALECTS["v2"], "", tree, prepare, register)
+            yield PeerServer("mlserver", base, DIALECTS["v2"], "", tree, prepare, register, settings=told)
 
 
 @contextmanager
 def start_ray(
-    models: Path, say: Callable[[str], None], most: int = UNBOUNDED, environment: Mapping[str, str] | None = None
+    models: Path,
+    say: Callable[[str], None],
+    most: int = UNBOUNDED,
+    environment: Mapping[str, str] | None = None,
+    handler: Sequence[str] = ("handler.py",),
 ) -> Iterator[PeerServer]:
     """Ray Serve: proxy, controller and one replica that multiplexes at most so many models.
 
-    `environment`: Ray's own variables, which choose its shape.
+    `environment`: Ray's own variables, which choose its shape. `handler`: the application, of those in `ray`, and what
+    it takes besides.
     """
     binaries = make_environment("ray", say) / "bin"
     with tempfile.TemporaryDirectory(prefix="peer-") as text:
         folder, port = Path(text), find_free_port()
-        for file in ("network.py", "ray/handler.py"):
+        for file in ("network.py", f"ray/{handler[0]}"):
             shutil.copy(HERE / file, folder)
-        line = [str(binaries / "python"), "handler.py", str(models), str(port), str(most), str(folder / "ray")]
-        variables = {**_make_environment(binaries, folder), **(environment or {})}
+        line = [
+            str(binaries / "python"),
+            handler[0],
+            str(models),
+            str(port),
+            str(most),
+            str(folder / "ray"),
+            *handler[1:],
+        ]
+        variables = {**make_process_environment(binaries, folder), **(environment or {})}
+        shown = [*line[:2], "MODELS", *line[3:]]
         with start_process(line, folder, variables) as (tree, log):
-            _wait_for("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
-            yield PeerServer("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree)
+            wait_for_server("ray", f"http://127.0.0.1:{port}/-/routes", tree, log, "ready")
+            settings = describe_settings(folder, shown, variables)
+            yield PeerServer("ray", f"http://127.0.0.1:{port}", DIALECTS["ray"], "", tree, settings=settings)
+
+
+@contextmanager
+def start_best_ray(models: Path, say: Callable[[str], None], shape: str) -> Iterator[PeerServer]:
+    """Ray Serve with HAProxy and its options for throughput; `shape`: see `ray/handler_best.py`."""
+    with (
+        tempfile.TemporaryDirectory(prefix="peer-") as text,
+        start_ray(
+            models, say, environment=write_best_variables(Path(text)), handler=("handler_best.py", shape)
+        ) as server,
+    ):
+
+        def prepare(model: str) -> None:
+            export_graph(load_network(str(models / model)), models / model / "model.onnx")
+
+        yield replace(server, prepare=prepare)
+
+
+def write_best_variables(folder: Path) -> dict[str, str]:
+    """Write the variables for HAProxy and throughput; files and ports are its own, since Ray's defaults are shared."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(find_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(find_free_port()),
+    }
 
 
 @contextmanager
@@ -238,14 +222,39 @@ def start_fleetcast(name: str, store: Path) -> Iterator[PeerServer]:
 
 def wrap_server(name: str, local: LocalServer) -> PeerServer:
     """Wrap a running Fleetcast server."""
-    return PeerServer(name, local.inference, DIALECTS["sagemaker"], ".mar", ProcessTree(local.process.pid))
+    kinds = [each["kind"] for each in local.processes()]
+    settings = {
+        "command": "fleetcast serve (defaults)",
+        "fronts": kinds.count("front"),
+        "workers": kinds.count("worker"),
+    }
+    tree = ProcessTree(local.process.pid)
+    return PeerServer(name, local.inference, DIALECTS["sagemaker"], ".mar", tree, settings=settings)
 
 
 @contextmanager
 def start_plain(folder: Path, network: torch.nn.Module, count: int) -> Iterator[PeerServer]:
     """ONNX Runtime behind a socket, see `plain_worker`."""
     with serve_plain(folder, network, count) as (url, pids):
-        yield PeerServer("plain", url, DIALECTS["sagemaker"], "", ProcessTree(*pids), fixed=True)
+        yield _wrap_plain("plain", url, pids, f"onnxruntime {version('onnxruntime')}")
+
+
+@contextmanager
+def start_plain_openvino(
+    folder: Path, network: torch.nn.Module, count: int, say: Callable[[str], None]
+) -> Iterator[PeerServer]:
+    """OpenVINO in the place of ONNX Runtime in the plain peer."""
+    python = str(make_environment("openvino", say) / "bin" / "python")
+    with serve_plain(folder, network, count, "openvino", python) as (url, pids):
+        yield _wrap_plain("plain openvino", url, pids, f"openvino {OPENVINO}")
+
+
+def _wrap_plain(name: str, url: str, pids: Sequence[int], engine: str) -> PeerServer:
+    settings = {
+        "front": " ".join(FRONT),
+        "worker": f"plain_worker.py: one process, {engine}, one thread, a session a model; no checks",
+    }
+    return PeerServer(name, url, DIALECTS["sagemaker"], "", ProcessTree(*pids), fixed=True, settings=settings)
 
 
 PEERS: Mapping[str, Starter] = {
@@ -274,26 +283,3 @@ def require_java() -> None:
         raise PeerUnavailable(
             f"needs Java {JAVA}, found {major or 'none'}: apt-get install openjdk-{JAVA}-jre-headless"
         )
-
-
-def _make_environment(binaries: Path, folder: Path) -> dict[str, str]:
-    """Make the environment of a peer's processes: its own PATH and temporary folder, one thread, no telemetry."""
-    kept = {key: value for key, value in os.environ.items() if key in ("HOME", "LANG", "JAVA_HOME")}
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_ENABLE_TELEMETRY": "0", "PYTHONUNBUFFERED": "1"}
-    paths = {"PATH": f"{binaries}:{os.environ['PATH']}", "TMPDIR": str(folder), "TEMP": str(folder)}
-    return {**kept, **quiet, **paths, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def _wait_for(name: str, url: str, tree: ProcessTree, log: Path, word: str = "") -> None:
-    """Wait until the URL answers 200 (and the log has the word). Raises PeerUnavailable with the end of its output."""
-    begin = time.monotonic()
-    while time.monotonic() - begin < START_S and tree.pids():
-        try:
-            if send_request("GET", url)[0] == http.HTTPStatus.OK and word in log.read_text(errors="replace"):
-                return
-        except (OSError, http.client.HTTPException):
-            pass
-        time.sleep(0.1)
-    waited = time.monotonic() - begin
-    how = f"was not ready within {waited:.0f} s" if tree.pids() else f"ended after {waited:.0f} s before it was ready"
-    raise PeerUnavailable(f"{name} {how}: {read_log_end(log)}")

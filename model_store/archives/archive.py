@@ -136,7 +136,7 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
 
 
 def read_offsets(archive: Archive) -> Float32 | None:
-    """The offsets [rows, levels] of the archive's calibration; None if it has none.
+    """The offsets of the archive's calibration, [rows, levels] or [products, rows, levels]; None if it has none.
 
     Raises:
         ArchiveInvalid: the member is not the one that was packed, or not offsets for the forecast's levels.
@@ -151,7 +151,9 @@ def read_offsets(archive: Archive) -> Float32 | None:
             expected = spec.calibration.sha256
             raise ArchiveInvalid(f"it has sha256 {found}, but {FLEETCAST_JSON} says {expected}; calibrate it again")
         tensors = {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
-        shapes = [(rows, len(spec.forecast.quantile_levels)) for rows in _OFFSET_ROWS]
+        products = len(spec.forecast.products)
+        several = (products,) if products > 1 else ()
+        shapes = [(*several, rows, len(spec.forecast.quantile_levels)) for rows in _OFFSET_ROWS]
         if list(tensors) != [_OFFSETS] or tensors[_OFFSETS].shape not in shapes:
             there = ", ".join(f"{quote_name(name)} {list(each.shape)}" for name, each in list(tensors.items())[:5])
             wanted = " or ".join(str(list(shape)) for shape in shapes)

@@ -318,8 +318,10 @@ class Calibration(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """How far the quantile levels of a forecast are shifted, learnt from its past errors.
 
     `file`: the member, safetensors with the tensor `offsets` [rows, levels], in widths of the band between the levels
-    `low` and `high`. It has a row for each hour of the day, or one row for all steps. `windows`: the number of past
-    forecasts it was learnt from; the last one ended at `until`, on the archive's wall clock.
+    `low` and `high`. It has a row for each hour of the day, or one row for all steps; for D > 1 products it is
+    [D, rows, levels]. Of sample paths, the levels are `quantile_levels`, and a path moves by the offset of its rank
+    among the paths. `windows`: the number of past forecasts it was learnt from; the last one ended at `until`, on the
+    archive's wall clock.
     """
 
     file: MemberPath
@@ -388,8 +390,8 @@ class Spec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         forecast = self.forecast
         if self.kind not in (Kind.FORECASTER, Kind.GRAPH):
             raise ValueError(f"`calibration` belongs to forecasters and graphs, not to kind {self.kind}")
-        if forecast is None or len(forecast.products) > 1 or forecast.paths:
-            raise ValueError("`calibration` belongs to forecasts of one product by quantiles, not by paths")
+        if forecast is None:
+            raise ValueError("`calibration` belongs to archives with a `forecast`")
         levels = forecast.quantile_levels
         if not (calibration.low < calibration.high and {calibration.low, calibration.high} <= set(levels)):
             band = f"{calibration.low} to {calibration.high}"

@@ -71,6 +71,14 @@ class BacktestFlags:
         bool,
         typer.Option("--online", help="also replay the windows with adaptive bands, as `serve --actuals` has them"),
     ] = False
+    refit: Annotated[
+        int,
+        typer.Option(
+            metavar="DAYS",
+            min=0,
+            help="fit each archive's recipe anew so often to the rows before, as `retrain` does; 0: score the archives",
+        ),
+    ] = 0
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="write a report with charts to this file")] = None
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False
 
@@ -94,7 +102,9 @@ def backtest(flags: BacktestFlags) -> None:
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
     Diebold and Mariano. With --online a second table has the coverage of each band as it is and as it would be if a
     server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
-    on: `fleetcast train --train-until`. The exit code is 1 when some markets could not be scored.
+    on: `fleetcast train --train-until`. With --refit DAYS the archives only give their recipes: what forecasts is
+    fitted to the rows before, anew every so many days, as a fleet that is retrained. The exit code is 1 when some
+    markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)
@@ -123,6 +133,8 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
 
     if flags.online and flags.url:
         raise ValueError("--online replays in this process: leave out --url")
+    if flags.refit and flags.url:
+        raise ValueError("--refit forecasts in this process: leave out --url")
     settings = settings_from({"store": flags.models} if flags.models else {})
     first, last = parse_moment("--from", flags.since), parse_moment("--until", flags.until)
     most = flags.windows if flags.windows is not None else 0 if first else WINDOWS
@@ -133,7 +145,7 @@ def _score_markets(flags: BacktestFlags) -> "Backtest":
     correlation = fetch_correlation(parse_model_name(flags.scenarios), settings) if flags.scenarios else None
     with show_progress("scoring") as told:
         asked = (flags.csv, flags.time, names, settings, answers, rolling, told, rules, flags.against)
-        return backtest_fleet(*asked, correlation=correlation, online=flags.online)
+        return backtest_fleet(*asked, correlation=correlation, online=flags.online, refit_days=flags.refit)
 
 
 def _print_scores(found: "Backtest") -> None:

@@ -48,8 +48,10 @@ def calibrate(
     each hour of the day, by the quantile that past prices had relative to it, in widths of the forecast's own band. The
     offsets travel in the archive; a server applies them to every forecast. The table compares both on the days after
     the first 56, calibrated anew each week by the days before; it has no numbers where the file has fewer new days. An
-    archive that was fitted to the whole file cannot be calibrated with it: use `fleetcast retrain --calibrate`. The
-    exit code is 1 when some markets could not be calibrated.
+    archive that was fitted to the whole file cannot be calibrated with it: use `fleetcast retrain --calibrate`. Of an
+    archive with several products, --target is the archive's own name, its products are columns of the file, and each
+    has its offsets. Sample paths are shifted by their rank at each step. The exit code is 1 when some markets could not
+    be calibrated.
     """  # noqa: D301 -- click's mark for "do not wrap"
     from server.offline.calibration import calibrate_fleet  # noqa: PLC0415 -- torch
 
@@ -61,7 +63,7 @@ def calibrate(
             found, failed = calibrate_fleet(csv, time, names, settings, days, told, rules)
     if found:
         rich.print(_make_table(found))
-    for note in filter(None, (each.note for each in found.values())):
+    for note in dict.fromkeys(filter(None, (each.note for each in found.values()))):
         print(escape_text(f"note: {note}"), file=sys.stderr)  # noqa: T201
     for name, why in failed.items():
         print(escape_text(f"error: {name}: {why}"), file=sys.stderr)  # noqa: T201

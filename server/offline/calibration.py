@@ -3,7 +3,7 @@
 Only windows that the network was not fitted to tell how wide its errors are: those in-sample are narrower.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -20,7 +20,7 @@ from handlers.evaluation.scores import Scores, Steps
 from handlers.model import open_model
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.tails import TooFewScores, choose_band, fit_tails
-from handlers.training.time_series import Series
+from handlers.training.time_series import Series, read_csv
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
@@ -44,6 +44,7 @@ from server.offline.rolling_windows import (
     WindowForecasts,
     add_known_series,
     count_unseen,
+    forecast_products,
     forecast_windows,
     list_hours_of_windows,
 )
@@ -82,24 +83,69 @@ def calibrate_fleet(
     report_progress: Progress,
     rules: FileRules = PLAIN,
 ) -> tuple[dict[str, Calibrated], dict[str, str]]:
-    """Calibrate and publish every market; also returns why some could not be. Raises LoadError, SeriesInvalid."""
+    """Calibrate and publish every market; also returns why some could not be. Raises LoadError, SeriesInvalid.
+
+    A target whose archive has several products names the archive, whose products are columns of the file. Its results
+    are those of its products, as TARGET#PRODUCT.
+    """
     source, limits = open_store(settings)
 
-    def one(market: tuple[str, ArchiveVersion]) -> Calibrated:
+    def one(market: tuple[str, ArchiveVersion]) -> dict[str, Calibrated]:
         target, model = market
-        found = calibrate_archive(model, columns[target], target, days)
-        packed = pack_calibrated(model.archive, found)
+        if target in several:
+            found = calibrate_products(model, read_products(csv, time, model, rules), days)
+            labelled = {f"{target}#{product}": each for product, each in found.by_product.items()}
+            packed = pack_calibrated(model.archive, found.whole)
+        else:
+            alone = calibrate_archive(model, columns[target], target, days)
+            labelled, packed = {target: alone}, pack_calibrated(model.archive, alone)
         open_model(open_archive(packed, model.name, limits)).prove()
         source.put(model.name, packed)
         report_progress(1, len(names))
-        return found
+        return labelled
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
-        models, failed = fetch_archives(pool, names, settings)
-        columns, lacking = read_columns(csv, time, models, rules)
+        models, failed = fetch_archives(pool, names, settings, of_any=True)
+        several = {target for target, model in models.items() if len(model.forecast_of_any.products) > 1}
+        alone = {target: model for target, model in models.items() if target not in several}
+        columns, lacking = read_columns(csv, time, alone, rules) if alone else ({}, {})
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
         done, wrong = collect_results(pool, one, markets)
-    return done, {**failed, **lacking, **wrong}
+    return {name: each for labelled in done.values() for name, each in labelled.items()}, {**failed, **lacking, **wrong}
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedProducts:
+    """The calibration of an archive of several products as a whole, and what it is for each of them."""
+
+    whole: Calibrated
+    by_product: Mapping[str, Calibrated]
+
+
+def read_products(csv: Path, time: str, model: ArchiveVersion, rules: FileRules = PLAIN) -> list[Series]:
+    """Read the columns of an archive's products, each with its covariates. Raises SeriesInvalid, OSError."""
+    forecast = model.forecast_of_any
+    return read_csv(csv, time, list(forecast.products), list(forecast.dynamic_feat), rules.for_archive(forecast))
+
+
+def calibrate_products(model: ArchiveVersion, products: Sequence[Series], days: int = DAYS) -> CalibratedProducts:
+    """Learn the offsets of each product from forecasts of the last days that the archive was not fitted to.
+
+    Raises Unfit, LoadError.
+    """
+    forecast, plain = model.forecast_of_any, model.without_calibration()
+    origins, note = _choose_origins(model, products[0], forecast, days)
+    found = forecast_products(plain, products, origins)
+    each = [replace(calibrate_windows(one), note=note) for one in found]
+    offsets = np.stack([one.offsets for one in each])
+    record = msgspec.structs.replace(each[0].record, sha256=sha256(save_tensors({"offsets": offsets})).hexdigest())
+    shifted = [
+        shift_levels(one.quantiles, one.levels, learnt.offsets, list_hours_of_windows(one))
+        for one, learnt in zip(found, each, strict=True)
+    ]
+    tails = fit_tails(np.concatenate([one.actuals for one in found]), np.concatenate(shifted), found[0].levels)
+    whole = Calibrated(offsets, record, each[0].days, None, None, tails)
+    return CalibratedProducts(whole, dict(zip(forecast.products, each, strict=True)))
 
 
 def calibrate_archive(
@@ -113,10 +159,19 @@ def calibrate_archive(
         Unfit: the archive cannot be calibrated on these prices, or has seen too many of them. LoadError.
     """
     forecast = model.forecast
-    if forecast.paths:
-        raise Unfit(f"{model.name} draws sample paths; only archives of quantiles can be calibrated")
     plain = model.without_calibration()
     series = add_known_series(columns, target, forecast)
+    origins, note = _choose_origins(model, series, forecast, days)
+    if not learns_shares(plain.archive):
+        return replace(calibrate_windows(forecast_windows(InProcess(), plain, series, origins)), note=note)
+    shares = learn_archive_shares(InProcess(), plain, series, origins)
+    mixed = use_shares(plain, shares)
+    found = calibrate_windows(forecast_windows(InProcess(), mixed, series, origins))
+    return replace(found, shares=shares, note=note)
+
+
+def _choose_origins(model: ArchiveVersion, series: Series, forecast: ForecastSpec, days: int) -> tuple[Steps, str]:
+    """Choose the windows of the last days that the archive was not fitted to, and what limits them. Raises Unfit."""
     origins = Rolling(most=count_windows(days, forecast)).origins(series, [forecast])
     unseen = count_unseen(model, series, origins)
     note = ""
@@ -129,12 +184,7 @@ def calibrate_archive(
     if len(origins) < (least := count_windows(LEAST_DAYS, forecast)):
         what = f"{model.name} was not fitted to {len(origins)} windows at the end of the file"
         raise Unfit(f"{what}, and a calibration needs {least}; give newer rows, or use `retrain --calibrate`")
-    if not learns_shares(plain.archive):
-        return replace(calibrate_windows(forecast_windows(InProcess(), plain, series, origins)), note=note)
-    shares = learn_archive_shares(InProcess(), plain, series, origins)
-    mixed = use_shares(plain, shares)
-    found = calibrate_windows(forecast_windows(InProcess(), mixed, series, origins))
-    return replace(found, shares=shares, note=note)
+    return origins, note
 
 
 def count_windows(days: int, forecast: ForecastSpec) -> int:

@@ -22,7 +22,8 @@ from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
 from server.offline.measures import IN_UNIT
-from server.offline.online_bands import score_online
+from server.offline.online_bands import score_online, score_replay
+from server.offline.refits import forecast_refitted
 from server.offline.rolling_windows import (
     Answers,
     ArchiveVersion,
@@ -113,11 +114,13 @@ def backtest_fleet(
     correlation: CorrelationModel | None = None,
     *,
     online: bool = False,
+    refit_days: int = 0,
 ) -> Backtest:
     """Forecast and score the windows of all markets, several at a time.
 
     `against` is a column, in whose name {target} may stand, that is scored beside them, and so are the joint scenarios
-    of a `correlation`. `online`: replay them with adaptive bands as well. Raises LoadError, SeriesInvalid, OSError, and
+    of a `correlation`. `online`: replay them with adaptive bands as well. `refit_days`: the recipe of each archive is
+    fitted anew so often, and forecasts in its place; 0: the archives do. Raises LoadError, SeriesInvalid, OSError, and
     ValueError without such a column.
     """
 
@@ -126,17 +129,22 @@ def backtest_fleet(
         forecast = model.forecast
         series = add_known_series(columns[target], target, forecast)
         origins = rolling.origins(series, [forecast])
-        found = forecast_windows(answers, model, series, origins)
+        if refit_days:
+            found = forecast_refitted(model, series, origins, refit_days)
+        else:
+            found = forecast_windows(answers, model, series, origins)
         if not (~np.isnan(found.actuals)).any():
             span = f"{series.stamp(int(origins[0]))} to {series.stamp(int(found.steps[-1, -1]))}"
             raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
         report_progress(1, len(names))
-        before = measure_uncalibrated(model, series, origins)
+        before = None if refit_days else measure_uncalibrated(model, series, origins)
         outside = None if correlation is None else measure_outside(found, forecast, correlation)
         other = columns[target][against.replace("{target}", target)] if against else None
-        notes = list_notes(found, model)
+        notes = list_notes(found, model, refit_days)
         score = score_forecasts(found, forecast.unit, notes, before, other, outside)
-        replayed = score_online(model, found) if online else None
+        replayed = None
+        if online:
+            replayed = score_replay(model, found, found, None) if refit_days else score_online(model, found)
         return replace(score, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
@@ -163,23 +171,30 @@ def measure_uncalibrated(model: ArchiveVersion, series: Series, origins: Steps) 
     return compute_scores(forecast_windows(InProcess(), model.without_calibration(), series, origins)).coverage
 
 
-def list_notes(found: WindowForecasts, model: ArchiveVersion) -> tuple[str, ...]:
+def list_notes(found: WindowForecasts, model: ArchiveVersion, refit_days: int = 0) -> tuple[str, ...]:
     """List what a reader of the scores should know of their windows."""
     unused = explain_unused_rows(found.series, model.forecast, int(found.steps[-1, -1]))
+    if refit_days:
+        said = "1 day" if refit_days == 1 else f"{refit_days} days"
+        fits = f"the recipe of each archive was fitted anew every {said} to the rows before, without its calibration"
+        return tuple(filter(None, [*found.series.notes, unused, fits]))
     seen = explain_seen_windows(model, found.series, found.origins)
     known = explain_calibrated_windows(model, found.series, found.origins)
     return tuple(filter(None, [*found.series.notes, unused, seen, known]))
 
 
 def fetch_archives(
-    pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings
+    pool: ThreadPoolExecutor, names: Mapping[str, ModelName], settings: Settings, *, of_any: bool = False
 ) -> tuple[dict[str, ArchiveVersion], dict[str, str]]:
-    """Fetch the archives by target; also returns why some cannot be used. Raises StoreUnavailable, StoreDenied."""
+    """Fetch the archives by target; also returns why some cannot be used. Raises StoreUnavailable, StoreDenied.
+
+    `of_any`: those of several products can be used too.
+    """
     source, limits = open_store(settings)
 
     def one(name: ModelName) -> ArchiveVersion:
         model = fetch_version(source, name, limits)
-        _ = model.forecast  # raises if the archive is unfit
+        _ = model.forecast_of_any if of_any else model.forecast  # raises if the archive is unfit
         return model
 
     return collect_results(pool, one, names)

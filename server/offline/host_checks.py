@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from handlers.codecs.quick_numbers import IS_COMPILED
 from server.host import Host, WorkerPlan
 from server.settings import MIB, Settings, format_bytes
 from server.supervisor.worker_plan import plan_workers
@@ -35,6 +36,7 @@ class HostFact:
 def check_machine(settings: Settings, host: Host) -> Iterator[HostFact]:
     """Run every check that needs no store."""
     yield check_cores(host, os.cpu_count() or 1, os.getloadavg()[0])
+    yield check_number_reader(compiled=IS_COMPILED)
     yield check_torch_build(torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads())
     yield check_accelerator(host, torch.version.cuda, torch.cuda.device_count())
     try:
@@ -56,6 +58,16 @@ def check_cores(host: Host, physical: int, load: float) -> HostFact:
     elif load > count / 2:
         advice = "the machine is busy, so times below are too long: run this again when it is quiet"
     return HostFact("cores", f"{count} of {physical} for this process (affinity and cgroup), load {load:.1f}", advice)
+
+
+def check_number_reader(*, compiled: bool) -> HostFact:
+    """Whether tensors in JSON are read by the compiled reader."""
+    if compiled:
+        return HostFact("numbers", "JSON tensors are read by the compiled reader")
+    advice = (
+        "they take twice the time to read: install a C compiler (apt-get install gcc libc6-dev), then Fleetcast again"
+    )
+    return HostFact("numbers", "JSON tensors are read by simdjson: nothing compiled the reader of Fleetcast", advice)
 
 
 def check_torch_build(version: str, capability: str, threads: int) -> HostFact:

@@ -49,11 +49,18 @@ class OnlineScores:
 
 def score_online(model: ArchiveVersion, found: WindowForecasts) -> OnlineScores:
     """Replay the windows of a backtest with adaptive bands. Raises LoadError, Unfit."""
+    raw = forecast_windows(InProcess(), model.without_calibration(), found.series, found.origins)
+    return score_replay(model, found, raw, read_offsets(model.archive))
+
+
+def score_replay(
+    model: ArchiveVersion, found: WindowForecasts, raw: WindowForecasts, base: Float32 | None
+) -> OnlineScores:
+    """Replay windows `raw` without calibration on top of the offsets `base`, beside what was forecast. Raises Unfit."""
     if model.forecast.paths:
         raise Unfit(f"{model.name} draws sample paths; only the bands of archives of quantiles adapt")
-    raw = forecast_windows(InProcess(), model.without_calibration(), found.series, found.origins)
     try:
-        adapted = replay_windows(raw, model.forecast, read_offsets(model.archive))
+        adapted = replay_windows(raw, model.forecast, base)
     except TooFewScores as error:
         raise Unfit(f"{model.name}: {error}") from error
     y, levels = found.actuals, found.levels

@@ -23,11 +23,9 @@ from msgspec.structs import replace
 from handlers.evaluation.scores import Steps
 from handlers.kinds import ArchiveParts, find_kind, pack_model
 from handlers.training.fit import Fitted, Fitting, Progress, explain_worse, fit_forecasters
-from handlers.training.history_rules import learn_history_rules
-from handlers.training.input_recipe import fit_robust_scaler, subtract_base
 from handlers.training.stamps import PLAIN, FileRules
-from handlers.training.time_series import Float64, Series, SeriesInvalid
-from model_store.archives.manifest import ForecastSpec, InputChannel, Kind, Scaler, Spec
+from handlers.training.time_series import Series, SeriesInvalid
+from model_store.archives.manifest import ForecastSpec, Kind, Spec
 from model_store.errors import StoreDenied, StoreUnavailable
 from model_store.names import ModelName
 from server.offline.calibration import Calibrated, calibrate_windows, count_windows, pack_calibrated
@@ -36,6 +34,7 @@ from server.offline.fit_fingerprint import compute_fingerprint
 from server.offline.fleet_evaluation import explain_error, fetch_archives, read_columns
 from server.offline.input_recipes import make_recipes
 from server.offline.promotion_gate import GateTerms, GateVerdict, choose_unseen, compare_models
+from server.offline.refits import refit_scalers
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
@@ -497,26 +496,6 @@ def read_last_outcomes(log: Path) -> dict[ModelName, Outcome]:
                     continue
                 found[outcome.model] = outcome
     return found
-
-
-def refit_scalers(forecast: ForecastSpec, series: Series) -> ForecastSpec:
-    """Return the same inputs with scalers fitted to these values. Raises SeriesInvalid if there are none."""
-
-    def scaler(of: Scaler, values: Float64, name: str) -> Scaler:
-        return of if of.kind == "identity" else fit_robust_scaler(values, of.kind, name)
-
-    def channel(of: InputChannel) -> InputChannel:
-        if of.source != "dynamic_feat":
-            return of
-        return replace(of, scaler=scaler(of.scaler, series.known[of.index], series.known_names[of.index]))
-
-    own = scaler(forecast.scaler, subtract_base(series, forecast.residual_to), series.name)
-    fitted = replace(forecast, scaler=own, inputs=tuple(channel(each) for each in forecast.inputs))
-    if not (rules := forecast.history):
-        return fitted
-    values = subtract_base(series, forecast.residual_to)
-    learnt = learn_history_rules(series, values, fitted, rules.max_missing, fallback=bool(rules.fallback))
-    return replace(fitted, history=replace(learnt, fill=rules.fill))
 
 
 def rebuild_forecast(

@@ -72,11 +72,17 @@ class ArchiveVersion:
     @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
+        forecast = self.forecast_of_any
+        if len(forecast.products) > 1:
+            raise Unfit(f"{self.name} has {len(forecast.products)} products; a backtest takes archives of one")
+        return forecast
+
+    @property
+    def forecast_of_any(self) -> ForecastSpec:
+        """What the archive forecasts, of one product or several. Raises Unfit if columns cannot be a request for it."""
         forecast = self.archive.spec.forecast if self.archive.spec else None
         if forecast is None:
             raise Unfit(f"{self.name} answers tensors, not forecasts; a backtest needs an archive with a `forecast`")
-        if len(forecast.products) > 1:
-            raise Unfit(f"{self.name} has {len(forecast.products)} products; a backtest takes archives of one")
         if forecast.cat:
             raise Unfit(f"{self.name} wants `cat` ({', '.join(forecast.cat)}), which the file has no place for")
         return forecast
@@ -191,7 +197,16 @@ class _WindowAnswer(msgspec.Struct):
     predictions: list[_Prediction]
 
 
+class _ProductsPrediction(msgspec.Struct):
+    quantiles: dict[str, list[list[float]]]
+
+
+class _ProductsAnswer(msgspec.Struct):
+    predictions: list[_ProductsPrediction]
+
+
 _ANSWER = msgspec.json.Decoder(_WindowAnswer)
+_PRODUCTS_ANSWER = msgspec.json.Decoder(_ProductsAnswer)
 
 
 def _encode_request(instances: Instances) -> bytes:
@@ -323,6 +338,33 @@ def forecast_windows(
     return WindowForecasts(series, model.name, version(), origins, levels, np.concatenate(found))
 
 
+def forecast_products(model: ArchiveVersion, products: Sequence[Series], origins: Steps) -> list[WindowForecasts]:
+    """Forecast every window of all products of an archive together, in this process.
+
+    The covariates are those of the first series. Raises LoadError, Unfit.
+    """
+    forecast = model.forecast_of_any
+    _check_windows(model, products[0], origins)
+    opened = open_model(model.archive)
+    opened.prove()
+    history, horizon, found = forecast.history_length, forecast.prediction_length, []
+    for at in range(0, len(origins), ROWS):
+        asked = []
+        for origin in origins[at : at + ROWS].tolist():
+            each = [one.instance(origin - history, origin, horizon) for one in products]
+            asked.append({**each[0], "target": [one["target"] for one in each]})
+        try:
+            answer = _PRODUCTS_ANSWER.decode(opened.answer(_encode_request(asked)))
+        except (RequestError, RunFailed, msgspec.MsgspecError) as error:
+            raise Unfit(f"{model.name}, windows from {products[0].stamp(int(origins[at]))}: {error}") from error
+        found += [list(each.quantiles.values()) for each in answer.predictions]  # [W][levels][D][H]
+    quantiles, levels = np.array(found, np.float64).transpose(2, 0, 3, 1), np.array(forecast.quantile_levels)
+    return [
+        WindowForecasts(series, model.name, model.version, origins, levels, of_product)
+        for series, of_product in zip(products, quantiles, strict=True)
+    ]
+
+
 def list_hours_of_windows(found: WindowForecasts) -> Steps:
     """List the hour of the day [W, H] of each forecast step, on the wall clock of the series."""
     start = found.series.start
@@ -334,7 +376,7 @@ def list_hours_of_windows(found: WindowForecasts) -> Steps:
 
 def _check_windows(model: ArchiveVersion, series: Series, origins: Steps) -> None:
     """Check for what a server would refuse in a request. Raises Unfit, in terms of the file."""
-    forecast = model.forecast
+    forecast = model.forecast_of_any
     if parse_step_seconds(forecast.frequency) != round(series.step.total_seconds()):
         raise Unfit(f"{model.name} forecasts steps of {forecast.frequency}, but {series.name} has {series.frequency}")
     begin, end = int(origins[0]) - forecast.history_length, int(origins[-1]) + forecast.prediction_length

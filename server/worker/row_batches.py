@@ -9,9 +9,9 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from handlers.base import Float32
@@ -245,7 +245,7 @@ class RowBatches:
 
 def _detach(call: DecodedCall, inputs: Inputs) -> DecodedCall:
     """The call of a request that does not run with this batch."""
-    return replace(call, rows=inputs.detach(call.rows))
+    return msgspec.structs.replace(call, rows=inputs.detach(call.rows))
 
 
 def answer_rows(

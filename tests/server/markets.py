@@ -77,7 +77,7 @@ def pack_market(seed: int = 0, *, trained_until: str | UnsetType = UNSET, **chan
     record = make_forecast(**changes)
     config = {
         "features": len(record.inputs), "context_length": record.context_length, "hidden": 8,
-        "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels),
+        "prediction_length": record.prediction_length, "quantiles": len(record.quantile_levels) * len(record.products),
     }  # fmt: skip
     tensors = random_tensors(build_family("mlp", config), seed)
     return pack_model(

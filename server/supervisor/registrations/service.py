@@ -181,9 +181,10 @@ class RegistrationService:
             removed = self.table.remove(name, version)
             await self._announce(name)
         await self._follow_replicas(removed, wait=False)
-        if removed.options.says_batching:
+        changes_batches = removed.options.says_batching
+        if changes_batches:
             await self._fleet.set_batching(removed.key, self.table.find_batching(removed.key))
-        await self._unload(removed)
+        await self._unload(removed, even_if_shared=changes_batches)
         log.info("unregistered", name=name, version=removed.version)
         return removed
 
@@ -259,9 +260,12 @@ class RegistrationService:
         if there < count:
             log.warning("fewer_replicas", model=key, wanted=count, replicas=there)
 
-    async def _unload(self, registration: Registration) -> None:
-        """Free the memory, unless the same archive serves under another name or version. Its next load starts anew."""
-        if self.table.shares_key(registration):
+    async def _unload(self, registration: Registration, *, even_if_shared: bool = False) -> None:
+        """Free the memory, unless the same archive serves under another name or version. Its next load starts anew.
+
+        `even_if_shared`: those other names would go on with what this one has said of it, such as its batches.
+        """
+        if self.table.shares_key(registration) and not even_if_shared:
             return
         try:
             await self._fleet.unload_registered(registration.key)

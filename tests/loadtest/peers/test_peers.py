@@ -24,7 +24,6 @@ from loadtest.observe.processes import wait_until
 from loadtest.peers import comparison, environments, servers
 from loadtest.peers.comparison import PeerComparison, write_models
 from loadtest.peers.comparison_table import (
-    CONNECTIONS,
     OURS,
     OURS_NPY,
     build_table,
@@ -35,10 +34,12 @@ from loadtest.peers.comparison_table import (
 from loadtest.peers.environments import PeerUnavailable, find_requirements, parse_pins
 from loadtest.peers.network import load_network
 from loadtest.peers.over_memory import grow_past_memory
+from loadtest.peers.peer_server import PeerServer
 from loadtest.peers.process_tree import ProcessTree, start_process
-from loadtest.peers.servers import PACKAGE, PEERS, PeerServer
+from loadtest.peers.servers import PACKAGE, PEERS
 from server.contract import JSON
 from tests.http_servers import serve_on_thread
+from tests.loadtest.peers.runs import make_runs
 
 NEEDS_WRK = pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed (apt-get install wrk)")
 
@@ -130,22 +131,18 @@ def test_turns_rotate() -> None:
     assert rounds == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
 
 
-def _is_running(*rates: float) -> dict[int, list[wrk.WrkResult]]:
-    return {each: [wrk.WrkResult(rate, 1000 / rate, 5000 / rate, 0) for rate in rates] for each in CONNECTIONS}
-
-
 def test_ratios_are_of_the_same_round() -> None:
     """A machine that slows down for a round slows both: the ratio of each round stays, that of medians would not."""
-    row = summarize_runs(_is_running(10, 50, 12), {OURS: _is_running(100, 500, 120)})["8 connections"]
+    row = summarize_runs(make_runs(10, 50, 12), {OURS: make_runs(100, 500, 120)})["8 connections"]
     assert row[f"{OURS} / it"]["requests_per_s"] == {"median": 10, "min": 10, "max": 10, "runs": 3}
     assert row[f"{OURS} / it"]["p50"]["median"] == pytest.approx(0.1)
     assert row["requests_per_s"] == {"median": 12, "min": 10, "max": 50, "runs": 3}
-    assert f"{OURS} / it" not in summarize_runs(_is_running(1), {})["8 connections"]
+    assert f"{OURS} / it" not in summarize_runs(make_runs(1), {})["8 connections"]
 
 
 def test_the_table_says_all() -> None:
     """Medians with spread, load time, memory; who is missing and why, who was stopped, what exceeded memory did."""
-    ours, npy, its = _is_running(100, 200, 300), _is_running(200, 400, 600), _is_running(10, 20, 25)
+    ours, npy, its = make_runs(100, 200, 300), make_runs(200, 400, 600), make_runs(10, 20, 25)
     told = {"version": "1.2", "load_ms": {"median": 3000.0, "min": 2900.0, "max": 3100.0}, "mb_per_model": 168.04}
     results = {
         "models": 8,

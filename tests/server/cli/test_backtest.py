@@ -253,6 +253,25 @@ def test_adaptive_bands_are_replayed(csv: Path, store: Path) -> None:
     assert "--online" in refused.output
 
 
+def test_recipes_are_fitted_anew(csv: Path, tmp_path: Path) -> None:
+    """With --refit a fit to the rows before forecasts in place of random weights, and is better; a server cannot."""
+    store = fill(tmp_path / "models", MARKETS[:1])
+    path = store / "M00.mar"
+    path.write_bytes(pack_market(0, trained_until="2024-03-05 00:00:00"))
+    asked = ["backtest", str(csv), "--time", "hour", "--models", str(store), "--target", "M00", "--windows", "8"]
+    asked += ["--online", "--json"]
+    (plain,) = json.loads(run(*asked).stdout)["markets"]
+    result = run(*asked, "--refit", "2")
+    assert result.exit_code == 0, result.output
+    (found,) = json.loads(result.stdout)["markets"]
+    assert found["scores"]["pinball"] < plain["scores"]["pinball"]
+    assert any("was fitted anew every 2 days to the rows before" in note for note in found["notes"])
+    assert found["online"]["pinball_fixed"] == pytest.approx(found["scores"]["pinball"])
+    refused = run(*asked, "--refit", "2", "--url", "http://127.0.0.1:1")
+    assert refused.exit_code != 0
+    assert "leave out --url" in refused.output
+
+
 def test_prices_in_different_units_have_no_mean(csv: Path, tmp_path: Path) -> None:
     """Relative scores have one; those in EUR and AUD have none, neither in the table nor in JSON."""
     store = fill(tmp_path / "models", MARKETS[:2])

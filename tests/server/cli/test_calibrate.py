@@ -112,3 +112,22 @@ def test_retrain_calibrates_what_was_not(csv: Path, store: Path, tmp_path: Path)
     spec = open_archive(store.joinpath("M00.mar").read_bytes(), "m").spec
     assert spec is not None
     assert spec.trained_until == record.until
+
+
+def test_the_products_of_one_archive_are_columns(csv: Path, tmp_path: Path) -> None:
+    """`--target` is the archive's name, its products are columns; each has a row, and one that is missing is named."""
+    store = fill(tmp_path / "models", [])
+    store.joinpath("both.mar").write_bytes(pack_market(products=("M00", "load_M00")))
+    store.joinpath("lost.mar").write_bytes(pack_market(products=("M00", "nowhere")))
+    asked = ("calibrate", str(csv), "--time", "hour", "--models", str(store), "--target", "both", "--target", "lost")
+    result = run(*asked, "--days", "60")
+    assert result.exit_code == 1
+    assert "both#M00" in result.output
+    assert "both#load" in result.output
+    assert "error: lost: " in result.stderr
+    assert "nowhere" in result.stderr
+    assert result.stderr.count("does not say until when") == 1
+    record = read_calibration(store / "both.mar")
+    assert record is not None
+    assert record.windows == 240
+    assert read_calibration(store / "lost.mar") is None

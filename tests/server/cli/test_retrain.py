@@ -20,7 +20,8 @@ from model_store.stores.object_store import Source
 from server.cli.setting_flags import settings_from
 from server.offline.checkpoint import Checkpoint
 from server.offline.promotion_gate import GateTerms
-from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast, refit_scalers
+from server.offline.refits import refit_scalers
+from server.offline.retraining import Retraining, RetrainingPlan, rebuild_forecast
 from server.offline.rolling_windows import Rolling
 from server.shell import progress
 from tests.server.markets import fill, name_products, pack_market, run, write_prices

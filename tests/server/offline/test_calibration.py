@@ -1,6 +1,7 @@
 """Calibrated archives cover what they promise; those that are not keep their bytes, and false offsets load nowhere."""
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
 from hashlib import sha256
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from msgspec import UNSET, UnsetType
 
+from handlers.codecs.calibration import BandCalibration
 from handlers.forecasters import build_family
 from handlers.kinds import ArchiveParts, pack_model
 from handlers.model import open_model
@@ -19,12 +21,20 @@ from model_store.archives.manifest import GoldenSample, Kind, Tails
 from model_store.archives.packing import save_tensors
 from model_store.errors import ArchiveInvalid, GoldenMismatch
 from model_store.names import ModelName
-from server.offline.calibration import FILE, calibrate_archive, pack_calibrated
+from server.offline.calibration import FILE, calibrate_archive, calibrate_products, pack_calibrated
 from server.offline.evaluation import compute_scores
 from server.offline.fleet_evaluation import measure_uncalibrated
-from server.offline.rolling_windows import ArchiveVersion, InProcess, Rolling, Unfit, forecast_windows, open_unpublished
+from server.offline.rolling_windows import (
+    ArchiveVersion,
+    InProcess,
+    Rolling,
+    Unfit,
+    forecast_products,
+    forecast_windows,
+    open_unpublished,
+)
 from tests.archives import make_zip, read_members
-from tests.server.markets import HISTORY, START, make_forecast, open_market
+from tests.server.markets import HISTORY, START, make_forecast
 
 DAYS, LEARNT = 300, 150
 CONFIG = {"features": 2, "context_length": HISTORY, "hidden": 8, "prediction_length": 6, "quantiles": 3}
@@ -165,23 +175,106 @@ def test_false_offsets_are_refused_when_the_archive_is_opened() -> None:
         read(sound, file="elsewhere.safetensors")
 
 
-def test_only_forecasts_by_quantiles_are_calibrated() -> None:
-    """An archive of several products or of paths says that it cannot be."""
+def test_only_forecasts_are_calibrated() -> None:
+    """An archive without a forecast, or of another kind, says that it cannot be."""
     spec = open_packed(calibrate_narrow()[1]).archive.spec
     assert spec is not None
-    assert spec.forecast is not None
-    several = msgspec.structs.replace(spec.forecast, products=("a", "b"))
-    for forecast in (several, msgspec.structs.replace(spec.forecast, paths=10), None):
-        with pytest.raises(ValueError, match="forecasts of one product by quantiles"):
-            msgspec.structs.replace(spec, forecast=forecast)
+    with pytest.raises(ValueError, match="belongs to archives with a `forecast`"):
+        msgspec.structs.replace(spec, forecast=None)
     with pytest.raises(ValueError, match="not to kind onnx"):
         msgspec.structs.replace(spec, kind=Kind.ONNX, architecture="", config={})
-    model = open_market()
-    paths = msgspec.structs.replace(model.forecast, paths=10)
-    assert model.archive.spec is not None
-    drawing = dataclasses.replace(model.archive, spec=msgspec.structs.replace(model.archive.spec, forecast=paths))
-    with pytest.raises(Unfit, match="draws sample paths"):
-        calibrate_archive(dataclasses.replace(model, archive=drawing), {"M00": make_series(40)}, "M00")
+
+
+def pack_constant(bias: Sequence[float], **changes: Any) -> bytes:
+    """An archive whose network answers these numbers at each of six steps, whatever it sees."""
+    config = {**CONFIG, "quantiles": len(bias)}
+    shapes = build_family("mlp", config).parameters
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    last = max((name for name in shapes if name.endswith("bias")), key=lambda name: np.prod(shapes[name]))
+    tensors[last] = np.tile(np.array(bias, np.float32), 6)
+    parts = ArchiveParts(tensors=tensors, architecture="mlp", config=config, forecast=make_forecast(**changes))
+    return pack_model(Kind.FORECASTER, parts, model_name="narrow")
+
+
+def ask_noon(model: ArchiveVersion, target: list[Any], *kinds: str) -> dict[str, Any]:
+    """The prediction from 09:00 on, as a client gets it."""
+    request = {"instances": [{"start": "2024-03-04 09:00:00", "target": target}]}
+    request |= {"configuration": {"output_types": list(kinds), "num_samples": 20}}  # type: ignore[dict-item]
+    answer = msgspec.json.decode(open_model(model.archive).answer(msgspec.json.encode(request)))
+    found: dict[str, Any] = answer["predictions"][0]
+    return found
+
+
+def test_each_product_has_offsets_of_its_own() -> None:
+    """Of two products with one band, the calm one's comes nearer and the wild one's goes apart, by hour of the day."""
+    wild = make_series()
+    calm = dataclasses.replace(wild, name="calm", values=60 + (wild.values - 60) / 8)
+    both = {"a": wild, "calm": calm}
+    model = open_packed(pack_constant([-0.2, 0, 0.2] * 2, products=tuple(both)))
+    found = calibrate_products(model, list(both.values()), 200)
+    assert list(found.by_product) == ["a", "calm"]
+    for each in found.by_product.values():
+        assert each.after is not None
+        assert each.after.coverage == pytest.approx(0.8, abs=0.03)
+    packed = pack_calibrated(model.archive, found.whole)
+    calibrated = open_packed(packed)
+    offsets = read_offsets(calibrated.archive)
+    assert offsets is not None
+    assert offsets.shape == (2, 24, 3)
+    target = [[60.0] * 24, [60.0] * 24]
+    before, after = (ask_noon(each, target, "quantiles")["quantiles"] for each in (model, calibrated))
+    widths = [np.subtract(answer["0.9"], answer["0.1"]) for answer in (before, after)]
+    np.testing.assert_allclose(widths[0], 8, atol=1e-3)
+    assert (widths[1][0] > 16).all()
+    assert (widths[1][1] < 8).all()
+    assert widths[1][0][3] > widths[1][0][0] + 3, "noon is wilder than nine"
+    scored = forecast_products(
+        calibrated, list(both.values()), Rolling(most=800).origins(wild, [calibrated.forecast_of_any])
+    )
+    assert [compute_scores(each).coverage for each in scored] == pytest.approx([0.8, 0.8], abs=0.02)
+    again = calibrate_products(calibrated, list(both.values()), 200)
+    np.testing.assert_array_equal(again.whole.offsets, found.whole.offsets)  # of the network, not of what is calibrated
+
+
+def test_offsets_of_another_number_of_products_are_refused() -> None:
+    """Those of one product do not fit an archive of two, nor the other way round."""
+    members = read_members(calibrate_narrow()[1])
+    spec = msgspec.json.decode(members["fleetcast.json"])
+    wrong = save_tensors({"offsets": np.zeros((2, 24, 3), np.float32)})
+    spec["calibration"] |= {"sha256": sha256(wrong).hexdigest()}
+    with pytest.raises(ArchiveInvalid, match="but should have `offsets`"):
+        read_offsets(
+            open_archive(make_zip({**members, FILE: wrong, "fleetcast.json": msgspec.json.encode(spec)}), "m.mar")
+        )
+
+
+def test_paths_are_shifted_by_rank_and_cross_as_before() -> None:
+    """Twenty narrow paths come to cover what their quantiles promise; who was above whom at a step still is."""
+    rng = np.random.default_rng(5)
+    paths = rng.permutation(np.linspace(-0.25, 0.25, 20))
+    model = open_packed(pack_constant(paths.tolist(), paths=20))
+    series = make_series()
+    found = calibrate_archive(model, {"M00": series}, "M00", 200)
+    assert found.before is not None
+    assert found.after is not None
+    assert found.before.coverage < 0.5
+    assert found.after.coverage == pytest.approx(0.8, abs=0.03)
+    calibrated = open_packed(pack_calibrated(model.archive, found))
+    origins = Rolling(most=800).origins(series, [calibrated.forecast])
+    covered = compute_scores(forecast_windows(InProcess(), calibrated, series, origins)).coverage
+    assert covered == pytest.approx(0.8, abs=0.02)
+    before, after = (np.array(ask_noon(each, [60.0] * 24, "samples")["samples"]) for each in (model, calibrated))
+    np.testing.assert_array_equal(np.argsort(before, 0), np.argsort(after, 0))
+    assert (np.ptp(after, 0) > 1.5 * np.ptp(before, 0)).all()
+
+
+def test_wild_paths_beyond_the_outer_levels_move_with_them() -> None:
+    """The lowest path is shifted by the offset of the lowest level, in widths of the band; by hand."""
+    forecast = make_forecast(paths=4, quantile_levels=(0.25, 0.5, 0.75))
+    shift = BandCalibration(forecast, np.array([[-0.5, 0.0, 0.5]], np.float32), 0.25, 0.75)
+    paths = np.array([[[4.0, 1.0, 2.0, 3.0]]])
+    # Between the ranks 1/8, 3/8, 5/8 and 7/8 the band is 3.5 - 1.5 = 2; offsets there are -.5, -.25, .25 and .5.
+    np.testing.assert_allclose(shift.shift_paths(paths, ["2024-03-04 09:00:00"]), [[[5.0, 0.0, 1.5, 3.5]]])
 
 
 def test_a_calibration_learns_the_tails_of_its_own_levels() -> None:

@@ -16,6 +16,7 @@ from server.offline.host_checks import (
     check_disk_cache,
     check_machine,
     check_memory,
+    check_number_reader,
     check_open_files,
     check_torch_build,
     check_workers,
@@ -51,6 +52,12 @@ def test_cores_that_are_few_or_busy() -> None:
     """One core is said to be few; a load of more than half of the cores makes times doubtful."""
     assert "two or more" in check_cores(Host((0,), GIB, ()), 8, 0.0).advice
     assert "quiet" in check_cores(HOST, 8, 2.5).advice
+
+
+def test_a_reader_of_numbers_that_was_not_compiled() -> None:
+    """It says what that costs and which package mends it."""
+    assert not check_number_reader(compiled=True).advice
+    assert "gcc" in check_number_reader(compiled=False).advice
 
 
 def test_a_cpu_without_vector_instructions() -> None:
@@ -109,7 +116,7 @@ def test_few_descriptors() -> None:
 
 def test_this_machine_as_it_is() -> None:
     """All facts can be read here, each once; settings that cannot be served become a fact instead of an error."""
-    names = ["cores", "torch", "accelerator", "workers", "memory", "disk cache", "open files"]
+    names = ["cores", "numbers", "torch", "accelerator", "workers", "memory", "disk cache", "open files"]
     assert [fact.name for fact in check_machine(settings_from({"store": "x"}), read_host())] == names
     too_small = settings_from({"store": "x", "model_cache_bytes": "1MiB", "device": "cpu"})
     facts = {fact.name: fact for fact in check_machine(too_small, read_host())}

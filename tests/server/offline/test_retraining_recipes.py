@@ -9,7 +9,8 @@ from msgspec.structs import replace
 from handlers.training.history_rules import learn_history_rules
 from handlers.training.time_series import Series
 from model_store.archives.manifest import Tails
-from server.offline.retraining import rebuild_forecast, refit_scalers
+from server.offline.refits import refit_scalers
+from server.offline.retraining import rebuild_forecast
 from tests.server.markets import START, make_forecast
 
 TAILS = Tails(low=0.3, high=0.4, band=(0.1, 0.9))

@@ -237,3 +237,21 @@ async def test_batching_is_told_before_the_load(service: RegistrationService, fl
     assert service.table.list_batching() == {"probe.mar": options.batching}
     await service.unregister("probe")
     assert fleet.said[4:] == ["announce", "batch probe.mar None", "unload probe.mar"]
+
+
+@over_fleet
+async def test_batching_ends_with_its_registration_also_where_the_archive_serves_on(
+    service: RegistrationService, fleet: Fleet
+) -> None:
+    """Another name of the same archive would wait for batches that nobody asks for any more: it is loaded anew."""
+    await service.register(RegisterRequest("probe.mar", name="plain", options=ONE_WORKER), wait=True)
+    options = ServingOptions(1, 1, batch_size=4, says_batching=True)
+    await service.register(RegisterRequest("probe.mar", name="batched", options=options), wait=True)
+    fleet.said.clear()
+    await service.unregister("batched")
+    assert fleet.said == ["announce", "batch probe.mar None", "unload probe.mar"]
+    fleet.said.clear()
+    await service.register(RegisterRequest("probe.mar", name="third", options=ONE_WORKER), wait=True)
+    fleet.said.clear()
+    await service.unregister("third")
+    assert fleet.said == ["announce"], "what has said nothing of batches leaves the archive loaded"

@@ -1,0 +1,1 @@
+"""Mosec as a peer: one model behind its Rust front, with batches and without."""
