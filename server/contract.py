@@ -210,6 +210,13 @@ LOAD_FAILURES: Final = MetricSpec("counter", "model_load_failures", "Failed load
 SWAPS: Final = MetricSpec(
     "counter", "model_swaps", "Replacements of a serving model version, by result: ok or failed", ("result",)
 )
+SURVIVING_RESULTS: Final = ("adopted", "damaged")
+SURVIVING_ROWS: Final = MetricSpec(
+    "counter",
+    "surviving_rows",
+    "Rows that a worker left to the next one, by result: adopted, or damaged (adopted, but to be loaded again)",
+    ("result",),
+)
 PREFETCH: Final = MetricSpec(
     "counter",
     "prefetch",

@@ -123,6 +123,8 @@ class WorkerMetrics:
         )
         self.failures = self._counter(contract.LOAD_FAILURES)
         self.swaps = self._counter(contract.SWAPS)
+        surviving = self._counter(contract.SURVIVING_ROWS)
+        self.adopted, self.damaged = (self.labelled(surviving, result=each) for each in contract.SURVIVING_RESULTS)
         self.prefetch = self._counter(contract.PREFETCH)
         self.rhythms = self._gauge(contract.PREFETCH_MODELS).labels(**bind)
         self._model_requests = self._counter(contract.MODEL_REQUESTS)

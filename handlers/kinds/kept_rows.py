@@ -5,13 +5,13 @@ the operators of a graph, is kept once.
 """
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, TypeGuard, runtime_checkable
 
 import msgspec
 
 from handlers.base import Family, Float32
 from handlers.forecasters.mixture import describe_mixture
-from handlers.kinds import KINDS, find_kind
+from handlers.kinds import KINDS, ArchiveKind, find_kind
 from handlers.kinds.models import RowModel, Target
 from model_store.archives.archive import Archive, read_tensors
 from model_store.archives.container import ArchiveMember, Container
@@ -37,9 +37,17 @@ class RowKind(Protocol):
         """The model of a row that `build` has made, by an archive without its weights. Raises LoadError."""
 
 
+def makes_rows(kind: ArchiveKind) -> TypeGuard[RowKind]:
+    """Whether models of the kind are rows that can be kept. To ask the protocol itself costs each load more."""
+    return kind.kind in _ROW_KINDS
+
+
+_ROW_KINDS: Final = frozenset(name for name, kind in KINDS.items() if isinstance(kind, RowKind))
+
+
 def keep_archive(archive: Archive, family: Family) -> KeptArchive | None:
     """What a row of this archive needs to run again; None where its kind says nothing of that. Raises LoadError."""
-    if archive.spec is None or not isinstance(find_kind(archive), RowKind):
+    if archive.spec is None or not makes_rows(find_kind(archive)):
         return None
     calibration = archive.spec.calibration
     names = {FLEETCAST_JSON, *SHARED_FILES, *((calibration.file,) if calibration else ())}
@@ -59,7 +67,7 @@ def restore_model(name: str, kept: KeptArchive, row: Float32, target: Target) ->
         raise ArchiveInvalid(f"{name}: {FLEETCAST_JSON} was not kept with its row")
     spec = parse_spec(raw)
     kind = KINDS[spec.kind]
-    if not isinstance(kind, RowKind):
+    if not makes_rows(kind):
         raise ArchiveInvalid(f"{name}: archives of kind {spec.kind} have no rows")
     archive = Archive(name, spec, None, _make_container({**kept.own, **kept.shared}))
     model = kind.restore(archive, row, kept.facts, target)

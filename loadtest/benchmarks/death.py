@@ -7,6 +7,8 @@ these settings are for. Saves a record.
 """
 
 import asyncio
+import datetime as dt
+import json
 import os
 import random
 import signal
@@ -22,12 +24,13 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import typer
+import uvloop
 from rich.console import Console
 
 from handlers.forecasters import build_family
 from loadtest import record
-from loadtest.benchmarks.cold_thousand import OK, Connection
 from loadtest.benchmarks.core import write_bodies, write_fleet
+from loadtest.benchmarks.steady_hits import OK, Connection
 from loadtest.fleets.network_shape import CONFIG as TCN
 from loadtest.observe.local_server import LocalServer, run_local_server
 from loadtest.observe.processes import wait_until
@@ -36,7 +39,6 @@ from server.contract import LOADING
 SEED = 7
 CONNECTIONS = 16
 BEFORE_S, AFTER_S = 1.0, 3  #: what is looked at: a second before a death, and single seconds after it
-IMPORTED_S = 4.0  #: from the start of a spare until it has surely imported all
 
 CONSOLE = Console(width=None if sys.stdout.isatty() else 110)
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -66,8 +68,11 @@ def main(
         body = write_bodies(folder)[1].read_bytes()
         settings = {"FLEETCAST_SPARE_WORKER": os.environ.get("FLEETCAST_SPARE_WORKER", "on")}
         flags = ["--workers", "1", "--model-cache-bytes", "1GiB", "--watch-store", "off", "--revalidate-s", "36000"]
-        server = stack.enter_context(run_local_server(str(folder / "store"), flags, settings))
-        results = asyncio.run(measure_deaths(server, names, body, rate, deaths, settings["FLEETCAST_SPARE_WORKER"]))
+        flags += ["--log-level", "info", "--log-format", "json"]
+        said = stack.enter_context(folder.joinpath("log").open("w+"))
+        server = stack.enter_context(run_local_server(str(folder / "store"), flags, settings, said))
+        results = uvloop.run(measure_deaths(server, names, body, rate, deaths, settings["FLEETCAST_SPARE_WORKER"]))
+        results["starts"] = find_stages(folder.joinpath("log").read_text().splitlines(), results.pop("killed_at"))
     for name, value in results.items():
         CONSOLE.print(f"{name:24} {value}")
     CONSOLE.print(f"record: {record.save_record('death', SEED, before, results)}")
@@ -86,16 +91,16 @@ async def measure_deaths(
     for each in connections[1:]:  # only now: the server ends connections that are idle for long
         await each.open()
     loads = await asyncio.to_thread(count_loads, server)
-    outcomes, killed = list[Outcome](), list[float]()
+    outcomes, killed, killed_at = list[Outcome](), list[float](), list[float]()
     stop = asyncio.Event()
     load = asyncio.create_task(run_load(connections, answers, body, rate, outcomes, stop))
     for _ in range(deaths):
         if spare == "on":
             await asyncio.to_thread(wait_until, lambda: has_spare(server))
-            await asyncio.sleep(IMPORTED_S)
         await asyncio.sleep(BEFORE_S)
         worker = await asyncio.to_thread(find_worker, server)
         killed.append(time.monotonic())
+        killed_at.append(time.time())
         os.kill(worker, signal.SIGKILL)
         await asyncio.sleep(AFTER_S)
     stop.set()
@@ -112,6 +117,7 @@ async def measure_deaths(
         "problems": sorted({each.problem for each in outcomes if each.problem}),
         "loaded_again": count_loads(server),
         "loaded_before": loads,
+        "killed_at": killed_at,
     }
 
 
@@ -156,6 +162,30 @@ def summarise_span(
     return {"requests": len(found), "p50_ms": round(p50, 1), "p99_ms": round(p99, 1), "max_ms": round(most, 1)}
 
 
+def find_stages(lines: Sequence[str], killed_at: Sequence[float]) -> list[dict[str, Any]]:
+    """When the server noticed each death and when the next worker was ready, in ms after it; and that one's stages.
+
+    `lines`: the server's log. `killed_at`: wall clock. Pure.
+    """
+    found = list[dict[str, Any]]()
+    said = [json.loads(line) for line in lines if line.startswith("{")]
+    for at in killed_at:
+        start: dict[str, Any] = {}
+        for event, name in (("ended", "noticed_ms"), ("worker_ready", "ready_ms")):
+            first = next(
+                (each for each in said if each.get("event") == event and _parse_time(each["timestamp"]) >= at), None
+            )
+            if first is not None:
+                start[name] = round((_parse_time(first["timestamp"]) - at) * 1e3, 1)
+                start |= {"stages_ms": first["stages_ms"]} if "stages_ms" in first else {}
+        found.append(start)
+    return found
+
+
+def _parse_time(text: str) -> float:
+    return dt.datetime.fromisoformat(text).timestamp()
+
+
 def count_loads(server: LocalServer) -> int:
     """Loads from disk and store so far."""
     return int(sum(server.counters(f"{LOADING.series}_count").values()))
@@ -167,8 +197,8 @@ def find_worker(server: LocalServer) -> int:
 
 
 def has_spare(server: LocalServer) -> bool:
-    """Whether a spare was started."""
-    return any(each["kind"] == "spare" for each in server.processes())
+    """Whether a spare has imported all and waits."""
+    return any(each["kind"] == "spare" and each["up"] for each in server.processes())
 
 
 if __name__ == "__main__":

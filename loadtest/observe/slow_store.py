@@ -7,6 +7,7 @@ folder, after the latency, whatever the bucket and the signature are. `GET /coun
 import asyncio
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import urllib3
+import uvloop
 
 from loadtest.observe.processes import end_processes, find_free_port, is_reachable, wait_until
 
@@ -28,10 +30,11 @@ LAST_MODIFIED = "Mon, 30 Nov 2026 00:00:00 GMT"
 
 @dataclass(frozen=True, slots=True)
 class StoreCounts:
-    """`gets` by key, and the most requests that were under way at a time."""
+    """`gets` by key, the most requests that were under way at a time, and the server's process."""
 
     gets: dict[str, int]
     most_at_a_time: int
+    pid: int
 
 
 class SlowStore:
@@ -55,7 +58,9 @@ class SlowStore:
 
     async def _answer(self, target: str, *, has_range: bool) -> bytes:
         if target == COUNTS:
-            return _make_reply(HTTPStatus.OK, json.dumps({"gets": self._gets, "most": self._most}).encode())
+            return _make_reply(
+                HTTPStatus.OK, json.dumps({"gets": self._gets, "most": self._most, "pid": os.getpid()}).encode()
+            )
         key = unquote(target).lstrip("/").partition("/")[2]
         self._gets[key] += 1
         self._under_way += 1
@@ -65,12 +70,13 @@ class SlowStore:
         file = self._folder / key
         if not file.is_file():
             return _make_reply(HTTPStatus.NOT_FOUND)
-        return _make_reply(HTTPStatus.PARTIAL_CONTENT if has_range else HTTPStatus.OK, file.read_bytes())
+        status = HTTPStatus.PARTIAL_CONTENT if has_range else HTTPStatus.OK
+        return _make_reply(status, file.read_bytes(), f"{file}{file.stat().st_mtime_ns}")
 
 
-def _make_reply(status: HTTPStatus, body: bytes = b"") -> bytes:
+def _make_reply(status: HTTPStatus, body: bytes = b"", version: str = "") -> bytes:
     """The whole reply; a part is the whole file, which is smaller than what is asked for at a time."""
-    etag = hashlib.sha256(body).hexdigest()[:32]
+    etag = hashlib.sha256(version.encode()).hexdigest()[:16]  # none of the body: that would cost more than the answer
     part = (f"Content-Range: bytes 0-{len(body) - 1}/{len(body)}",) if status is HTTPStatus.PARTIAL_CONTENT else ()
     lines = (
         f"HTTP/1.1 {status.value} {status.phrase}",
@@ -96,7 +102,7 @@ def serve_slow_store(folder: Path, latency_s: float) -> Iterator[str]:
 def read_counts(endpoint: str) -> StoreCounts:
     """Ask the server what it was asked."""
     found: dict[str, Any] = urllib3.request("GET", endpoint + COUNTS).json()
-    return StoreCounts(found["gets"], found["most"])
+    return StoreCounts(found["gets"], found["most"], found["pid"])
 
 
 async def main(folder: Path, latency_s: float, port: int) -> None:
@@ -107,4 +113,4 @@ async def main(folder: Path, latency_s: float, port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))
+    uvloop.run(main(Path(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,14 +17,28 @@ def hash_key(source: str, name: ModelName) -> str:
 
 
 def write_file(path: Path, data: bytes, temp: Path) -> None:
-    """Write the file atomically, by way of the folder `temp` of the same disk. Raises OSError."""
-    temp.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    fd, draft = tempfile.mkstemp(dir=temp)
+    """Write the file atomically, by way of the folder `temp` of the same disk. Raises OSError.
+
+    A load writes two or three files, and a thousand models may be loaded at once: so folders are made only when they
+    are missed, and the draft's name is drawn once.
+    """
     try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-        Path(draft).replace(path)
+        _write_file(path, data, temp)
+    except FileNotFoundError:
+        temp.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _write_file(path, data, temp)
+
+
+def _write_file(path: Path, data: bytes, temp: Path) -> None:
+    draft = f"{temp}/{secrets.token_hex(12)}"
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(fd, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) or 0 :]
+        os.replace(draft, path)  # noqa: PTH105 -- a path object costs more than the call
     except BaseException:
         remove_file(Path(draft))
         raise

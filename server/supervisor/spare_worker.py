@@ -44,6 +44,7 @@ class SpareWorker:
         self._model, self._start, self._are_up = model, start, are_up
         self._spare: StartedProcess | None = None
         self._claimed: asyncio.Future[Child] = asyncio.get_running_loop().create_future()
+        self._waiting: int | None = None  # the spare process that has imported everything
 
     def __repr__(self) -> str:
         """For example `<SpareWorker pid 4711>`."""
@@ -54,6 +55,11 @@ class SpareWorker:
         """Its process; None while there is none."""
         spare = self._spare
         return None if spare is None or spare.process.returncode is not None else spare.process.pid
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has imported and tried everything, so that it can take a worker's place at once."""
+        return self.pid is not None and self._waiting == self.pid
 
     def claim(self, child: "Child") -> StartedProcess | None:
         """Let the spare be this worker from now on; None where there is no spare that can be."""
@@ -75,7 +81,7 @@ class SpareWorker:
             if not self._are_up():
                 continue
             self._claimed = claimed = asyncio.get_running_loop().create_future()
-            spare = self._spare = await self._start(self._model, partial(_same, claimed))
+            spare = self._spare = await self._start(self._model, partial(self._await_claim, claimed))
             ended = asyncio.create_task(spare.process.wait())
             await asyncio.wait([ended, claimed], return_when=asyncio.FIRST_COMPLETED)
             if claimed.done():
@@ -98,6 +104,7 @@ class SpareWorker:
             await self._spare.process.wait()
             await self._spare.served
 
-
-def _same(claimed: "asyncio.Future[Child]") -> "asyncio.Future[Child]":
-    return claimed
+    def _await_claim(self, claimed: "asyncio.Future[Child]") -> "asyncio.Future[Child]":
+        """The spare asks what it is to be: that is the first thing that it asks, and the last before it serves."""
+        self._waiting = self.pid
+        return claimed

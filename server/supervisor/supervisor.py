@@ -455,10 +455,11 @@ class Supervisor:
     def processes(self) -> list[dict[str, Any]]:
         """Every front and worker: pid, incarnation, whether it is up, and a worker's device, cores and budget.
 
-        The spare worker too: it is up in that it waits.
+        The spare worker too: it is up when all is imported and it waits.
         """
         pid = self._spare_pid()
-        spare = [] if pid is None else [{"kind": "spare", "index": 0, "pid": pid, "incarnation": 0, "up": True}]
+        is_waiting = self._children.spare is not None and self._children.spare.is_waiting
+        spare = [] if pid is None else [{"kind": "spare", "index": 0, "pid": pid, "incarnation": 0, "up": is_waiting}]
         return spare + [
             {
                 "kind": child.kind,

@@ -33,6 +33,7 @@ from server.worker.model_loader import (
     StartCode,
     unexpected,
 )
+from server.worker.thread_priority import yield_to_others
 
 KEPT = 7 / 8  #: weight of the times that were measured before
 #: Seconds for which the store may be asked: then a due copy is served meanwhile, and another request may begin.
@@ -88,14 +89,18 @@ class LoadRun:
 
 
 class Lane:
-    """Threads and who waits for them. `most`: steps at a time, beyond which it is full; it may have more threads."""
+    """Threads and who waits for them. `most`: steps at a time, beyond which it is full; it may have more threads.
 
-    def __init__(self, name: str, most: int, now: float, threads: int = 0) -> None:
+    `yields`: its threads leave the processor to those that answer requests.
+    """
+
+    def __init__(self, name: str, most: int, now: float, threads: int = 0, *, yields: bool = False) -> None:
         self.most = most
         self.running: set[LoadRun] = set()
         self.seconds = 0.0  #: what a step takes, as a moving mean
         self._moved_at = now  # when a step last began or ended
-        self._threads = ThreadPoolExecutor(max(most, threads), thread_name_prefix=name)
+        begin = yield_to_others if yields else None
+        self._threads = ThreadPoolExecutor(max(most, threads), thread_name_prefix=name, initializer=begin)
 
     @property
     def is_full(self) -> bool:
@@ -145,8 +150,8 @@ class LoadLanes:
         self._loader, self._owner, self._pulse, self._now = loader, owner, pulse, now
         self._threads, self._asks = threads, max(threads, asks)
         self._archive_bytes = 0.0  # of the largest of the latest archives from the store; 0: none is known
-        self.disk = Lane("loader", threads, now())
-        self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), self._asks)
+        self.disk = Lane("loader", threads, now(), yields=True)
+        self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), self._asks, yields=True)
         self.code = Lane("code", CODE_PLACES, now())
         self._to_start = deque[LoadRun]()
         self._to_build = deque[LoadRun]()

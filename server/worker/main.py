@@ -10,6 +10,7 @@ import mmap
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 import structlog
@@ -95,6 +96,7 @@ def build_steps(
             *measures,
             code=code,
             describe_row=describe_row if survivors else describe_no_row,
+            threads=settings.loader_threads,
         ),
         metrics,
         shelf=HostCache(memory, settings.revalidate_s),
@@ -202,6 +204,7 @@ async def main(control_fd: int, inherited: Sequence[int], patience_s: float = JO
     assignment = await member.join(control_fd, JoinAsWorker(), orphaned=signal.SIGKILL, patience_s=patience_s)
     if assignment is None:
         return
+    stages = StartStages()
     settings, plan = assignment.settings, assignment.plan
     configure_logs(settings.log_level, settings.log_format, worker=plan.index)
     pin_process(plan)
@@ -210,14 +213,18 @@ async def main(control_fd: int, inherited: Sequence[int], patience_s: float = JO
     try:
         pulse = Pulse(assignment.pulse)
         store = open_archives(settings)
+        stages.note("store")
         code = open_code(settings, plan)
         survivors = open_survivors(assignment)
+        stages.note("map_rows")
         for descriptor in inherited:
             os.close(descriptor)  # what it maps stays mapped
         where = torch.device(assignment.torch_device)
         steps = build_steps(settings, plan, where, arrivals, pulse, store, code, bands, survivors)
+        stages.note("build")
         if survivors is not None:
             steps.adopt(survivors, frozenset(assignment.distrusted), trusts=assignment.trusts_rows)
+        stages.note("adopt")
     except (LoadError, ValueError, OSError) as error:
         await member.channel.ask(Fatal(str(error)), timeout_s=5)
         return
@@ -229,11 +236,30 @@ async def main(control_fd: int, inherited: Sequence[int], patience_s: float = JO
         lambda: FrontConnection(steps, limit, unsent, lent), assignment.socket, made_anew=pulse.link
     )
     member.serve(Management(steps, arrivals, ArchiveReader(store), code, settings.request_timeout_s, bands).handle)
+    stages.note("listen")
+    log.info("worker_ready", stages_ms=stages.spent_ms)
     await member.released
     if lends is not None:
         asyncio.get_running_loop().remove_reader(lends.fileno())
         lends.close()
     listening.cancel()  # the steps stay open: a request may still come while the process ends
+
+
+class StartStages:
+    """How long each stage of this worker's start took, from when it learnt what it is to be."""
+
+    def __init__(self) -> None:
+        self.spent_ms: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def __repr__(self) -> str:
+        """For example `<StartStages store 1.2, adopt 20.1>`."""
+        return f"<StartStages {', '.join(f'{stage} {spent}' for stage, spent in self.spent_ms.items())}>"
+
+    def note(self, stage: str) -> None:
+        """The stage has ended just now."""
+        now = time.monotonic()
+        self.spent_ms[stage], self._since = round((now - self._since) * 1e3, 1), now
 
 
 def pin_process(plan: WorkerPlan) -> None:

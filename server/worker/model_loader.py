@@ -12,8 +12,10 @@ import torch
 
 from handlers import kinds
 from handlers.base import Family, Float32
-from handlers.kinds import RowModel, RunRow, SingleModel, Target
+from handlers.kinds import BuiltModel, RowModel, RunRow, SingleModel, Target
+from handlers.kinds.kept_rows import makes_rows
 from handlers.work import SessionLimits, WorkLimits
+from model_store.archives.archive import Archive
 from model_store.archives.manifest import GoldenSample
 from model_store.errors import ArchiveInvalid, LoadError, NoRoom
 from model_store.names import ModelName, split_version
@@ -23,6 +25,7 @@ from server.settings import Settings
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost, PreparedCode
 from server.worker.survivors.surviving_rows import DescribeRow, RowRecord, describe_no_row
+from server.worker.thread_priority import keep_ordinary_threads
 
 Body: TypeAlias = RowModel | SingleModel | ChildProcess  #: how a loaded model runs
 
@@ -122,7 +125,8 @@ class ModelBuilder(Protocol):
 class ModelLoader:
     """Builds models from one store. Thread-safe, and so is `measure`, which is told of each row's family.
 
-    `code` runs code archives; None: none is run. `describe_row` makes the record of a row, see `LoadedModel`.
+    `code` runs code archives; None: none is run. `describe_row` makes the record of a row, see `LoadedModel`. It
+    builds up to `threads` models at a time.
     """
 
     def __init__(
@@ -133,8 +137,10 @@ class ModelLoader:
         *,
         code: CodeHost | None = None,
         describe_row: DescribeRow = describe_no_row,
+        threads: int = 1,
     ) -> None:
         self._store, self._target, self._measure, self._code = store, target, measure, code
+        self._ordinary = keep_ordinary_threads("session", threads)
         self._describe_row = describe_row
 
     def __repr__(self) -> str:
@@ -216,9 +222,12 @@ class ModelLoader:
         if self._code is not None and self._code.runs(model, found.archive):
             code = self._code.prepare(model, found.archive)
             return UnpackedCode(code, found.version, found.tier, found.store_s, found.validated_at, found.stale)
-        built, golden = kinds.build_model(found.archive, self._target), found.archive.golden()
-        if golden is not None and built.row is None:
-            built.body.prove(model, golden, None)
+        is_row = makes_rows(kinds.find_kind(found.archive))
+        built, golden = (
+            self._build_proven(model, found.archive)
+            if is_row
+            else self._ordinary.submit(self._build_proven, model, found.archive).result()
+        )
         record = None
         if isinstance(built.body, RowModel):
             self._measure(built.body.family)
@@ -236,6 +245,16 @@ class ModelLoader:
             found.stale,
             record,
         )
+
+    def _build_proven(self, model: ModelName, archive: Archive) -> tuple[BuiltModel, GoldenSample | None]:
+        """The model and its golden sample, which is run here unless it is a row's.
+
+        One that is no row makes threads that its requests run on: they inherit the priority of the thread of this call.
+        """
+        built, golden = kinds.build_model(archive, self._target), archive.golden()
+        if golden is not None and built.row is None:
+            built.body.prove(model, golden, None)
+        return built, golden
 
     def forget(self, model: ModelName) -> None:
         """The archive proved bad after all: the next load asks the store again."""

@@ -109,7 +109,9 @@ class ResidentModels:
     def adopt(self, survivors: SurvivingRows, distrusted: Collection[str], *, trusts: bool) -> None:
         """Take the rows of an earlier worker for residents, and have rows outlive this one."""
         self.survivors, self.unproven = survivors, survivors.unproven
-        self._validated |= survivors.adopt(self.cache, self._now(), distrusted, trusts=trusts)
+        adopted = dict(survivors.adopt(self.cache, self._now(), distrusted, trusts=trusts))
+        self._validated |= adopted
+        self._metrics.adopted.inc(len(adopted))
         self._sorted = sorted(self._validated, key=_slot_name)
 
     def prove_leased(self, slot: Slot) -> bool:
@@ -139,6 +141,7 @@ class ResidentModels:
         assert self.survivors is not None, "only survivors leave rows that are not proven"
         model = self.survivors.prove(slot)
         if model is None:
+            self._metrics.damaged.inc()
             self.cache.unload(slot.model)
             return False
         self.rows[slot] = model

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from server.contract import SURVIVING_RESULTS, SURVIVING_ROWS
 from tests.e2e.conftest import Serve
 from tests.e2e.models import pack_fleet
 from tests.e2e.server import Load, Server, upload
@@ -36,13 +37,14 @@ def test_a_killed_worker_leaves_its_rows_to_the_next(s3: S3Server, store: str, s
             server.ask(question)
         gets = len(s3.seen("GET", ".mar"))
         shutil.rmtree(tmp_path / "disk")  # whatever is loaded from now on comes from the store
-        wait_until(lambda: bool(server.processes("spare")), "a spare is started")
+        wait_until(lambda: any(each["up"] for each in server.processes("spare")), "a spare waits")
         (spare,) = server.processes("spare")
         with Load(server, questions) as load:
             load.more(MODELS)
             kill_worker(server, 2)
             assert server.processes("worker")[0]["pid"] == spare["pid"]
             assert len(server.resident()) == MODELS
+            assert count_surviving(server) == [MODELS, 0]
             assert all(map(is_closed_on_exec, list_rows(spare["pid"]))), "archives' code is executed, and gets none"
             load.more(MODELS)
         assert {outcome.problem for outcome in load.outcomes} <= {"", "503 ServiceUnavailable"}
@@ -53,6 +55,12 @@ def test_a_killed_worker_leaves_its_rows_to_the_next(s3: S3Server, store: str, s
         assert {server.ask(question).cache for question in questions} == {"hit", "miss"}
         assert len(s3.seen("GET", ".mar")) == gets + 1
         assert server.said().count('"row_damaged"') == 1
+        assert count_surviving(server) == [2 * MODELS, 1]
+
+
+def count_surviving(server: Server) -> list[float]:
+    """Rows that were adopted and that were damaged, over all workers whose metrics were read before they died."""
+    return [server.total(SURVIVING_ROWS.series, result=result) for result in SURVIVING_RESULTS]
 
 
 def kill_worker(server: Server, incarnation: int) -> None:

@@ -1,6 +1,9 @@
 """What the bench of a worker's death says of its requests."""
 
-from loadtest.benchmarks.death import Outcome, summarise_span
+import datetime as dt
+import json
+
+from loadtest.benchmarks.death import Outcome, find_stages, summarise_span
 
 
 def test_a_span_has_what_was_due_in_it_around_any_death() -> None:
@@ -11,3 +14,20 @@ def test_a_span_has_what_was_due_in_it_around_any_death() -> None:
     }  # fmt: skip
     assert summarise_span(outcomes, [10.0], -1.0, 0.0)["max_ms"] == 1.0
     assert summarise_span(outcomes, [50.0], 0.0, 1.0)["requests"] == 0
+
+
+def test_a_start_is_that_of_the_worker_after_the_death() -> None:
+    """Events before the death or of other kinds are passed over; what was not said is left out."""
+    at = 1_790_000_000.0
+
+    def say(event: str, later_ms: float, **more: object) -> str:
+        when = dt.datetime.fromtimestamp(at + later_ms / 1e3, dt.UTC).isoformat().replace("+00:00", "Z")
+        return json.dumps({"event": event, "timestamp": when, **more})
+
+    lines = [
+        say("worker_ready", -500.0, stages_ms={"adopt": 1.0}), "no JSON", say("restarting", 10.0), say("ended", 20.0),
+        say("worker_ready", 90.0, stages_ms={"adopt": 30.0}),
+    ]  # fmt: skip
+    assert find_stages(lines, [at, at + 1.0]) == [
+        {"noticed_ms": 20.0, "ready_ms": 90.0, "stages_ms": {"adopt": 30.0}}, {},
+    ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Threads that load yield to those that answer; threads that run requests never inherit that."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import onnx
+import pytest
+
+from handlers.kinds import Target
+from handlers.work import SessionLimits, WorkLimits
+from model_store.archives.archive import Limits
+from model_store.names import ModelName
+from model_store.stores.model_store import ModelStore
+from model_store.stores.object_store import open_source
+from server.worker.load_lanes import Lane, LoadRun
+from server.worker.model_loader import LoadedModel, ModelLoader
+from server.worker.thread_priority import NICENESS, keep_ordinary_threads, yield_to_others
+from tests.e2e.models import pack_forecaster, pack_identity
+from tests.server.worker.loads import run_load
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness for each thread")
+T = TypeVar("T")
+
+
+def run_yielding(call: Callable[[], T]) -> T:
+    """What the call returns on a thread that yields."""
+    with ThreadPoolExecutor(1, initializer=yield_to_others) as pool:
+        return pool.submit(call).result()
+
+
+def read_niceness() -> int:
+    """That of the calling thread."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def list_threads() -> dict[int, int]:
+    """The niceness of each thread of this process."""
+    return {
+        int(task.name): int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
+        for task in Path("/proc/self/task").iterdir()
+    }
+
+
+def make_loader(folder: Path) -> ModelLoader:
+    """A loader of a folder whose models run on two threads."""
+    target = Target("cpu", 2, WorkLimits(100.0, 10**9), SessionLimits(1 << 30, 60.0, loops=False))
+    return ModelLoader(ModelStore(open_source(str(folder)), None, Limits()), target)
+
+
+def test_only_a_thread_that_yields_is_nice() -> None:
+    """Its own threads are too, which is why there are ordinary ones; the caller keeps its priority."""
+    ordinary = read_niceness()
+    with keep_ordinary_threads("session", 2) as pool:
+        assert run_yielding(read_niceness) == NICENESS
+        assert run_yielding(lambda: [pool.submit(read_niceness).result() for _ in range(4)]) == [ordinary] * 4
+    assert read_niceness() == ordinary != NICENESS
+
+
+@pytest.mark.parametrize("yields", [True, False])
+def test_a_lane_says_whether_its_threads_yield(*, yields: bool) -> None:
+    """All of them, however many it has."""
+    lane, found = Lane("test", 2, 0.0, yields=yields), list[int]()
+    together = threading.Barrier(2)
+
+    def step(run: LoadRun) -> tuple[object, float]:
+        together.wait()
+        found.append(read_niceness())
+        return run, 0.0
+
+    loader = iter(())
+    ends = [lane.begin(LoadRun(ModelName(name), loader, 0.0), step, 0.0) for name in "ab"]  # type: ignore[arg-type]
+    for end in ends:
+        end.result()
+    lane.close()
+    assert found == [NICENESS if yields else read_niceness()] * 2
+
+
+def test_threads_of_a_session_do_not_inherit_that_its_loader_yields(tmp_path: Path) -> None:
+    """A session has threads of its own, on which requests run: they are ordinary. A row is built where it is loaded."""
+    (tmp_path / "net.mar").write_bytes(pack_identity(onnx.TensorProto.FLOAT))
+    (tmp_path / "row.mar").write_bytes(pack_forecaster("row.mar", 1).data)
+    loader = make_loader(tmp_path)
+
+    def load_onnx() -> tuple[LoadedModel, dict[int, int]]:
+        before = list_threads()
+        loaded = run_load(loader.load(ModelName("net.mar")))
+        return loaded, {task: nice for task, nice in list_threads().items() if task not in before}
+
+    loaded, made = run_yielding(load_onnx)
+    assert loaded.row is None
+    assert made, "the session has a thread of its own"
+    assert set(made.values()) == {read_niceness()}
+    assert run_yielding(lambda: run_load(loader.load(ModelName("row.mar")))).row is not None
