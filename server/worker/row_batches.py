@@ -135,10 +135,11 @@ class RowBatches:
     ) -> None:
         """Answer the jobs of a batch; those of calls for many models group by group."""
         left = dict.fromkeys(range(len(jobs)))
-        for places, encoded, media in encode_groups(encoders, answers):
-            self._replies.answer_items([jobs[i] for i in places], encoded, media, now, run_s)
-            for i in places:
-                del left[i]
+        if _has_items(jobs):
+            for places, encoded, media in encode_groups(encoders, answers):
+                self._replies.answer_items([jobs[i] for i in places], encoded, media, now, run_s)
+                for i in places:
+                    del left[i]
         for i in left:
             self._replies.encode(jobs[i], encoders[i], answers[i], now, run_s)
 
@@ -154,7 +155,8 @@ class RowBatches:
 
         Nothing else keeps their rows: on a device these lie in memory that the next batch uses.
         """
-        jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
+        if _has_items(jobs):
+            jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
         running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
         for at, job in enumerate(jobs):
             slot = job.slot
@@ -252,6 +254,11 @@ class RowBatches:
             found.set_exception(error)
         else:
             found.set_result(answer)
+
+
+def _has_items(jobs: Sequence[Job]) -> bool:
+    """Whether some are items of calls for many models, which are decoded and answered together."""
+    return any(job.together is not None for job in jobs)
 
 
 def _detach(call: DecodedCall, inputs: Inputs) -> DecodedCall:

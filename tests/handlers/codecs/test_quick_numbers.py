@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from handlers.base import Shape
 from handlers.codecs import quick_numbers, tensors
-from handlers.codecs.quick_numbers import are_finite, read_tensors
+from handlers.codecs.quick_numbers import are_finite
+from handlers.codecs.tensors import read_plain
 from handlers.errors import RequestError
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,7 @@ def read_slowly(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, tuple[Sha
 
 def read_quickly(body: bytes, shapes: Mapping[str, Shape]) -> dict[str, tuple[Shape, bytes]] | None:
     """Shapes and bits of the compiled reader; None if it has given the body back."""
-    found = read_tensors(body, shapes)
+    found = read_plain(body, shapes)
     return None if found is None else {name: (array.shape, array.tobytes()) for name, array in found.items()}
 
 
@@ -80,7 +81,7 @@ def test_plain_numbers_are_read_to_the_same_bits(number: str, padding: str) -> N
 def test_other_numbers_are_given_back(number: str) -> None:
     """Wherever they are; a body that ends with one does too."""
     for text in (f"[{number}, 1.5]", f"[1.5, {number}]", f"[{number},1]"):
-        assert read_tensors(f'{{"x": {text}}}'.encode(), {"x": (2,)}) is None
+        assert read_plain(f'{{"x": {text}}}'.encode(), {"x": (2,)}) is None
 
 
 @given(
@@ -126,8 +127,8 @@ def test_a_body_that_ends_early_is_given_back() -> None:
     """Each beginning of a body, with and without the brace that the reader looks for at the end."""
     body = b'{"x": [[1.25, -2.5], [0.5, 4.125]]}'
     for size in range(len(body)):
-        assert read_tensors(body[:size], {"x": (2, 2)}) is None
-        assert read_tensors(body[:size] + b"}", {"x": (2, 2)}) is None or size == len(body) - 1
+        assert read_plain(body[:size], {"x": (2, 2)}) is None
+        assert read_plain(body[:size] + b"}", {"x": (2, 2)}) is None or size == len(body) - 1
 
 
 @pytest.mark.parametrize(
@@ -157,14 +158,14 @@ def test_a_body_that_ends_early_is_given_back() -> None:
 )
 def test_other_shapes_and_objects_are_given_back(body: str) -> None:
     """Whether they are wrong or only unusual."""
-    assert read_tensors(body.encode(), {"x": (2, 2)}) is None
+    assert read_plain(body.encode(), {"x": (2, 2)}) is None
 
 
 def test_a_name_that_json_writes_otherwise_is_not_compared_here() -> None:
     """A quote in a name would end it: such an archive's requests are read by the other paths."""
-    assert read_tensors(b'{"a"b": [1]}', {'a"b': (1,)}) is None
+    assert read_plain(b'{"a"b": [1]}', {'a"b': (1,)}) is None
     assert tensors.read_json(b'{"a\\"b": [1]}', {'a"b': (1,)})['a"b'].tolist() == [1.0]  # type: ignore[index]
-    found = read_tensors('{"größe": [1]}'.encode(), {"größe": (1,)})
+    found = read_plain('{"größe": [1]}'.encode(), {"größe": (1,)})
     assert found is not None
     assert found["größe"].tolist() == [1.0]
 
@@ -172,22 +173,22 @@ def test_a_name_that_json_writes_otherwise_is_not_compared_here() -> None:
 def test_several_tensors_in_any_order_and_free_lengths() -> None:
     """A length that the shape leaves open is that of the first list, which the others must have."""
     shapes: dict[str, Shape] = {"x": (-1, 2), "y": (3,)}
-    found = read_tensors(b' {"y":[1,2,3],"x" :\n[[1,2],[3,4],\t[5,6]]} \n', shapes)
+    found = read_plain(b' {"y":[1,2,3],"x" :\n[[1,2],[3,4],\t[5,6]]} \n', shapes)
     assert found is not None
     assert list(found) == ["x", "y"]
     assert found["x"].tolist() == [[1, 2], [3, 4], [5, 6]]
     found["x"][0, 0] = 9.0  # it can be written, as torch wants its inputs
-    assert read_tensors(b'{"x": [[1,2],[3]], "y": [1,2,3]}', shapes) is None
+    assert read_plain(b'{"x": [[1,2],[3]], "y": [1,2,3]}', shapes) is None
 
 
 def test_a_large_body_has_as_much_memory_as_its_numbers() -> None:
     """Also where the lengths are open, and more is taken while it is read."""
     numbers = [round(random.Random(i).uniform(-99, 99), 3) for i in range(50_000)]
-    found = read_tensors(json.dumps({"x": numbers}).encode(), {"x": (-1,)})
+    found = read_plain(json.dumps({"x": numbers}).encode(), {"x": (-1,)})
     assert found is not None
     assert found["x"].tobytes() == np.array(numbers, np.float32).tobytes()
     assert found["x"].base.nbytes == 4 * len(numbers)  # type: ignore[union-attr]
-    assert read_tensors(b'{"x": [1]}', {"x": (2**62, 4)}) is None
+    assert read_plain(b'{"x": [1]}', {"x": (2**62, 4)}) is None
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
