@@ -37,7 +37,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What asks the S3 server or opens a page is slow: those are processes. Files with slow tests come first.
+    """What asks the S3 server or opens a page is slow: those are processes. Files that start servers come first.
 
     Several test processes take a file each from the front of this order. So the last files are short ones, and no
     process works alone on a long file after the others have ended. Among their like, files keep their random order.
@@ -45,8 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and not PROCESSES.isdisjoint(item.fixturenames):
             item.add_marker("slow")
-    slow = {item.path for item in items if any(item.get_closest_marker(mark) for mark in ("e2e", "slow"))}
-    items.sort(key=lambda item: item.path not in slow)
+    ranks = {item.path: 0 for item in items}
+    for item in items:
+        rank = 2 if item.get_closest_marker("e2e") else 1 if item.get_closest_marker("slow") else 0
+        ranks[item.path] = max(rank, ranks[item.path])
+    items.sort(key=lambda item: -ranks[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -157,6 +157,7 @@ def test_policies_remember_models_that_left_in_bounded_bytes(monkeypatch: pytest
         assert 0 < policy._ghosts.used_bytes <= MIB
 
 
+@pytest.mark.slow
 def test_items_are_counted_before_they_are_cut() -> None:
     """8 MiB of tiny items (`[1,1,1]`) are refused for 10,001 objects, not for one each; the largest call passes."""
     body = b'{"requests":[' + b"1," * (4 * MIB) + b"1]}"
@@ -254,6 +255,7 @@ def test_large_answers_that_no_client_takes_are_bounded() -> None:
     assert [frame.situation for frame in sent] == [Situation.OK, Situation.OVERLOADED, Situation.OK]
 
 
+@pytest.mark.slow
 def test_families_that_no_model_has_are_forgotten() -> None:
     """The same object while it is used, and none when it is not: an author can make up any number of them."""
     config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}

@@ -11,7 +11,7 @@ day of hours with two covariates, 64 hidden units and nine levels 36,400.
 """
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from msgspec import Meta
@@ -49,7 +49,11 @@ class DdnnReference(nn.Module):
         self.first = nn.Linear(len(self.taps), config.hidden)
         self.second = nn.Linear(config.hidden, config.hidden)
         self.head = nn.Linear(config.hidden, config.prediction_length * config.quantiles)
-        self.base = nn.Linear(count_base_taps(config), config.prediction_length, bias=False)
+        base_taps = count_base_taps(config)
+        skip_init: Any = nn.utils.skip_init  # it has no types
+        self.base: nn.Linear = skip_init(nn.Linear, base_taps, config.prediction_length, bias=False)
+        if base_taps:  # an archive may read no past of its target; torch warns of weights that are none
+            self.base.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""

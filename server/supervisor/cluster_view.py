@@ -13,7 +13,7 @@ import msgspec
 from server.ipc.control import ControlError
 from server.ipc.operations import DescribeNodes, NodeView
 from server.supervisor.children import Child
-from server.supervisor.overview import Overview, SharedAnswer
+from server.supervisor.overview import Overview, SharedReading
 
 ASK_S = 2.0  #: for the other nodes to say what they do
 FRONT_S = 1.0  #: beyond that, for the front to say what they said
@@ -50,7 +50,7 @@ class ClusterView:
     ) -> None:
         self.name = name
         self._fronts, self._overview = fronts, overview
-        self._shared = SharedAnswer(self._make, clock)
+        self._shared = SharedReading(self._make, clock)
 
     def __repr__(self) -> str:
         return f"<ClusterView of {self.name or 'no node'}>"

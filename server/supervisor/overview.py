@@ -23,7 +23,7 @@ Series = dict[str, float]  #: values by the label that a viewer tells apart
 Buckets = dict[str, Any]  #: `bounds` in seconds or rows, `counts` up to and with each (the last: all), `sum`
 
 
-class SharedAnswer(Generic[Made]):
+class SharedReading(Generic[Made]):
     """An answer that is made at most once in FRESH_S, for all who ask within it."""
 
     def __init__(self, make: Callable[[], Coroutine[Any, Any, Made]], clock: Callable[[], float]) -> None:
@@ -32,7 +32,7 @@ class SharedAnswer(Generic[Made]):
         self._made_at = 0.0
 
     def __repr__(self) -> str:
-        return f"<SharedAnswer made at {self._made_at:.1f}>"
+        return f"<SharedReading made at {self._made_at:.1f}>"
 
     async def read(self) -> Made:
         """The answer for now, at most FRESH_S old. Viewers that ask meanwhile wait for the one that is made."""
@@ -54,7 +54,7 @@ class Overview:
     ) -> None:
         """`describe_server` says what no metric does: version, store, readiness, processes."""
         self._read_metrics, self._describe_server = read_metrics, describe_server
-        self._shared = SharedAnswer(self._make, clock)
+        self._shared = SharedReading(self._make, clock)
 
     def __repr__(self) -> str:
         return f"<Overview {self._shared!r}>"

@@ -71,6 +71,7 @@ def test_dependencies_are_a_layer_of_their_own(path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_program_installed_beside_its_packages_runs(tmp_path: Path) -> None:
     """What the image's last `pip install` writes into a folder of its own is whole: both commands run from there.
 
@@ -101,6 +102,7 @@ def leave_out_of_the_image(folder: str, names: list[str]) -> set[str]:
     return set(names) - kept if Path(folder) == DOCKER.parent else {name for name in names if name == "__pycache__"}
 
 
+@pytest.mark.slow
 def test_compose_fits_the_compose_specification() -> None:
     """The schema of the Compose specification accepts the file."""
     command = [str(BIN / "check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(DOCKER / "compose.yaml")]

@@ -121,6 +121,7 @@ def test_images_install_nothing_but_the_lock(path: Path) -> None:
     assert "!docker/*.lock" in (ROOT / ".dockerignore").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_the_cpu_image_says_its_size() -> None:
     """As far as it is known here: by the locked packages here, but for torch, of which there may be any build."""
     said = (DOCKER / "cpu.Dockerfile").read_text()

@@ -98,6 +98,7 @@ def sound_archives() -> list[bytes]:
     ]
 
 
+@pytest.mark.slow
 def test_archives() -> None:
     """Opened, described, built and proved as a worker does: a LoadError at most."""
 

@@ -295,6 +295,7 @@ def make_subject(peer: Peer, model: str) -> ServerUnderLoad:
     return ServerUnderLoad(f"http://127.0.0.1:{peer.port}", None, questions, "a peer")
 
 
+@pytest.mark.slow
 def test_a_ramp_ends_where_answers_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rate after rate while they are sustained; the table says at which it was too much, and why."""
     monkeypatch.setattr(run_result, "MAX_LAG_S", PATIENCE_S)  # the ramp is judged here, not how busy this machine is
@@ -402,6 +403,7 @@ def test_the_groups_list_their_commands(group: str, commands: Mapping[str, Comma
     assert all(lazy.about in " ".join(listed.output.split()) for lazy in commands.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name", "module"),
     [(group, name, lazy.module) for group, table in GROUPS.items() for name, lazy in table.items()],

@@ -21,6 +21,7 @@ def keeps_the_rules(raw: str) -> bool:
     return not {"", ".", ".."} & set(raw.split("/"))
 
 
+@pytest.mark.slow
 @given(st.one_of(st.text(), st.text(alphabet="a./\\\0 é\n", max_size=12), st.from_regex(r"([a-z0-9_.-]{1,9}/?){1,9}")))
 def test_a_name_is_accepted_exactly_when_the_rules_hold(raw: str) -> None:
     """No text slips through, none is refused for nothing, and an accepted name is not changed."""

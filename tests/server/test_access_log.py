@@ -72,6 +72,7 @@ def test_a_worker_keeps_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch
     assert kept.take() == ("", 0, 0)
 
 
+@pytest.mark.slow
 def test_parts_are_zipped_bounded_and_read_in_order(tmp_path: Path) -> None:
     """Far more rows than fit: all parts but the newest are gzipped, the oldest are gone, the rest is in order."""
     log = AccessLog(tmp_path, BUDGET)

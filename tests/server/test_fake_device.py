@@ -37,6 +37,7 @@ def test_a_capture_that_fails_is_never_over(work: object) -> None:
         device.trim()
 
 
+@pytest.mark.slow
 def test_memory_is_counted_and_ends_inside_of_work_too() -> None:
     """What `memory` gives and what operators make; it is back when nothing uses it any more, views included."""
     device = FakeDevice(total_bytes=10 * MIB)
@@ -84,6 +85,7 @@ def test_an_error_of_the_context_stays() -> None:
             make(1)
 
 
+@pytest.mark.slow
 def test_a_graph_repeats_operators_and_not_python() -> None:
     """It sees the numbers of now at the addresses of its capture, branches as they were, and finds freed memory out."""
     device = FakeDevice()

@@ -144,6 +144,7 @@ def test_clients_that_go_on_asking_lose_nothing() -> None:
         assert counted["lost"] == 0
 
 
+@pytest.mark.slow
 def test_what_comes_to_an_idle_connection_is_answered() -> None:
     """An idle connection stays open for a moment: a request that still comes is answered, with `Connection: close`."""
 
@@ -164,6 +165,7 @@ def test_what_comes_to_an_idle_connection_is_answered() -> None:
     run_draining(act, PATIENCE_S)
 
 
+@pytest.mark.slow
 def test_a_request_that_has_begun_is_answered_however_long_it_takes_to_come() -> None:
     """Half a head, half a body, and requests behind one that runs: all are whole in the end and answered in order."""
 
@@ -227,6 +229,7 @@ def test_a_connection_that_is_just_being_lost_has_nothing_unread(tmp_path: Path)
     uvloop.run(scenario())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_tls", [False, True])
 def test_connections_nobody_has_accepted_are_served(tmp_path: Path, *, with_tls: bool) -> None:
     """Opened while the loop did something else and was told to stop: each is answered."""
@@ -246,6 +249,7 @@ def test_connections_nobody_has_accepted_are_served(tmp_path: Path, *, with_tls:
     run_draining(act, PATIENCE_S, tls, trusting)
 
 
+@pytest.mark.slow
 def test_what_is_cut_is_told_so_in_time() -> None:
     """A request that nothing answers, one whose body does not come, and one behind another: 503 once the time is over,
     which may become shorter meanwhile; a client that only began a head is closed.

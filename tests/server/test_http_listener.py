@@ -219,6 +219,7 @@ def exchange(*parts: bytes, keep_alive_s: int = 5) -> tuple[bytes, EchoApp]:
     return found[0], app
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 10_000])
 @pytest.mark.parametrize("framing", FRAMED)
 @pytest.mark.parametrize("upgrade", UPGRADES)
@@ -252,6 +253,7 @@ def test_trailers_are_dropped() -> None:
     assert b"x-model" not in app.headers[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "part"),
     [
@@ -301,6 +303,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_can_be_read_in_two_ways_is_refused(case: str) -> None:
     """400 with a reason, the connection closed, and neither that request nor what follows it reaches the app."""
@@ -314,6 +317,7 @@ def test_what_can_be_read_in_two_ways_is_refused(case: str) -> None:
     assert app.bodies == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "bad", [b"RUBBISH\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"y" * 2 * MAX_HEAD]
 )
@@ -337,6 +341,7 @@ def test_http_1_0_needs_no_host() -> None:
     assert said.startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.slow
 def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
     """Uvicorn gets the seconds of the setting, and closes the idle connection after them."""
 
@@ -348,6 +353,7 @@ def test_an_idle_connection_stays_as_long_as_the_setting_says() -> None:
     assert make_listener(EchoApp(), 1.0, 5.0, 75).config.timeout_keep_alive == 75
 
 
+@pytest.mark.slow
 def test_a_connection_is_served_by_one_task_that_ends_with_it() -> None:
     """Requests one after the other, and some behind one another; between them nothing of a request is held."""
     tasks, held = list[Any](), weakref.WeakSet[Any]()
@@ -460,6 +466,7 @@ def test_uvicorn_still_has_what_the_listener_uses() -> None:
 # --- bytes that are written -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     parts=st.lists(st.integers(0, 70_000), min_size=1, max_size=6),
@@ -511,6 +518,7 @@ def test_a_faulty_answer_ends_the_connection(fault: str) -> None:
     serve_app(answer_request, act)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 def test_a_whole_answer_is_one_message(method: bytes, version: bytes) -> None:
@@ -533,6 +541,7 @@ def test_a_whole_answer_is_one_message(method: bytes, version: bytes) -> None:
     serve_app(answer_request, act)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(pieces=st.lists(st.integers(1, 70_000), max_size=5))
 def test_a_body_comes_as_it_was_sent_in_any_pieces(pieces: list[int]) -> None:

@@ -70,6 +70,7 @@ def test_a_reader_that_stops_costs_lines_only(pipe: tuple[int, int]) -> None:
     assert writer.flush(60)
 
 
+@pytest.mark.slow
 def test_the_queue_is_bounded_in_bytes(pipe: tuple[int, int]) -> None:
     """Long lines fill it sooner, and a line too long is cut."""
     read, write = pipe
@@ -111,6 +112,7 @@ def test_warnings_are_limited_by_kind() -> None:
     assert [is_passed("load_failed") for _ in range(10)].count(None) == 10 - int(PER_SECOND) + 1
 
 
+@pytest.mark.slow
 def test_a_process_writes_its_last_lines() -> None:
     """Lines of our own and of libraries, and a traceback, are on standard error when the process has ended."""
     code = """if True:

@@ -91,6 +91,7 @@ def test_a_scrape_replaces_the_last_one() -> None:
     assert scrape(merged)[HITS] == 2
 
 
+@pytest.mark.slow
 def test_counters_of_the_dead_go_on_and_gauges_vanish() -> None:
     """A restarted worker adds to what its predecessors counted, life after life; what they held is gone with them."""
     merged, counts = MergedMetrics(), []

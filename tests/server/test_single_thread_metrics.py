@@ -16,6 +16,7 @@ BOUNDS = (0.001, 0.25, 1, 30)
 VALUES = st.one_of(st.sampled_from(BOUNDS), st.floats(0, 100))
 
 
+@pytest.mark.slow
 @given(counted=st.lists(st.tuples(st.sampled_from(["a", 'b "c"', "ü"]), VALUES)), common=st.booleans())
 def test_what_is_scraped_is_the_librarys(counted: Sequence[tuple[str, float]], common: bool) -> None:
     """Of several series, values on a bucket's bound too, with labels of the process and without."""

@@ -100,6 +100,7 @@ def test_every_zone_changes_its_clock_as_its_database_says() -> None:
     assert counted > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_s", [HOUR, 1800, 900])
 def test_every_step_is_in_the_slot_of_its_wall_clock(step_s: int) -> None:
     """At every change of every zone: a series that ends before it, and the day that follows.
@@ -127,6 +128,7 @@ def test_every_step_is_in_the_slot_of_its_wall_clock(step_s: int) -> None:
             assert not whole or abs(len(plan.steps) + shift // step_s - DAY // step_s) <= abs(shift) // step_s
 
 
+@pytest.mark.slow
 def test_a_local_clock_can_be_read_back() -> None:
     """Every hour around every change: the stamps of a local clock give their instants back, the repeated hour too."""
     for known, names in list_changes().items():
@@ -319,6 +321,7 @@ def test_wall_clock_seconds_are_stamps() -> None:
     assert format_wall(-timedelta(days=366).days * DAY) == "1968-12-31 00:00:00"
 
 
+@pytest.mark.slow
 def test_a_clock_is_looked_at_once() -> None:
     """A second request over the same centuries looks at no day again; the ends of the calendar are served too."""
     zone = find_zone("Europe/Berlin")

@@ -256,6 +256,7 @@ NUMBERS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(NUMBERS, min_size=2, max_size=4) | st.just("ab"), min_size=1, max_size=3), st.booleans())
 @example([[2**65, 1.0]], False)
 @example([[1.0, [1.0]], [1.0, 1.0]], True)

@@ -158,6 +158,7 @@ def _write_together(found: list[Any], together: Sequence[tuple[int, DecodedForec
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_together_and_alone_are_equal(seed: int) -> None:
     """Mixed archives and requests: bytes, rows, kept levels and every error, for every kind of configuration."""
@@ -179,6 +180,7 @@ def test_together_and_alone_are_equal(seed: int) -> None:
             assert found[i] == expected, (i, configuration)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_columns_and_alone_are_equal(seed: int) -> None:
     """Forecasts of one length that come as columns: mixed archives, covariates in any order, some columns wrong."""

@@ -179,6 +179,7 @@ SCRAPS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     st.binary(max_size=60)
     | st.fixed_dictionaries(

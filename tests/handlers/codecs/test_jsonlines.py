@@ -186,6 +186,7 @@ def check(body: bytes, media: str, forecast: Any) -> None:
             assert np.isfinite(np.array(numbers, np.float64)).all()
 
 
+@pytest.mark.slow
 @given(st.lists(INSTANCES, max_size=3), CONFIGURATIONS, st.sampled_from([SAMPLED, PLAIN, FORECAST, SEVERAL]))
 @example([INSTANCE], {}, FORECAST)
 @example([plain([1, 2, None], [1e300, 0, "NaN"])], {"output_types": ["mean", "quantiles", "samples"]}, SEVERAL)
@@ -197,6 +198,7 @@ def test_nearly_right_requests(instances: list[Any], configuration: dict[str, An
     check("\n".join(lines).encode(), LINES, forecast)
 
 
+@pytest.mark.slow
 @given(
     st.binary(max_size=100) | ANYTHING.map(lambda value: json.dumps(value).encode()),
     st.sampled_from([JSON, LINES]),

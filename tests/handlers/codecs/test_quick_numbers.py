@@ -109,6 +109,7 @@ def test_any_number_has_the_bits_of_the_slower_readers(numbers: list[str]) -> No
     assert found is None or found == read_slowly(body, {"x": (-1,)})
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_change_of_a_body_is_read_alike_or_given_back(data: st.DataObject) -> None:
     """A byte changed, put in or taken out, and a body cut anywhere: the same numbers, or the slower readers' word."""
@@ -181,6 +182,7 @@ def test_several_tensors_in_any_order_and_free_lengths() -> None:
     assert read_plain(b'{"x": [[1,2],[3]], "y": [1,2,3]}', shapes) is None
 
 
+@pytest.mark.slow
 def test_a_large_body_has_as_much_memory_as_its_numbers() -> None:
     """Also where the lengths are open, and more is taken while it is read."""
     numbers = [round(random.Random(i).uniform(-99, 99), 3) for i in range(50_000)]

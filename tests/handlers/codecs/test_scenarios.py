@@ -62,6 +62,7 @@ def marginals_of(correlation: CorrelationModel, steps: int = 0, seed: int = 0) -
     return [Marginal(name, LEVELS, each) for name, each in zip(correlation.products, values, strict=True)]
 
 
+@pytest.mark.slow
 def test_work_is_bounded_before_it_starts() -> None:
     """What the scores of many products over many steps take is known from shapes, and refused with the numbers."""
     correlation = gaussian_of(np.eye(40), make_ar1(0.5, 1500))
@@ -161,6 +162,7 @@ def test_a_shorter_forecast_has_the_leading_block() -> None:
     np.testing.assert_array_equal(mixed[1], found[:, 1])
 
 
+@pytest.mark.slow
 def test_joint_beats_independent_margins_on_correlated_prices() -> None:
     """Energy and variogram score fall, CRPS does not move, where prices come from the copula itself."""
     correlation, rng = gaussian_of(make_ar1(0.9, 6), make_ar1(0.9, 12)), np.random.default_rng(4)

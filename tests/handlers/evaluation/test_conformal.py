@@ -40,6 +40,7 @@ def test_the_shifted_levels_hold_their_promise_on_later_windows() -> None:
     assert min(by_hour) > 0.65
 
 
+@pytest.mark.slow
 def test_a_rolling_calibration_knows_nothing_of_later_windows() -> None:
     """What comes after a round leaves the round's levels as they were."""
     y, q = make_windows()
@@ -74,6 +75,7 @@ def test_the_band_is_the_one_nearest_to_eighty_percent() -> None:
         choose_band(np.array([0.5]))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.floats(-3, 3), min_size=24 * 5, max_size=24 * 5),

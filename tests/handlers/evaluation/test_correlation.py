@@ -51,6 +51,7 @@ def test_a_sound_correlation_is_left_alone(rho: float, size: int) -> None:
     np.testing.assert_allclose(repair_matrix(make_ar1(rho, size)), make_ar1(rho, size), rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 @given(QUANTILES, st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=8).map(sorted))
 def test_the_transform_rises_with_the_price(quantiles: Float64, prices: list[float]) -> None:
     """Whatever atoms a forecast has, a higher price never has a lower probability; all lie within [0, 1]."""

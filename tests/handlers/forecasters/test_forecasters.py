@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -113,8 +113,26 @@ def assert_batched_is_reference(made: Family, models: int, batch: int, seed: int
     assert torch.equal(x, x_before)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CONFIGS, st.integers(1, 3), st.integers(1, 20), st.integers(0, 2**31))
+@example(
+    (
+        "ddnn",
+        {
+            "features": 1,
+            "context_length": 7,
+            "prediction_length": 1,
+            "quantiles": 1,
+            "hidden": 1,
+            "past": 0,
+            "marks": 1,
+        },
+    ),
+    1,
+    1,
+    0,
+)
 def test_batched_is_reference_for_any_configuration(
     config: tuple[str, dict[str, Setting]], models: int, batch: int, seed: int
 ) -> None:
@@ -122,6 +140,7 @@ def test_batched_is_reference_for_any_configuration(
     assert_batched_is_reference(build_family(*config), models, batch, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 3, 33, 512])
 @pytest.mark.parametrize(
     ("architecture", "config"),
@@ -152,6 +171,7 @@ def test_batched_is_reference_for_the_default_mlp() -> None:
     assert_batched_is_reference(build_family("mlp", {}), 3, 5, seed=11)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(CONFIGS, st.integers(1, 4), st.integers(0, 2**31))
 def test_the_steps_that_are_read_give_the_answer_of_all(
@@ -198,6 +218,7 @@ def test_a_binding_made_in_inference_mode_works_outside(architecture: str) -> No
     assert torch.equal(inside, made.forward(bound, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_rows_of_bfloat16_answer_nearly_alike(architecture: str) -> None:
     """A worker may run its forwards so, on inputs of float32: answers differ by roundings, and drawn paths are those of

@@ -124,6 +124,7 @@ def compute_objective(problem: Problem, found: Coefficients, penalty: torch.Tens
     return losses + penalty * standard.abs().sum(0) + quantile_lasso.RIDGE / (2 * len(y)) * (standard**2).sum(0)
 
 
+@pytest.mark.slow
 def test_the_regressions_are_at_their_optimum() -> None:
     """No step from what is found, of one coefficient or in any of many directions, comes lower (it is convex)."""
     problem, random = make_problem(), torch.Generator().manual_seed(1)
@@ -140,6 +141,7 @@ def test_the_regressions_are_at_their_optimum() -> None:
             assert (compute_objective(problem, moved, penalty) > least - 1e-5).all()
 
 
+@pytest.mark.slow
 def test_a_fit_that_goes_on_ends_where_one_from_the_beginning_does() -> None:
     """From another penalty's solution, and from coefficients that are handed over, the optimum is the same."""
     problem = make_problem()
@@ -174,6 +176,7 @@ def test_a_path_begins_below_the_penalty_at_which_all_coefficients_are_zero() ->
     assert found[3].abs().max() == 0
 
 
+@pytest.mark.slow
 def test_it_finds_what_the_prices_are_made_of() -> None:
     """Of 175 numbers the fit names the step's load and yesterday's price of its hour, and comes near the noise."""
     hours = np.arange(24)
@@ -186,6 +189,7 @@ def test_it_finds_what_the_prices_are_made_of() -> None:
         assert weight.mean() < 0.02
 
 
+@pytest.mark.slow
 def test_a_fit_does_not_depend_on_its_neighbours() -> None:
     """A market's numbers are equal bit by bit, whether it is fitted alone or with another on two threads."""
     first, second = make_series(0), make_series(1)

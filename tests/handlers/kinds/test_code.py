@@ -211,6 +211,7 @@ def test_files_of_weights_are_told_apart() -> None:
     assert found["model_files"]["a.onnx"] == "ONNX"
 
 
+@pytest.mark.slow
 def test_imports_are_those_that_a_parser_finds() -> None:
     """In modules of Python itself: every name, with its line, and whether it stands at the top."""
     for name in (
@@ -243,6 +244,7 @@ def test_imports_are_those_that_a_parser_finds() -> None:
         ] == source.defines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "raw",
     [

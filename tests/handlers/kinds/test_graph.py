@@ -81,6 +81,7 @@ def test_models_are_the_same_however_often_they_are_made(name: str) -> None:
 # --- what batches -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BATCHED)
 def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
     """Linear, convolution, norms, attention, pooling, padding: run together, from one request to a tick of 512."""
@@ -90,6 +91,7 @@ def test_a_batch_of_models_answers_as_each_alone(name: str) -> None:
         assert_answers_as_modules(family, modules, rows, batch)
 
 
+@pytest.mark.slow
 def test_what_cannot_batch_runs_one_by_one_and_says_why() -> None:
     """`vmap` has no rule for a fused recurrence: the reason names the operator, the answers are right all the same."""
     family, modules, rows = export_models(RecurrentNet)
@@ -109,6 +111,7 @@ def test_answers_that_differ_are_not_batched(monkeypatch: pytest.MonkeyPatch) ->
     assert_answers_as_modules(fresh, modules, rows, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [[1, 0], [1, 2, 3, 4, 0], [4, 3, 2, 1, 0]])
 @pytest.mark.parametrize("first", ["usual", "zeros"])
 def test_answers_under_another_model_are_found(first: str, moved: list[int]) -> None:
@@ -177,6 +180,7 @@ def test_threads_may_load_one_family_at_once() -> None:
 # --- families ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_models_of_one_class_are_one_family() -> None:
     """The numbers do not matter, the configuration does; nor does how the file is written."""
     first, _ = exported_once(Dilated)
@@ -204,6 +208,7 @@ def test_a_graph_is_a_module_again() -> None:
         torch.testing.assert_close(reference(x), module(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_wrong_tensors_are_refused_by_name() -> None:
     """Another configuration's numbers never become a row, nor do numbers that are none."""
     raw, tensors = exported_once(Dilated)
@@ -217,6 +222,7 @@ def test_wrong_tensors_are_refused_by_name() -> None:
 # --- export -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_export_leaves_the_module_as_it_was() -> None:
     """A module in training stays in training, with its gradients on and its numbers unchanged."""
     module = make_module(BATCHED["batch-norm"], 0).train()
@@ -227,6 +233,7 @@ def test_export_leaves_the_module_as_it_was() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_constants_travel_with_the_archive() -> None:
     """Buffers that are not saved: numbers go with the weights, truth values into the graph. What the answer does not
     need is left out.
@@ -270,6 +277,7 @@ class Odd(nn.Module):
         return (x * self.weight[:, None]).double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "said"),
     [
@@ -484,6 +492,7 @@ class Drawing(nn.Module):
         return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*BATCHED, "recurrent"])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_weights_in_bfloat16_answer_closely(name: str, batch: int) -> None:
@@ -497,6 +506,7 @@ def test_weights_in_bfloat16_answer_closely(name: str, batch: int) -> None:
     torch.testing.assert_close(found, right, atol=0.06 * float(right.abs().max()), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_whole_numbers_of_an_input_survive_short_weights(batch: int) -> None:
     """Two seeds that bfloat16 cannot tell apart draw two sets of paths, those of float32."""

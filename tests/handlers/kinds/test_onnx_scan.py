@@ -15,6 +15,7 @@ SCALAR = b"\x08\x01"  #: ir_version of a model, 1
 UNKNOWN = b"\x80\x01\x01"  #: field 16 of a model, which has none, 1
 
 
+@pytest.mark.slow
 def test_fields_at_the_bound() -> None:
     """So many are looked at, and not one more."""
     check_model(UNKNOWN * MAX_FIELDS)
@@ -22,6 +23,7 @@ def test_fields_at_the_bound() -> None:
         check_model(UNKNOWN * (MAX_FIELDS + 1))
 
 
+@pytest.mark.slow
 def test_fields_count_over_all_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of messages within messages are fields too: here each node's, and each name in one."""
     allowed = 20_000
@@ -43,6 +45,7 @@ def test_single_numbers_at_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         check_model(SCALAR * (allowed // 2 + 1))
 
 
+@pytest.mark.slow
 def test_a_large_tree_ensemble_is_scanned() -> None:
     """100,000 nodes have 800,000 unpacked numbers and as many names as nodes: a sound model."""
     count = 100_000
@@ -60,6 +63,7 @@ NUMBERS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(numbers=NUMBERS, padding=st.integers(0, 3), external=st.booleans())
 def test_skipping_loses_nothing(numbers: list[tuple[str, float]], padding: int, *, external: bool) -> None:
     """Whatever numbers stand before it, and wherever a piece that is skipped ends, an external tensor is found."""

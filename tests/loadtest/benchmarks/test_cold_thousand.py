@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from handlers.forecasters import build_family
 from loadtest.benchmarks.cold_thousand import ALONE_S, HIT, compare_hits, measure_round
 from loadtest.benchmarks.core import write_bodies, write_fleet
@@ -15,6 +17,7 @@ from loadtest.observe.slow_store import read_counts, serve_slow_store
 MODELS, PLACES = 80, 9
 
 
+@pytest.mark.slow
 def test_cold_models_are_fetched_once_each_and_few_at_a_time(tmp_path: Path) -> None:
     """All are answered, each by one GET, the store never has more requests than `store_requests`, but more than there
     are loader threads; and a model of which it has none fails alone.

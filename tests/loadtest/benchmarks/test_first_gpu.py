@@ -14,6 +14,7 @@ from loadtest.benchmarks.first_gpu import CHECKS, ROOT, Step, describe_ends, lis
 from tests.patience import PATIENCE_S
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_at_once_and_makes_nothing(tmp_path: Path) -> None:
     """The sentence and exit code 2, before any environment is made or torch is imported."""
     found = CliRunner().invoke(first_gpu.app, ["--dev", str(tmp_path)])
@@ -38,6 +39,7 @@ def test_every_check_of_the_server_is_a_step_with_a_limit() -> None:
     assert {"tests", "benchmark", "compute-sanitizer"} <= set(names)
 
 
+@pytest.mark.slow
 def test_each_step_ends_and_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """By itself, with an error, at its limit with all that it started, or not at all."""
     child = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '3600'])"

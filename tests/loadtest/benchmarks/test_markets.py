@@ -75,6 +75,7 @@ def test_a_served_market_is_scored(market: Series, tmp_path: Path, server_url: s
     assert found.ratio < 0.9
 
 
+@pytest.mark.slow
 def test_other_numbers_than_the_networks_are_seen(market: Series, fitted: Fitted, tmp_path: Path) -> None:
     """A server that answers a cent too much is told from one that answers right."""
     store_archive(tmp_path, fitted)

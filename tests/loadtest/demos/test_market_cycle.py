@@ -128,6 +128,7 @@ def test_charts_are_of_different_groups() -> None:
     assert choose_charted(["NSW1"]) == [0]
 
 
+@pytest.mark.slow
 def test_extremes_are_the_strongest_pairs() -> None:
     """Alike from the highest down, opposed from the lowest up, each only with its sign."""
     together = np.array([[1, 0.9, -0.2], [0.9, 1, 0.1], [-0.2, 0.1, 1]])

@@ -32,6 +32,7 @@ def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5
     return schedule, make_target(f"http://127.0.0.1:{peer.port}", [request])
 
 
+@pytest.mark.slow
 def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
     """While a server stands still for 0.8 s, requests go on being due and sent: each waits for the rest of the stall.
 
@@ -46,6 +47,7 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
     assert (run.status == 200).all()
 
 
+@pytest.mark.slow
 def test_waits_for_a_connection_count_and_are_called_out() -> None:
     """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
     with run_peer(Peer(delay_s=0.02)) as peer:
@@ -74,6 +76,7 @@ class SlowToMake(Sequence[bytes]):
         return self._request
 
 
+@pytest.mark.slow
 def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     """A driver that needs 20 ms for each of 200 requests a second falls behind, and says that it was its own fault."""
     with run_peer(Peer()) as peer:
@@ -83,6 +86,7 @@ def test_an_overloaded_driver_calls_its_run_invalid() -> None:
     assert [reason.endswith(BUSY) for reason in run.invalid()] == [True]
 
 
+@pytest.mark.slow
 def test_what_was_never_sent_makes_a_run_invalid() -> None:
     """With its one connection stuck, the driver ends in time; the others are unsent, and have waited until the end."""
     with run_peer(Peer()) as peer:
@@ -93,6 +97,7 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
     assert "99 of 100 requests were never sent" in run.invalid()[0]
 
 
+@pytest.mark.slow
 def test_silence_counts_as_waiting() -> None:
     """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
     with run_peer(Peer()) as peer:
@@ -102,6 +107,7 @@ def test_silence_counts_as_waiting() -> None:
     assert run.latency.min() > 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "status"), [("hit", 200), ("503", 503), ("hangup", LOST), ("bye", 200)])
 def test_every_request_has_its_fate(model: str, status: int) -> None:
     """Answers, refusals, lost connections and ones that the server closes after each answer."""
@@ -112,6 +118,7 @@ def test_every_request_has_its_fate(model: str, status: int) -> None:
     assert (run.checked, list(run.unsound)) == (100 if status == 200 else 0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("connections", [1, 512])
 def test_nobody_listens(connections: int) -> None:
     """Refused connections are lost requests, and the run ends with the last."""
@@ -120,6 +127,7 @@ def test_nobody_listens(connections: int) -> None:
     assert run.ended < PATIENCE_S
 
 
+@pytest.mark.slow
 def test_a_lack_of_descriptors_is_our_own_fault() -> None:
     """Where a process may open no more files, requests are unsent, and the run invalid: none failed.
 
@@ -141,6 +149,7 @@ def lack_descriptors() -> None:
     assert "100 of 100 requests were never sent" in run.invalid()[0]
 
 
+@pytest.mark.slow
 def test_connections_are_kept() -> None:
     """A server that answers between two requests sees far fewer connections than requests."""
     with run_peer(Peer()) as peer:
@@ -149,6 +158,7 @@ def test_connections_are_kept() -> None:
     assert peer.connections < 20
 
 
+@pytest.mark.slow
 def test_wrong_answers_are_noticed() -> None:
     """NaN with status 200 is not an answer."""
     with run_peer(Peer()) as peer:
@@ -201,6 +211,7 @@ def test_only_this_machine_unless_told() -> None:
             make_target(url, [])
 
 
+@pytest.mark.slow
 def test_a_load_over_tls_shows_what_the_server_asks_for(tmp_path: Path) -> None:
     """Every connection trusts the authority, shows the certificate, and every request the token; the representation of
     the target does not. Latency is measured as without TLS.

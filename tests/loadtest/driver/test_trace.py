@@ -53,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("traces")
 
 
+@pytest.mark.slow
 @given(first=ROWS, second=ROWS, name=st.sampled_from(["load.csv", "load.csv.gz"]))
 def test_what_was_written_is_read(folder: Path, first: list, second: list, name: str) -> None:  # type: ignore[type-arg]
     """Whatever the rows, plain and gzipped, also after an append: all of them, sorted by time and else as they came."""
@@ -64,6 +65,7 @@ def test_what_was_written_is_read(folder: Path, first: list, second: list, name:
     assert len(set(found.names)) == len(found.names)
 
 
+@pytest.mark.slow
 @given(rows=ROWS)
 def test_chunks_are_the_file(folder: Path, rows: list) -> None:  # type: ignore[type-arg]
     """In the order of the file, in pieces of bounded size, with names that only grow."""
@@ -96,6 +98,7 @@ def test_what_others_write_is_read(tmp_path: Path) -> None:
     assert (found.model.tolist(), found.names) == ([0, 0, 1], ["x", '"x"'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "why"),
     [
@@ -138,6 +141,7 @@ def test_what_is_not_understood_is_refused(text: str, why: str, name: str, tmp_p
     assert str(refused.value).startswith(f"{path}, line ")
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(lambda tail: HEADER.encode() + b"1,a,2,hit\n" + tail))
 def test_any_bytes_are_a_trace_or_refused(folder: Path, data: bytes) -> None:
     """No other error than TraceInvalid, plain or gzipped."""
@@ -160,6 +164,7 @@ def test_gzip_that_is_cut_off_is_said(tmp_path: Path) -> None:
         read_trace(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"1,a,2,hit\n", b"a", b"\n"], ids=["rows", "one line", "empty lines"])
 def test_bombs_are_bounded(content: bytes, tmp_path: Path) -> None:
     """Some kilobytes that unzip to 200 MB are refused with little memory: too many rows, too long a line, no row."""
@@ -176,6 +181,7 @@ def test_bombs_are_bounded(content: bytes, tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_rows_are_not_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading many rows needs the arrays and one chunk of objects, not a hundred bytes a row."""
     monkeypatch.setattr(trace, "CHUNK", 2048)

@@ -110,6 +110,7 @@ def test_sizes_that_make_no_sense(text: str) -> None:
 # --- writing it -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_seed_makes_the_same_bytes(tmp_path: Path) -> None:
     """Twice the same fleet is the same files, whatever their kinds; what is told of it is true."""
     fleet = Fleet(24, 4, ALL)
@@ -123,6 +124,7 @@ def test_a_seed_makes_the_same_bytes(tmp_path: Path) -> None:
     assert sum(size for _, size in found[0].kinds.values()) == sum(map(len, files.values()))
 
 
+@pytest.mark.slow
 def test_a_cut_run_goes_on(tmp_path: Path) -> None:
     """Archives that are there with the right bytes are kept as they are; a torn one is not of this fleet."""
     where, fleet = str(tmp_path), Fleet(8)
@@ -160,6 +162,7 @@ def test_a_wrong_family_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "models").exists()
 
 
+@pytest.mark.slow
 def test_a_trained_fleet_is_one_of_the_fleets(tmp_path: Path) -> None:
     """The demo's fleet is the one of the kind `trained`, as long as it is fitted in one go."""
     assert TOGETHER >= 200
@@ -204,6 +207,7 @@ def test_a_failing_store_is_said_and_the_run_goes_on(bucket: str, s3: S3Server) 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_tells_what_it_made(tmp_path: Path) -> None:
     """A table by kind, and the range of names; again, that all was there; otherwise why not, and 1."""
     flags = [str(tmp_path / "models"), "--models", "5"]

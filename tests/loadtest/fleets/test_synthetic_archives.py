@@ -24,6 +24,7 @@ from server.offline.archive_location import locate_archive
 from server.offline.archive_tools import verify_archive
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tcn", "tcn-8", "mlp-8", "gru", "seq2seq", "onnx"])
 def test_every_kind_loads(tmp_path: Path, kind: str) -> None:
     """Each proves its golden sample by what serves it, against an answer of the reference network."""
@@ -31,6 +32,7 @@ def test_every_kind_loads(tmp_path: Path, kind: str) -> None:
     assert "golden sample reproduced" in verify_model(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_fitted_model_loads(tmp_path: Path) -> None:
     """So does a model of a synthetic market, which the archive names."""
     (fitted,) = fit_markets([7], seed=2)

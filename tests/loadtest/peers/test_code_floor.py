@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from loadtest.benchmarks.code import write_small_models
 from loadtest.peers.code_floor import start_code_floor
 
 
+@pytest.mark.slow
 def test_each_model_answers_right_from_a_process_of_its_own(tmp_path: Path) -> None:
     """The floor runs what the compared servers run, or its numbers would say nothing about them."""
     models = write_small_models(tmp_path, 2)

@@ -155,6 +155,7 @@ def test_a_cycle_over_one_model_too_many_is_the_end_of_lru() -> None:
     assert simulate(Placement(cycle), make_room(10), PLAIN).hit_ratio == 190 / 200
 
 
+@pytest.mark.slow
 def test_ches_approximation_of_lru_under_zipf() -> None:
     """Independent requests: LRU's hit ratio is what Che, Tung and Wang (2002) calculate for it, within 2 points."""
     profile = Profile(500, 50.0, zipf=0.9)
@@ -168,6 +169,7 @@ def test_ches_approximation_of_lru_under_zipf() -> None:
     assert found == pytest.approx(float((share * (1 - np.exp(-share * high))).sum()), abs=0.02)
 
 
+@pytest.mark.slow
 def test_more_cache_is_never_worse_for_lru() -> None:
     """Its miss ratio falls with the cache, down to the models that were never asked before."""
     asked = make_profile_demand(Profile(300, 100.0), 60, 20, str(SLAB))
@@ -178,6 +180,7 @@ def test_more_cache_is_never_worse_for_lru() -> None:
     assert ratios[-1] == pytest.approx(len(new) / len(asked.schedule.at))
 
 
+@pytest.mark.slow
 def test_policies_differ_where_they_should() -> None:
     """A tick in fixed order with room for 90 %: LRU misses all, the policy that knows the tick about a tenth."""
     tick = make_profile_demand(Tick(500, every_s=10.0, spread_s=1.0), 200, 60, "8KB")
@@ -186,6 +189,7 @@ def test_policies_differ_where_they_should() -> None:
     assert due < 0.2
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_models_gives_the_same_curve() -> None:
     """A quarter of 2,000 models, three times: within 3 points of the whole, and of what it says of its own error."""
     asked = make_profile_demand(Profile(2_000, 200.0, zipf=0.8), 100, 50, "8KB")
@@ -232,6 +236,7 @@ def test_a_node_is_lost() -> None:
         assert found.after.cold * found.after.requests == pytest.approx(replicas * 400 / 3, rel=0.2)
 
 
+@pytest.mark.slow
 def test_regions_are_machines_of_their_own() -> None:
     """Three regions with three times the requests do as one alone: no region has another's models for it. When one is
     lost, its clients' requests are in the others, which hold these models: none is cold, and none is lost.
@@ -251,6 +256,7 @@ def test_regions_are_machines_of_their_own() -> None:
     assert found.requests == pytest.approx(len(asked.schedule.at) * (1 / 2 * 2 / 3 + 1 / 2), rel=0.05)
 
 
+@pytest.mark.slow
 def test_some_workers_speak_for_the_rest() -> None:
     """Three of sixteen workers simulated: the hit ratio is that of all within what the plan says it is off by."""
     asked = make_profile_demand(Profile(4_000, 800.0, zipf=0.6), 60, 30, str(SLAB))
@@ -262,6 +268,7 @@ def test_some_workers_speak_for_the_rest() -> None:
     assert part.hit_ratio == pytest.approx(whole.hit_ratio, abs=max(0.01, 4 * part.error))
 
 
+@pytest.mark.slow
 def test_a_popular_model_is_counted_once() -> None:
     """Every fifth request is for one model: the workers that speak for others do not speak of it, nor it for them."""
     asked = make_profile_demand(Profile(4_000, 800.0, zipf=1.2), 60, 30, str(SLAB))
@@ -283,6 +290,7 @@ def test_loader_threads_are_what_it_waits_for() -> None:
     assert scarce.ms["p99"] > 10 * ample.ms["p99"]
 
 
+@pytest.mark.slow
 def test_many_models_take_little_memory() -> None:
     """200,000 models on 28 workers, of which some are simulated: 300 bytes a model, half of that for its name."""
     models = 200_000

@@ -106,6 +106,7 @@ def test_what_a_promise_misses() -> None:
     assert Promise(p99_ms=8.0).missed(make_finding(refused=0.1)) == "refuses 10.00%"
 
 
+@pytest.mark.slow
 def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
     """Several small ones where they are cheaper than one large; fewer where less is promised."""
     prices = make_table(SMALL, LARGE, CLUSTER)
@@ -120,6 +121,7 @@ def test_the_cheapest_machines_that_keep_a_promise(fleet: Demand) -> None:
         assert offer.found.hit_ratio >= (0.92 if offer in strict else 0.7)
 
 
+@pytest.mark.slow
 def test_a_promise_that_nobody_keeps(fleet: Demand) -> None:
     """Each machine says how many were tried and what they missed."""
     (offer,) = find_offers(Placement(fleet), DEFAULT, make_table(LARGE), Promise(p99_ms=0.01), Machines(0))
@@ -149,6 +151,7 @@ def test_models_that_fit(fleet: Demand) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_from_its_command(tmp_path: Path) -> None:
     """Sentences and tables for the terminal, a page without anything to fetch, and every number as JSON."""
     flags = ["--models", "300", "--rate", "50", "--seconds", "20", "--warmup", "20", "--p99-ms", "250", "--nodes", "2"]
@@ -168,6 +171,7 @@ def test_a_plan_from_its_command(tmp_path: Path) -> None:
     assert f"${best['monthly']:,.0f} a month" in ran.output
 
 
+@pytest.mark.slow
 def test_the_same_seed_is_the_same_plan(tmp_path: Path) -> None:
     """To the last byte of its numbers; another seed asks for other models."""
     flags = ["plan", "--models", "50", "--rate", "20", "--seconds", "10", "--warmup", "5"]
@@ -185,7 +189,7 @@ def test_the_same_seed_is_the_same_plan(tmp_path: Path) -> None:
         (["--cache", "much"], "no plan: 'much' is not a size"),
         (["--policy", "fifo"], "no plan: there is no eviction policy 'fifo'"),
         (["--replicas", "2"], "no plan: 2 replicas of each model need as many nodes, not 1"),
-        (["--lose-at", "3"], "no plan: a node can be lost only where others stay"),
+        (["--lose-at", "3"], "no plan: a node or a region can be lost only where others stay"),
         (["--model-size", "0"], "no plan: the model size '0'"),
         (["--profile", "replay"], "no plan: a replay needs a recording: give its file with --trace"),
     ],

@@ -230,6 +230,7 @@ def test_many_processes_are_drawn_as_one() -> None:
     assert [(line.name, line.y) for line in chart.lines] == [("all processes", [9.0, 18.0])]
 
 
+@pytest.mark.slow
 def test_long_runs_have_short_tables() -> None:
     """A chart keeps every second of an hour; the table behind it says that it does not."""
     html = render_page([runs.record(seconds=3600, rate=2.0)], ["a"])

@@ -346,6 +346,7 @@ SOUND = [
 ]
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(st.data())
 def test_mutated_archives_raise_only_load_errors(data: st.DataObject) -> None:

@@ -51,6 +51,7 @@ class Recording:
         return getattr(self._inner, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"x", NOISE, bytes(9 * MIB), NOISE + bytes(5 * MIB)], ids=range(5))
 @pytest.mark.parametrize("behind", [b"", b"behind"])
 def test_inflation_goes_piece_by_piece(content: bytes, behind: bytes) -> None:

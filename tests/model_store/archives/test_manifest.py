@@ -66,6 +66,7 @@ SPECS = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(SPECS)
 def test_a_spec_survives_its_file(spec: Spec) -> None:
     """What is written to `fleetcast.json` is what is read back, and writing that again gives the same bytes."""

@@ -913,6 +913,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert {slot.state for slot in self.live} <= {State.EMPTY}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_machine_finds_no_fault(policy: str) -> None:
     """Whoever says who goes first: leases, pins, revival, slabs, moves and singles keep their promises."""

@@ -55,6 +55,7 @@ def ask(where: Cache, names: str, now: float = 0.0) -> str:
 # --- the three traces, and a change of the fleet ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["tick, fixed order", "tick, shuffled"])
 def test_due_keeps_a_stable_set_under_the_tick(order: str) -> None:
     """Where 90 % of the fleet fits, 0.90 is the ceiling; LRU has nothing of it in fixed order."""
@@ -68,6 +69,7 @@ def test_due_needs_no_pauses_to_tell_ticks(order: str) -> None:
     assert measure_hits("due", order) >= 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trace", ["Zipf with drift", "Zipf with much drift"])
 @pytest.mark.parametrize("slabs", [18, 10, 2])
 def test_due_is_at_most_a_point_below_lru_on_skewed_popularity(trace: str, slabs: int) -> None:
@@ -91,6 +93,7 @@ def test_due_keeps_what_is_asked_often_through_what_is_asked_seldom() -> None:
     assert measure_hits("due", trace, 10) >= measure_hits("lru", trace, 10) + 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("policy", "fixed", "shuffled"), [("lru", 0, 0.67), ("sieve", 0, 0.87), ("s3fifo", 0.8, 0.75), ("lfu", 0.9, 0.9)]
 )
@@ -142,6 +145,7 @@ def test_due_waits_for_nobody_after_a_night() -> None:
     assert hits[3:] == [36] * 8
 
 
+@pytest.mark.slow
 def test_due_remembers_a_bounded_number() -> None:
     """A scan of names that never come back leaves no more than MAX_GHOSTS behind, and heaps as large as the cache."""
     policy = Due()
@@ -239,6 +243,7 @@ def test_a_name_that_there_is_not_is_refused() -> None:
 # --- families and slabs ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["lru", "due"])
 def test_large_rows_do_not_take_the_slabs_of_small_ones_back_and_forth(policy: str) -> None:
     """Ten models of 1.8 MB beside 120 of 70 KB in 16 MiB: two large rows for forty small ones is a bad trade. It was
@@ -250,6 +255,7 @@ def test_large_rows_do_not_take_the_slabs_of_small_ones_back_and_forth(policy: s
     assert ratios[0] >= 0.9
 
 
+@pytest.mark.slow
 @every_policy
 def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
     """Two families by chance in two slabs: a family that got the second one is not robbed while its rows fill."""
@@ -265,6 +271,7 @@ def test_a_slab_just_taken_is_not_taken_back(policy: str) -> None:
     assert trades <= 300
 
 
+@pytest.mark.slow
 def test_memory_traded_for_hours_does_not_fragment() -> None:
     """Two families take turns, as markets do over a day, 200 times: each turn ends as full as the first ones."""
     rows = {"f": 70_000, "g": 500_000}

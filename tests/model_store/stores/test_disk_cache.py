@@ -292,6 +292,7 @@ FULL = """if True:
 """
 
 
+@pytest.mark.slow
 def test_on_a_full_disk_the_least_recently_used_make_room(tmp_path: Path) -> None:
     """A file system of 1 MiB that nobody sweeps: each new archive is kept, the oldest ones go. What is larger than all
     of them evicts none.

@@ -163,6 +163,7 @@ def test_files_whose_versions_are_gone_go_too(disk: DiskTier) -> None:
     assert list(kept.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_file_that_changes_meanwhile_is_not_removed(disk: DiskTier) -> None:
     """An eviction that finds the versions of a file gone, while another process notes a new one under the lock."""
     serve(disk, A, "v1")

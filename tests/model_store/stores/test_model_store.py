@@ -342,6 +342,7 @@ def test_a_restart_reuses_what_a_killed_process_left(s3: S3Server, bucket: str, 
             assert json.loads(child.communicate(timeout=PATIENCE_S)[0]) == [tier, version]
 
 
+@pytest.mark.slow
 def test_stores_that_are_written_alike_do_not_share_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`./models` of two projects, and one bucket name at two endpoints, are four stores to one disk cache."""
     for project, seed in (("a", 1), ("b", 2)):

@@ -72,6 +72,7 @@ def test_odd_keys_are_left_out_of_a_listing(s3: S3Server, bucket: str) -> None:
     assert [(entry["event"], entry["keys"]) for entry in logs] == [("store_keys_left_out", kept + 1)]
 
 
+@pytest.mark.slow
 def test_the_same_keys_on_any_page_of_a_listing(odd: OddS3) -> None:
     """Pages of three keys with odd ones at every place; control characters, a key too long and one that is no UTF-8."""
     good = [f"m{i}.mar" for i in range(9)]
@@ -95,6 +96,7 @@ def test_every_character_of_a_name_is_itself(s3: S3Server, bucket: str) -> None:
     assert keys == {f"some prefix%20/x+y/{name}" for name in CHARACTERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "habits",
     [
@@ -129,6 +131,7 @@ def test_what_gateways_answer_is_read(odd: OddS3, habits: Habits) -> None:
     assert read(source, SMALL, found.version).data == b"new"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tags", ["strong", "weak", "none"])
 def test_ranges_are_never_of_two_versions(odd: OddS3, tags: Literal["strong", "weak", "none"]) -> None:
     """Replaced after its first range by other bytes of the same length: with any ETag the new one is read whole."""
@@ -145,6 +148,7 @@ def test_an_object_that_never_rests_is_given_up(odd: OddS3) -> None:
     assert len(odd.requests) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("habits", [Habits(), Habits(ranges=False), Habits(chunked=True)], ids=str)
 def test_cut_and_refused_answers_are_asked_again(odd: OddS3, habits: Habits) -> None:
     """A body cut in its middle and a 503 pass, within the retries; more of them end in an error with the cause."""
@@ -162,6 +166,7 @@ def test_cut_and_refused_answers_are_asked_again(odd: OddS3, habits: Habits) -> 
     assert len(list(source.list())) == 2
 
 
+@pytest.mark.slow
 def test_a_listing_that_turns_in_a_circle_ends(odd: OddS3) -> None:
     """A server that gives the same page for ever is not followed for ever."""
     odd.habits.circles = True
@@ -170,6 +175,7 @@ def test_a_listing_that_turns_in_a_circle_ends(odd: OddS3) -> None:
         list(open_odd().list())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["path", "virtual", "auto"])
 def test_the_addressing_style_of_the_profile_holds(
     odd: OddS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, style: str
@@ -201,6 +207,7 @@ def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[O
         yield server, str(tmp_path / "ca.pem")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "ca_bundle"])
 def test_a_private_ca_is_trusted(
     private: tuple[OddS3, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, by: str
@@ -219,6 +226,7 @@ def test_a_private_ca_is_trusted(
     assert read(source, BIG).data == server.objects[BIG]
 
 
+@pytest.mark.slow
 def test_an_unknown_ca_is_named_and_what_to_do(
     private: tuple[OddS3, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ LEVELS = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=2, max_size=12, unique=Tru
 PRICES = st.floats(-1e12, 1e12)
 
 
+@pytest.mark.slow
 @given(LEVELS, STEPS_S, st.lists(st.tuples(st.integers(0, 2**33), PRICES), max_size=60))
 def test_no_price_moves_an_offset_far(levels: tuple[float, ...], step_s: int, prices: list[tuple[int, float]]) -> None:
     """An adversary who chooses all prices moves an offset by MOST_STEP at a time, and never beyond BOUND."""
@@ -44,6 +46,7 @@ def test_no_price_moves_an_offset_far(levels: tuple[float, ...], step_s: int, pr
         assert all(abs(each) <= BOUND and math.isfinite(each) for each in offsets)
 
 
+@pytest.mark.slow
 def test_constant_misses_end_at_the_bound() -> None:
     """Prices that always lie above push all levels up, as far as the bound and no further."""
     shape = BandShape(NINE, HOUR, "UTC")
@@ -85,6 +88,7 @@ def test_bands_are_the_symmetric_pairs() -> None:
     assert choose_unit((0.5,)) is None
 
 
+@pytest.mark.slow
 def test_bands_come_to_hold_what_they_promise() -> None:
     """Prices are wider than forecast, with a bias: after two months bands cover what they say, within 2 points."""
     shape = BandShape(NINE, HOUR, "UTC")

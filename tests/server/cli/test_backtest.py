@@ -78,6 +78,7 @@ def test_the_numbers_are_those_of_the_scores(csv: Path, store: Path) -> None:
     assert len(found["by_hour"]["model"]) == 24
 
 
+@pytest.mark.slow
 def test_a_bad_market_stops_no_other(csv: Path, store: Path) -> None:
     """A broken archive and a missing one are named and end the command with 1; the third market is scored."""
     store.joinpath("M00.mar").write_bytes(b"PK nothing")
@@ -180,6 +181,7 @@ def test_a_market_of_which_nothing_is_observed_is_no_success(tmp_path: Path) -> 
     assert found["failed"]["M01"].startswith("M01: no price is observed in the 8 windows from 2024-03-22 00:00:00 to")
 
 
+@pytest.mark.slow
 def test_scenarios_are_scored(csv: Path, tmp_path: Path) -> None:
     """The share of windows whose mean is outside all scenarios: with flat tails all of a flat forecast's are."""
     found = {}
@@ -253,6 +255,7 @@ def test_adaptive_bands_are_replayed(csv: Path, store: Path) -> None:
     assert "--online" in refused.output
 
 
+@pytest.mark.slow
 def test_recipes_are_fitted_anew(csv: Path, tmp_path: Path) -> None:
     """With --refit a fit to the rows before forecasts in place of random weights, and is better; a server cannot."""
     store = fill(tmp_path / "models", MARKETS[:1])

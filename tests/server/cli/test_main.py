@@ -392,6 +392,7 @@ def test_a_store_that_is_not_there(desk: Path) -> None:
     assert (found.returncode, last.startswith("error: the model folder"), "does not exist" in last) == (2, True, True)
 
 
+@pytest.mark.slow
 def test_invoke_says_what_is_missing() -> None:
     """No body: what to send. No server: where it looked."""
     assert '{"instances"' in run("invoke", "a.mar").stderr

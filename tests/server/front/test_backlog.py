@@ -127,6 +127,7 @@ def test_silence_is_added_to_the_wait() -> None:
     assert backlog.expected_s(11, 9.0) == pytest.approx(0.11)
 
 
+@pytest.mark.slow
 @given(
     each_s=strategies.floats(1e-5, 0.1),
     deadline_s=strategies.floats(0.05, 5.0),

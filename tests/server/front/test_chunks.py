@@ -127,6 +127,7 @@ def test_parts_arrive_one_by_one() -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 def test_what_fails_before_the_first_part_is_a_plain_refusal() -> None:
     """It has its own status and a length; the bug of a generator is the server's failure."""
 
@@ -149,6 +150,7 @@ def test_what_fails_before_the_first_part_is_a_plain_refusal() -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_words", [True, False])
 def test_a_failure_after_the_first_part_is_said_or_the_body_is_cut(has_words: bool) -> None:
     """A protocol's own words end the body; a protocol without any leaves a body that no client takes for whole."""
@@ -169,6 +171,7 @@ def test_a_failure_after_the_first_part_is_said_or_the_body_is_cut(has_words: bo
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_late_does_not_come() -> None:
     """The deadline is the client's own; the generator is closed in the middle of its wait."""
 
@@ -191,6 +194,7 @@ def test_a_part_that_is_late_does_not_come() -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_ends_the_work() -> None:
     """Before the first part, and between two: what the generator has under way is given up."""
 
@@ -218,6 +222,7 @@ def test_a_client_that_leaves_ends_the_work() -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_stops_the_making() -> None:
     """What is made ahead of it is what the kernel's buffers and one part hold, not the whole answer."""
 

@@ -51,6 +51,7 @@ def ask_echo(body: bytes, coding: str, **chosen: object) -> tuple[Answered, Work
     return asyncio.run(ask(app, "POST", "/invocations", body, headers)), worker, app
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PACK)
 @settings(max_examples=20)
 @given(data=st.one_of(st.binary(max_size=200), st.integers(0, 3 * PIECE_BYTES).map(bytes)))

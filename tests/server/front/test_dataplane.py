@@ -49,6 +49,7 @@ def die_always(_: Any) -> None:
     """A worker that dies with every request."""
 
 
+@pytest.mark.slow
 def test_a_refusal_keeps_no_body() -> None:
     """It would until the collector's next full run if its own traceback held it: 400 items of a call are 40 MB."""
 

@@ -36,6 +36,7 @@ def fan_out(body: bytes, worker: Worker, limit: Limit = LIMIT, client_gone: Any 
     return FanOut(plane, finish_slices(parse_call(body, LIMIT)), limit, FAR, client_gone)
 
 
+@pytest.mark.slow
 def test_many_items_with_a_large_configuration_are_refused_before_anything_is_built() -> None:
     """10,000 items and 120 kB of configuration, 370 kB in all, would be 1.2 GB: 413, with the numbers, for 10 MB."""
     worker = Worker(lambda _: ANSWER)
@@ -58,6 +59,7 @@ async def infer(body: bytes, worker: Worker, limit: Limit = LIMIT) -> list[Predi
     return await fan_out(body, worker, limit).infer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_is_allowed_is_built_when_its_turn_comes(fails: bool) -> None:
     """2,000 items share 30 kB, 60 MB in all: a megabyte of it is there at a time, whether items succeed or fail."""

@@ -24,6 +24,7 @@ def cut_small(unit: int) -> Any:
     return mock.patch.multiple(json_cutter, AT_ONCE=-1, UNIT=unit, FIRST_PIECE=min(unit, 4))
 
 
+@pytest.mark.slow
 @given(st.dictionaries(TEXTS, VALUES), st.integers(2, 70), st.sampled_from([None, 1]))
 def test_fields_are_those_that_msgspec_finds(value: dict[str, Any], unit: int, indent: int | None) -> None:
     """In any spelling, and wherever a piece ends: inside an escape, between brackets, in a name."""
@@ -35,6 +36,7 @@ def test_fields_are_those_that_msgspec_finds(value: dict[str, Any], unit: int, i
     }
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES), st.integers(2, 70), st.sampled_from([None, 1]))
 def test_items_are_those_that_msgspec_finds(value: list[Any], unit: int, indent: int | None) -> None:
     """The same of an array."""
@@ -49,6 +51,7 @@ PLAIN = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(PLAIN | VALUES), st.integers(2, 70) | st.just(UNIT), st.sampled_from([None, 1]))
 def test_plain_objects_are_cut_where_msgspec_cuts_them(value: list[Any], unit: int, indent: int | None) -> None:
     """Objects that one pattern finds, beside others and beside those that are longer than what it is given."""
@@ -91,6 +94,7 @@ FILLINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("filling", [*FILLINGS, b'"' + b"x" * 5 * UNIT + b'",', b'"' + b"\\n" * 5 * UNIT + b'",'])
 def test_no_slice_works_longer_than_its_share(filling: bytes) -> None:
     """Whatever the text is full of, a slice reads at most what msgspec is given at once, and every byte is counted.

@@ -117,6 +117,7 @@ def frame_payload(payload: bytes | bytearray) -> bytes:
     return len(payload).to_bytes(4, "little") + bytes([VERSION]) + payload
 
 
+@pytest.mark.slow
 @given(strategies.lists(FRAMES, max_size=8), strategies.lists(strategies.integers(0, 5000), max_size=20))
 def test_frames_survive_the_wire_in_any_pieces(frames: list[Frame], places: list[int]) -> None:
     """Every frame type with any content is read back equal and in order, wherever the stream is cut."""
@@ -152,6 +153,7 @@ def test_garbage_raises_nothing_but_wire_error(garbage: bytes, places: list[int]
         read(*cut(frame_payload(garbage), places))
 
 
+@pytest.mark.slow
 @given(
     FRAMES, strategies.lists(strategies.tuples(strategies.integers(0, 400), strategies.integers(0, 255)), min_size=1)
 )

@@ -12,6 +12,7 @@ from tests.model_store.stores.test_s3_store import SMALL, lead_to
 from tests.odd_s3 import BUCKET, odd_s3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["AWS_CA_BUNDLE", "SSL_CERT_FILE"])
 def test_a_private_ca_is_trusted_as_by_the_store(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str

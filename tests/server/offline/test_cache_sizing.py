@@ -83,6 +83,7 @@ def test_sizes_that_are_not_known_are_those_before() -> None:
     assert advise_cache_size([("a", MB), ("a", 0)], 2 * MB).hit_ratio == 0.5
 
 
+@pytest.mark.slow
 def test_a_sample_of_many_models_is_close_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten times as many models as are followed: the ratio is within two points of all, in a bounded memory."""
     requests = draw_requests(10_000, 60_000, 3)

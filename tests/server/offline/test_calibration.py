@@ -83,6 +83,7 @@ def calibrate_narrow(**changes: bool | float | str | None) -> tuple[ArchiveVersi
     return model, pack_calibrated(model.archive, calibrate_archive(model, {"M00": series}, "M00"))
 
 
+@pytest.mark.slow
 def test_held_out_windows_are_covered_as_promised() -> None:
     """From 40 % to within two points of 80 % on the half of the series that no offset has seen; before is said too."""
     series, (plain, packed) = make_series(), calibrate_narrow()
@@ -112,6 +113,7 @@ def test_the_comparison_tells_both_scores_of_the_same_windows() -> None:
     assert (short.before, short.after) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_calibrated_archive_proves_its_answers_and_keeps_the_rest() -> None:
     """The golden sample has calibrated answers; every other member keeps its bytes; equal input gives equal bytes."""
     plain, packed = calibrate_narrow()
@@ -205,6 +207,7 @@ def ask_noon(model: ArchiveVersion, target: list[Any], *kinds: str) -> dict[str,
     return found
 
 
+@pytest.mark.slow
 def test_each_product_has_offsets_of_its_own() -> None:
     """Of two products with one band, the calm one's comes nearer and the wild one's goes apart, by hour of the day."""
     wild = make_series()
@@ -248,6 +251,7 @@ def test_offsets_of_another_number_of_products_are_refused() -> None:
         )
 
 
+@pytest.mark.slow
 def test_paths_are_shifted_by_rank_and_cross_as_before() -> None:
     """Twenty narrow paths come to cover what their quantiles promise; who was above whom at a step still is."""
     rng = np.random.default_rng(5)

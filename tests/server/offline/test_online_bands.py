@@ -33,6 +33,7 @@ def open_narrow() -> ArchiveVersion:
     return open_unpublished(pack_narrow(golden=False), ModelName("narrow.mar"), DEFAULT_LIMITS)
 
 
+@pytest.mark.slow
 def test_narrow_bands_come_to_hold_what_they_promise() -> None:
     """80 % of all prices, with a lower loss, where the fixed band held half."""
     model, series = open_narrow(), make_series()

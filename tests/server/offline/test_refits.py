@@ -52,6 +52,7 @@ def test_windows_are_split_where_the_days_have_passed() -> None:
     assert [int(each[0]) for each in blocks] == [240, 240 + 168, 240 + 336]
 
 
+@pytest.mark.slow
 def test_a_block_is_forecast_by_a_fit_to_the_rows_before_it(recipe: ArchiveVersion) -> None:
     """The second block's forecasts are those of `refit_archive` on what was known then; the first knows less."""
     series = make_series()

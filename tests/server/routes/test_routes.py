@@ -126,6 +126,7 @@ def test_the_load_tester_asks_routes_of_the_table() -> None:
         assert any(pattern.fullmatch(path) for pattern in patterns), path
 
 
+@pytest.mark.slow
 def test_the_document_is_one_of_openapi() -> None:
     """Valid, with every route that has no query in its path, and no schema that is not there."""
     listeners = [

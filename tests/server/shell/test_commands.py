@@ -63,18 +63,21 @@ def show_help(module: str, *words: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", PROGRAMS.values())
 def test_a_programs_help_imports_no_work(module: str) -> None:
     """The list of commands needs the standard library and typer alone."""
     assert import_for(module, ["--help"]) & (HEAVY | OTHER_WORK) == set()
 
 
+@pytest.mark.slow
 def test_a_commands_help_imports_no_work() -> None:
     """The help of each command of `fleetcast` is there before anything that reads a store, computes or serves."""
     asked = [[command, "--help"] for command, about in COMMANDS.items() if about]
     assert import_for("server.cli.main", *asked) & HEAVY == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("run",), ("plan",), ("bench",)])
 def test_help_of_the_load_tester_has_the_same_style(words: tuple[str, ...]) -> None:
     """Plain text with `-h` as its last option: no boxes, no markup."""
@@ -93,6 +96,7 @@ def test_flags_are_listed_in_sections() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "words", "expected"),
     [
@@ -109,6 +113,7 @@ def test_completion_knows_commands_flags_and_choices(program: str, words: str, e
     assert f'"{expected}"' in complete(program, "zsh", words)[0]
 
 
+@pytest.mark.slow
 def test_a_command_is_completed_without_its_file() -> None:
     """The tables of commands name every command, so that a word's completion imports none of them."""
     for program, names in (("fleetcast", COMMANDS), ("fleetcast-load", [*LOAD_COMMANDS, "bench", "demo"])):
@@ -118,6 +123,7 @@ def test_a_command_is_completed_without_its_file() -> None:
     assert set(complete("fleetcast-load", "bash", "fleetcast-load demo ")) == set(DEMOS)
 
 
+@pytest.mark.slow
 def test_inspect_reads_a_forecaster_without_torch(tmp_path: Path) -> None:
     """What the records and the shapes of the tensors say is shown before torch could be imported."""
     archive = tmp_path / "f.mar"

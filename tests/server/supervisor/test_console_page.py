@@ -116,6 +116,7 @@ CLOCK = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 def test_thousands_of_models_are_few_rows_and_few_listings(tmp_path: Path) -> None:
     """Through the whole table only rows in sight are elements, in their order, and each model has its place.
 

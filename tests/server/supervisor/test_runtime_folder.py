@@ -37,6 +37,7 @@ def test_it_is_private_and_goes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_server_is_cleaned_up_after(tmp_path: Path) -> None:
     """The next start removes what SIGKILL left; what a living server holds, and what is no folder of ours, stays."""
     code = """if True:

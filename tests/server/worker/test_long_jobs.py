@@ -209,6 +209,7 @@ def play(
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("samples", [0, 20])
 @pytest.mark.parametrize("on_device", [False, True])
 def test_slices_give_the_answers_of_one_forward(tmp_path: Path, *, on_device: bool, samples: int) -> None:

@@ -46,6 +46,7 @@ def make_loader(disk: Path | None = None, measure: Callable[[Family], object] = 
     return ModelLoader(ModelStore(source, tier, Limits()), target, measure)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tags", ["strong", "weak", "none"])
 @pytest.mark.parametrize("packed", PACKED)
 @pytest.mark.parametrize("disk", [False, True])
@@ -66,6 +67,7 @@ def test_damaged_bytes_are_fetched_again(odd: OddS3, tmp_path: Path, tags: Tags,
     assert len(odd.requests) == 1 + REPAIRS + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", PACKED)
 def test_a_line_that_damages_everything_is_given_up(odd: OddS3, packed: str) -> None:
     """Always another wrong byte: after a bounded number of downloads the archive is refused, and says what is wrong."""
@@ -76,6 +78,7 @@ def test_a_line_that_damages_everything_is_given_up(odd: OddS3, packed: str) -> 
     assert len(odd.requests) <= (REPAIRS + 1) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tags", "downloads"), [("strong", 1), ("weak", 1), ("none", 2)])
 def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, downloads: int) -> None:
     """Where an ETag is the MD5 of the bytes they are the store's: one download. Elsewhere two alike end it."""
@@ -85,6 +88,7 @@ def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, download
     assert len(odd.requests) == downloads
 
 
+@pytest.mark.slow
 def test_a_rows_family_is_measured_where_it_is_loaded(odd: OddS3) -> None:
     """On the loader's thread, before the step thread hears of the model: it would hold up everybody's requests."""
     odd.objects[NAME] = DATA

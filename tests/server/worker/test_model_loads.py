@@ -90,6 +90,7 @@ def play(scenario: Scenario) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_a_slow_store_delays_a_due_copy_by_no_more_than_a_moment() -> None:
     """The request is answered while the store still hangs; what it gives at last is swapped in, without a request."""
 
@@ -113,6 +114,7 @@ def test_a_slow_store_delays_a_due_copy_by_no_more_than_a_moment() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_while_the_store_is_out_due_copies_are_served_without_asking() -> None:
     """No load waits for it; when it is back, each is asked for once, and what is new is swapped in."""
 
@@ -258,6 +260,7 @@ def act_at_random(worker: Worker, rng: random.Random, model: ModelName) -> async
     return found if isinstance(found, asyncio.Future) else None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_whatever_the_store_does_every_request_has_one_answer(seed: int) -> None:
     """Requests, unloads, reloads, time, answers, time-outs and outages in random order: each request is answered or

@@ -250,6 +250,7 @@ def test_a_thousand_first_calls_are_one_load() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_one_batch_serves_many_models() -> None:
     """Requests for different models of a family that arrived together run in one forward, half of them at a time."""
 
@@ -318,6 +319,7 @@ def test_a_failed_load_costs_nobody_their_place(error: Exception, situation: Sit
     play(scenario, slabs=1)
 
 
+@pytest.mark.slow
 def test_a_failed_load_keeps_nothing_of_its_archive() -> None:
     """The failure is remembered and told to clients and operators; the frames it was raised in, and their bytes, go."""
 
@@ -399,6 +401,7 @@ def test_a_copy_that_fails_frees_the_room_and_the_waiters(monkeypatch: pytest.Mo
     play(scenario, slabs=1)
 
 
+@pytest.mark.slow
 def test_pages_of_models() -> None:
     """By prefix, after a name, so many names: the same rows as cutting them out of the whole; evicted ones are gone."""
 
@@ -443,6 +446,7 @@ def test_a_reload_swaps_between_two_steps() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_reload_of_the_same_version_changes_nothing() -> None:
     """The store had nothing new: the slot stays, and the operator learns the version."""
 
@@ -744,6 +748,7 @@ def test_any_interleaving_answers_every_request_once_and_right(seed: int) -> Non
     play(scenario, slabs=3)
 
 
+@pytest.mark.slow
 def test_paths_are_measured_while_it_serves() -> None:
     """The sweep times the paths of a family that has run, and requests are answered right before and after."""
 
@@ -766,6 +771,7 @@ def test_paths_are_measured_while_it_serves() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_only_a_loop_whose_steps_turn_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beats come without any request; while each step fails there are none, though the event loop turns."""
 

@@ -257,6 +257,7 @@ def test_a_copy_that_fails_is_only_a_loss_of_the_copy() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_fleet_larger_than_its_device_answers_right_on_any_order_of_the_streams(seed: int) -> None:
     """Two families, three slabs, evictions, moves, returns and reloads in bursts: every answer is its version's."""
@@ -274,6 +275,11 @@ def test_a_fleet_larger_than_its_device_answers_right_on_any_order_of_the_stream
             if chance.random() < 0.5:
                 await house.front.settled()
         await house.front.settled()
+        for model in (
+            *models,
+            *reversed(models),
+        ):  # on the way back some are on the shelf, whatever was overtaken before
+            await house.ask(model)
         assert not house.front.refusals
         assert {"host", "store", "none"} <= set(house.tiers())
 
@@ -442,6 +448,7 @@ LOST_IN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", LOST_IN)
 def test_a_device_that_is_lost_outside_of_a_request_ends_the_worker(where: str) -> None:
     """Nobody waits for this work, so no request would ever say that the worker is of no use any more."""

@@ -201,6 +201,7 @@ def test_one_output_has_one_writer(tmp_path: Path) -> None:
     run_scenario(scenario)
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_dead_front_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With another that lives, and only when the first is dead; with the plane of the token that asked."""
     monkeypatch.setattr(jobs, "LOOK_S", 0.01)

@@ -74,6 +74,7 @@ def test_another_name_is_refused(name: str, other: str) -> None:
     assert (check({**sent, TARGET: other.encode()}) is None) is same
 
 
+@pytest.mark.slow
 @given(pairs=st.lists(st.tuples(NAMES, NAMES), max_size=4))
 def test_queries_are_part_of_it(pairs: list[tuple[str, str]]) -> None:
     """Whatever their characters; one that was not signed is refused."""

@@ -124,6 +124,7 @@ def test_work_for_each_number_is_bounded() -> None:
         read_table(write_table({"model": ["a"], "start": [START], "target": nulls}))
 
 
+@pytest.mark.slow
 def test_hostile_streams_are_refused_or_read_within_bounds() -> None:
     """Streams that were cut, changed and spliced: refused or read, no other exception, and memory of a few bodies."""
     rng = random.Random(7)

@@ -63,6 +63,7 @@ def test_an_item_is_the_one_instance_of_its_request(items: list[dict[str, Any]],
         }
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=200) | VALUES.map(lambda value: json.dumps(value).encode()))
 def test_no_body_breaks_the_slicing(body: bytes) -> None:
     """Arbitrary bytes and arbitrary JSON are sliced or refused as a bad request."""

@@ -181,6 +181,7 @@ def test_a_client_that_sends_nothing_is_told_so(tmp_path: Path) -> None:
     run_in_house(scenario, tmp_path, client_timeout_s=0.3)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
     """What it does not take is let go. Its own side keeps some of the answers for it."""
 

@@ -68,6 +68,7 @@ def test_the_last_traces_leave_before_the_end() -> None:
     assert read_count(metrics.registry, "dropped") == 1
 
 
+@pytest.mark.slow
 def test_a_collector_that_hangs_costs_only_traces() -> None:
     """The queue fills up to its bound, further traces are dropped at once, and the end is not held up."""
     sender, metrics = Sender(), FrontMetrics()
@@ -81,6 +82,7 @@ def test_a_collector_that_hangs_costs_only_traces() -> None:
     assert sender.gate.is_set()
 
 
+@pytest.mark.slow
 def test_a_collector_that_fails_is_said_seldom() -> None:
     """Each trace is counted; the log has one line, and what comes later arrives."""
     sender, metrics = Sender(), FrontMetrics()

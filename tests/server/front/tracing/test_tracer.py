@@ -128,6 +128,7 @@ def test_a_client_that_leaves_is_noted() -> None:
     assert [trace.status for trace in taken.traces] == [499]
 
 
+@pytest.mark.slow
 def test_a_front_that_does_not_trace_imports_nothing_of_it() -> None:
     """OpenTelemetry's modules take a third of a second and megabytes: only the exporter's thread imports them."""
     code = "import sys, server.front.main, server.front.grpc.main; print(*(m for m in sys.modules if 'opentelem' in m))"

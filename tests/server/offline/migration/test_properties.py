@@ -54,6 +54,7 @@ def test_files_that_are_none_are_refused_before_they_cost_anything() -> None:
         parse_properties(b"".join(b"k%d\n" % i for i in range(MAX_KEYS + 1)))
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(ALPHABET), max_size=40).map("".join))
 def test_any_text_is_read(text: str) -> None:
     """Whatever stands there is read, and what was read comes back from a file in which everything is escaped."""

@@ -75,6 +75,7 @@ def find_journal(folder: Path) -> Path:
     return max(folder.glob("journal-*"))
 
 
+@pytest.mark.slow
 def test_no_acknowledged_price_is_lost_by_sigkill(tmp_path: Path) -> None:
     """A writer is killed at 12 moments, amid appends and snapshots: each time the book is exactly that of all days that
     it had acknowledged, or of one more that it had no time to say.
@@ -102,6 +103,7 @@ def test_no_acknowledged_price_is_lost_by_sigkill(tmp_path: Path) -> None:
         assert book == make_book(written)
 
 
+@pytest.mark.slow
 def test_half_a_record_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
     """A journal that is cut at any byte gives the book of the whole records before, and goes on."""
     journal = Journal(tmp_path)
@@ -139,6 +141,7 @@ def test_damage_before_the_end_is_said(tmp_path: Path) -> None:
         read_book(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_snapshot_takes_the_place_of_its_journal(tmp_path: Path) -> None:
     """The old journal goes; so do events before it. A snapshot that cannot be written leaves all as it was."""
     journal = Journal(tmp_path)

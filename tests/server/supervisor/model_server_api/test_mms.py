@@ -65,6 +65,7 @@ def test_a_container_answers_when_the_model_is_loaded() -> None:
     asyncio.run(register())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "kind"),
     [

@@ -130,6 +130,7 @@ def test_a_removed_archive_goes_on_serving(house: House) -> None:
     assert house.round() == [(A, 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("situation", [Situation.ARCHIVE_FAILED, Situation.STORE_FAILED])
 def test_a_bad_version_is_left_alone_and_a_passing_failure_tried_again(house: House, situation: Situation) -> None:
     """A bad archive is tried once, and once more when it is written anew; what the store failed at, in each round."""
@@ -143,6 +144,7 @@ def test_a_bad_version_is_left_alone_and_a_passing_failure_tried_again(house: Ho
     assert house.round() == [(A, 0)]
 
 
+@pytest.mark.slow
 def test_a_released_model_is_tried_again(house: House) -> None:
     """Refused for its quarantine and then released by an operator: the next round loads it; in any case the tenth."""
     house.workers.hold([A])
@@ -168,6 +170,7 @@ def test_a_store_that_names_versions_otherwise_in_listings_costs_two_reloads(hou
     assert house.round() == []
 
 
+@pytest.mark.slow
 def test_rounds_are_rarer_while_the_store_is_gone(house: House) -> None:
     """Each failed round doubles the pause up to ten minutes, checks count as failed; the first good one ends it."""
     house.workers.hold([A, B])

@@ -80,6 +80,7 @@ class RandomRows:
         np.testing.assert_allclose(np.stack(found), right, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 def test_no_order_that_the_streams_allow_is_seen(seed: int) -> None:
     """Rows written, moved, kept on the host, written back and run: whatever order the device then takes, every step
@@ -117,6 +118,7 @@ def test_every_architecture_in_any_batch_equals_the_single_models(
             np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_waits_for_its_rows() -> None:
     """The same pool told without the waiting gives poison on some order: the fake does find what it is for."""
     seen = set()
@@ -179,6 +181,7 @@ def make_families(count: int) -> list[Family]:
     return [build_family("mlp", {**config, "hidden": 1 + i}) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_families_that_take_turns_are_captured_once() -> None:
     """Seventy of them, six more than there are graphs: sixty-four replay from their first graph on, six run eagerly,
     and no capture follows. (An LRU would capture each at every turn.)
@@ -300,6 +303,7 @@ class Counted:
         return self._family.forward(weights, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failures", range(1, 6))
 def test_idle_time_short_of_memory_is_no_error(failures: int) -> None:
     """Wherever it is short: what was to be learnt is left, later runs bring it back, and answers stay right."""
@@ -346,6 +350,7 @@ def test_bf16_is_close_and_nothing_else() -> None:
         assert not np.allclose(answer, right, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["deepar", "deepstate"])
 def test_bf16_draws_the_paths_of_the_seed(architecture: str) -> None:
     """Two seeds that bfloat16 cannot tell apart give two sets of paths, each close to float32's: a golden sample holds

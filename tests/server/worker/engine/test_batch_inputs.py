@@ -61,6 +61,7 @@ def test_a_request_is_decoded_to_where_the_device_copies_it_from() -> None:
     assert np.array_equal(staging.lanes[0].inputs[:5], X[:5, :, -9:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8, 9, 16, 17, 40])
 def test_a_batch_of_any_size_is_answered_row_by_row(count: int) -> None:
     """In one lane, in both, and in arrays where even these are too few."""
@@ -109,6 +110,7 @@ def test_a_batch_that_ran_out_of_memory_can_run_again(count: int) -> None:
     assert device.page_locked.used_bytes <= before
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @example(capacity=1, lanes=1, requests=[(2, "apart"), (1, "apart"), (1, "kept")], leaves=False)
 @given(

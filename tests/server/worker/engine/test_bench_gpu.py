@@ -13,6 +13,7 @@ from tests.patience import PATIENCE_S
 from tests.server.fake_device import FakeDevice
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_shown() -> None:
     """On a device that does things late: every check of answers in the benchmark holds, and its table can be made.
 

@@ -9,6 +9,7 @@ from server.worker.engine.bench_tick import SEED, WARM_UP, TickBench
 from tests.server.worker.engine.test_cpu import answer_plainly
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_an_answered_tick() -> None:
     """On a device at work the answers are the models'; on one that does nothing they are measured."""
     bench = TickBench(tick=5, cpu_rows=3, repetitions=2)
@@ -25,6 +26,7 @@ def test_what_is_measured_is_an_answered_tick() -> None:
     assert min(found.values()) > 0
 
 
+@pytest.mark.slow
 def test_rows_are_in_their_place_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or else the benchmark would measure the copy that a step does not make."""
     bench = TickBench(tick=5, cpu_rows=1, repetitions=1)

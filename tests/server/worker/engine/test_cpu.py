@@ -38,6 +38,7 @@ def make_filled(family: Family) -> tuple[Engine, list[int]]:
     return Engine(pool, 512), offsets
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(
     architecture=st.sampled_from(sorted(CONFIGS)),

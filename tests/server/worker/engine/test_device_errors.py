@@ -76,6 +76,7 @@ def test_onnx_runtimes_messages_are_read_without_the_archives_words(said: str, f
     assert is_device_failure(said) is fails
 
 
+@pytest.mark.slow
 def test_the_process_ends_at_once_and_says_why() -> None:
     """No handler behind it runs, and the line is out."""
     script = (

@@ -40,6 +40,7 @@ def count_paths(pieces: Sequence[PlannedForward]) -> dict[Path, int]:
     return found
 
 
+@pytest.mark.slow
 @given(table=TABLES, offsets=OFFSETS)
 def test_every_row_is_in_one_forward_that_may_be(table: CostTable, offsets: list[int]) -> None:
     """Whatever was measured: rows in place lie side by side, repeated ones are one model's, and none is left out."""

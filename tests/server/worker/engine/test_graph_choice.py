@@ -44,6 +44,7 @@ def list_keys(count: int) -> list[Key]:
     return [(f"family-{i}", 1) for i in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forwards", [65, 70, 100, 128, 200, 300, 500, 600, 1000, 1100, 3000])
 @pytest.mark.parametrize("size", [0, MAX_GRAPH_BYTES // 20])
 def test_forwards_in_turns_never_take_each_others_place(forwards: int, size: int) -> None:
@@ -63,6 +64,7 @@ def draw_popular(chance: random.Random, count: int, shift: int) -> Iterator[Key]
             yield f"family-{(rank + shift) % count}", 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_the_popular_ones_have_graphs_and_others_follow_when_they_are(seed: int) -> None:
     """Nine runs of ten of the most popular replay; after a change of taste again, and captures stay few."""

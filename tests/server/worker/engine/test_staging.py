@@ -42,6 +42,7 @@ def test_many_large_families_share_one_staging() -> None:
     assert (device.captures, device.replays) == (12, 3 * 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "config"),
     [
@@ -64,6 +65,7 @@ def test_what_an_archive_may_ask_for_is_bounded(architecture: str, config: dict[
     assert rows < 512
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_the_measured_memory_is_what_a_forward_takes(architecture: str) -> None:
     """On a device of so much memory a batch runs, with an eighth of it it does not; graphs are counted on top.

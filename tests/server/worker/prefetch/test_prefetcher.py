@@ -5,6 +5,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 
 from model_store.cache.cache import Cache
@@ -115,6 +116,7 @@ def name_models(prefix: str, count: int) -> list[str]:
     return [f"a/{prefix}{i}" for i in range(count)]
 
 
+@pytest.mark.slow
 def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
     """Noise fills the cache between two ticks; at the next one every call is a hit, and every load was of use."""
     fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
@@ -135,6 +137,7 @@ def test_what_other_traffic_evicted_is_back_before_the_tick() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_without_foresight_the_same_tick_is_cold() -> None:
     """What the test above is measured against: the same traffic, every call a miss."""
     fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
@@ -147,6 +150,7 @@ def test_without_foresight_the_same_tick_is_cold() -> None:
     play(scenario, ahead=False)
 
 
+@pytest.mark.slow
 def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     """A model that was evicted to host memory is brought from there."""
     fleet, noise = name_models("t", ROOM), name_models("n", ROOM)
@@ -161,6 +165,7 @@ def test_rows_of_the_host_tier_come_back_without_a_load() -> None:
     play(scenario, host=2 * SLAB)
 
 
+@pytest.mark.slow
 def test_half_the_fleet_is_here_and_stays_while_the_rest_is_brought() -> None:
     """The oldest in an LRU are the fleet's own rows: noise goes instead of them, also for calls before the tick."""
     fleet, noise = name_models("t", ROOM), name_models("n", ROOM // 2)
@@ -190,6 +195,7 @@ def test_a_fleet_that_does_not_fit_is_not_brought_in_circles() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_other_traffic_before_the_tick_takes_its_own_room() -> None:
     """Between the loads ahead of time and the tick others miss, more than there is spare room for: they push out each
     other, the fleet stays, and its tick is warm.
@@ -225,6 +231,7 @@ def test_a_request_is_served_where_all_that_is_here_is_about_to_be_asked() -> No
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
     """All rows are pinned but one, which a request holds: what was foreseen is refused, nobody has left."""
     fleet, pinned = name_models("t", 4), name_models("p", ROOM - 1)
@@ -245,6 +252,7 @@ def test_a_wrong_guess_costs_no_pinned_and_no_leased_row() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     """A request's load comes first and alone; once it is over, foresight goes on."""
     fleet = name_models("t", 4)
@@ -262,6 +270,7 @@ def test_nothing_is_brought_while_somebody_waits_for_a_load() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_request_joins_the_load_that_is_on_its_way() -> None:
     """Asked for too early: coalesced with the load ahead of time, which is built once and counted as late."""
 
@@ -280,6 +289,7 @@ def test_a_request_joins_the_load_that_is_on_its_way() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     """The fleet's tick does not come: its rows are the first to go for others, and nobody else has lost one."""
     fleet = name_models("t", 4)
@@ -297,6 +307,7 @@ def test_what_is_not_asked_for_after_all_is_counted_as_wasted() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     """A broken archive: counted, remembered like any failure, and the other models of the tick are brought."""
     fleet = name_models("t", 4)
@@ -310,6 +321,7 @@ def test_a_load_ahead_of_time_that_fails_hurts_nobody() -> None:
     play(scenario)
 
 
+@pytest.mark.slow
 def test_under_the_policy_that_knows_rhythms_itself() -> None:
     """`due` expects the fleet as well: foresight brings it back at the price of noise."""
     fleet, noise = name_models("t", ROOM // 2), name_models("n", 2 * ROOM)

@@ -99,6 +99,7 @@ def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
     assert all(min(each.due % 300, -each.due % 300) < 2 for each in market.foreseen)
 
 
+@pytest.mark.slow
 def test_noise_between_the_ticks_is_passed_over() -> None:
     """Zipf traffic for other models and for the same ones: the tick is learnt, noise is hardly foreseen."""
     market, rng = CallPlayer(), random.Random(2)
@@ -111,6 +112,7 @@ def test_noise_between_the_ticks_is_passed_over() -> None:
     assert of_others < 0.35 * len(market.foreseen), "a wrong guess is rare"
 
 
+@pytest.mark.slow
 def test_two_clocks_at_once() -> None:
     """Five minutes and an hour, models of one, of the other and of both: each is foreseen for its own ticks."""
     market, rng = CallPlayer(), random.Random(3)
@@ -172,6 +174,7 @@ def test_a_model_that_is_always_asked_has_no_rhythm() -> None:
     assert rhythms.period(model) is None
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_names_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million strangers do not stay, rhythms end at their own bound, and the calendar has no more than they need."""
     monkeypatch.setattr(prefetch, "MAX_STRANGER_BYTES", 700_000)

@@ -100,6 +100,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(JSON_VALUES)
 def test_an_answer_is_written_as_pythons_own_writer_would(value: object) -> None:
     """To the byte, with its indent of two; also what is no strict JSON."""
@@ -107,6 +108,7 @@ def test_an_answer_is_written_as_pythons_own_writer_would(value: object) -> None
     assert write_json([float("nan"), value]) == json.dumps([float("nan"), value], indent=2).encode()
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1e17, 1e17) | st.floats(-2e-4, 2e-4) | st.floats(width=32), max_size=8))
 def test_the_digits_of_numbers_are_pythons(numbers: list[float]) -> None:
     """Around the sizes too from which on a number is written with an exponent."""

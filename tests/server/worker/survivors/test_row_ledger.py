@@ -163,6 +163,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.memory.close()
 
 
+@pytest.mark.slow
 def test_the_ledger_machine() -> None:
     """Random lives of ledgers; see LedgerMachine."""
     run_state_machine_as_test(LedgerMachine, settings=settings(max_examples=30, deadline=None))

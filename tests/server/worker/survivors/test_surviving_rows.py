@@ -152,6 +152,7 @@ def test_rows_of_another_version_are_not_adopted(descriptor: int, monkeypatch: p
     assert Worker(descriptor).models == set()
 
 
+@pytest.mark.slow
 def test_fifty_workers_take_no_more_memory_than_one(descriptor: int) -> None:
     """Each loads and leaves: the memory holds what its last worker has."""
     sizes = []
