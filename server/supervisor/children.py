@@ -179,11 +179,11 @@ class Children:
             await self._run_once(child)
             if self._stopping or self.fatal.done():
                 return
-            was_stable = time.monotonic() - started > STABLE_S
+            lived = time.monotonic() - started
+            was_stable = lived > STABLE_S
             child.failures = 0 if was_stable else child.failures + 1
             child.own_deaths = min(child.own_deaths, 1) if was_stable else child.own_deaths
-            first, longest = BACK_OFF_S
-            pause = min(longest, first * 2 ** min(child.failures - 1, 10)) if child.failures > 1 else 0.0
+            pause = choose_pause(child.failures, lived)
             log.warning("restarting", child=child.name, in_s=round(pause, 2))
             self._parent.note_restart(child)
             await asyncio.sleep(pause * random.uniform(0.8, 1.2))  # noqa: S311 -- jitter
@@ -305,3 +305,13 @@ def child_environment(child: Child) -> dict[str, str]:
         if child.plan.device != "cpu":
             env["CUDA_VISIBLE_DEVICES"] = child.plan.device.removeprefix("cuda:")
     return env
+
+
+def choose_pause(failures: int, lived_s: float) -> float:
+    """Seconds until a child is started again that has failed so often in a row, and lived so long this time.
+
+    From its last start on they double. One that has lived longer is started at once: its requests wait for it.
+    """
+    first, longest = BACK_OFF_S
+    since_start = min(longest, first * 2 ** min(failures - 1, 10)) if failures > 1 else 0.0
+    return max(0.0, since_start - lived_s)
