@@ -14,7 +14,7 @@ from server.supervisor.children import BACK_OFF_S, choose_pause
         (3, 0.0, 0.4),
         (3, 0.3, 0.1),
         (4, 5.0, 0.0),
-        (100, 0.0, BACK_OFF_S[1]),
+        (99, 0.0, BACK_OFF_S[1]),
     ],
 )
 def test_a_child_that_has_lived_longer_than_its_pause_does_not_wait(
