@@ -11,7 +11,7 @@ day of hours with two covariates, 64 hidden units and nine levels 36,400.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from msgspec import Meta
@@ -50,10 +50,9 @@ class DdnnReference(nn.Module):
         self.second = nn.Linear(config.hidden, config.hidden)
         self.head = nn.Linear(config.hidden, config.prediction_length * config.quantiles)
         base_taps = count_base_taps(config)
-        skip_init: Any = nn.utils.skip_init  # it has no types
-        self.base: nn.Linear = skip_init(nn.Linear, base_taps, config.prediction_length, bias=False)
-        if base_taps:  # an archive may read no past of its target; torch warns of weights that are none
-            self.base.reset_parameters()
+        self.base = nn.Linear(max(1, base_taps), config.prediction_length, bias=False)
+        if not base_taps:  # an archive may read no past of its target; torch warns of layers without weights
+            self.base.in_features, self.base.weight = 0, nn.Parameter(torch.empty(config.prediction_length, 0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""

@@ -2,7 +2,7 @@
 
 A worker may have dozens of loads under way, each on a thread; the system gives each thread that can run the same share
 of the cores, so that the step thread would have to queue behind them for each hit. The system knows two ways to say
-that a thread matters less: niceness, which leaves it a small share (15 of 1024 parts a thread), and SCHED_IDLE, which
+that a thread matters less: niceness, which leaves it a small share (45 of 1024 parts a thread), and SCHED_IDLE, which
 may leave it none. A load that holds the interpreter's lock must go on, or the step waits for it: so it is niceness.
 
 INVARIANT: threads that run requests never inherit this. So what makes threads for them, such as the session of an ONNX
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
-NICENESS: Final = 19
+NICENESS: Final = 14  #: at 19 loads on busy cores stood still with rows of the host cache in their hands
 
 
 def yield_to_others() -> None:
