@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
-NICENESS: Final = 14  #: at 19 loads on busy cores stood still with rows of the host cache in their hands
+NICENESS: Final = 14  #: at 19, loads on busy cores stood still while they held rows of the host cache
 
 
 def yield_to_others() -> None:
