@@ -141,9 +141,10 @@ docs-site: $(READY) ## the pages of docs/ with a search, in site/index.html; it 
 	@echo "read it: site/index.html"
 
 wheel: $(READY) ## dist/*.whl with the compiled part, for every Python from 3.11 on; needs a C compiler
+	@rm -f dist/fleetcast-*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@ls dist/*.whl
-	@unzip -l dist/*.whl | grep -q _quick_numbers || { \
+	@ls dist/fleetcast-*.whl
+	@$(BIN)/python -m zipfile -l dist/fleetcast-*.whl | grep -q '_quick_numbers.*\.so' || { \
 	  echo "the wheel has no compiled part: apt-get install gcc libc6-dev"; exit 1; }
 
 protos: $(READY) ## the gRPC services' messages, after a change of a .proto file
