@@ -208,11 +208,17 @@ class Batches:
     def take(self) -> RunBatch | None:
         """The next batch, when it is there; None when the channel has been closed."""
         received = self._received
+        if not received:
+            received = self._receive(_LENGTH.size)
+            if not received:
+                return None
+            if _is_one(received):  # as it mostly is
+                return _decode_to_child(memoryview(received)[_LENGTH.size :])
         while (missing := _count_missing(received)) > 0:
             part = self._receive(missing)
             if not part:
                 return None
-            received = received + part if received else part
+            received += part
         end = len(received) + missing
         self._received = received[end:]
         self._is_slow = self._is_slow and not self._received

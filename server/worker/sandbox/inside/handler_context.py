@@ -58,6 +58,11 @@ class RequestProperties:
         """Set a header of the answer."""
         self._answered[key] = value
 
+    @property
+    def has_said_nothing(self) -> bool:
+        """Whether the answer is the usual one: most handlers set neither status nor headers."""
+        return self._status == OK and not (self._phrase or self._answered)
+
     def get_response_headers(self) -> dict[str, str]:
         """The headers of the answer."""
         return self._answered
@@ -102,6 +107,11 @@ class HandlerContext:
     def __repr__(self) -> str:
         """For example `<HandlerContext of au/NSW1.mar, 2 requests>`."""
         return f"<HandlerContext of {self.model_name}, {len(self.request_processor)} requests>"
+
+    def begin_one(self, ident: str, headers: MakeHeaders) -> None:
+        """The same of a batch of one request."""
+        self.request_ids = {0: ident}
+        self.request_processor = [RequestProperties(headers)]
 
     def begin(self, ids: Sequence[str], headers: Sequence[MakeHeaders]) -> None:
         """The requests of the next batch: the id of each, and what makes its headers."""

@@ -22,6 +22,7 @@ from typing import Any
 from server.code_messages import (
     MAX_STATUS,
     MIN_STATUS,
+    OK,
     CodeAnswer,
     CodeRequest,
     HandlerLoaded,
@@ -68,8 +69,19 @@ class Handler:
 
     def answer(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
         """See LoadedHandler. A request whose form cannot be read fails by itself, and no other of its batch."""
-        if len(requests) == 1:
-            return self._answer_one(requests)
+        if len(requests) > 1:
+            return self._answer_many(requests)
+        (request,) = requests
+        try:
+            parts, types = read_parts(request)
+        except BadParts as error:
+            return [make_failure(BAD_REQUEST, str(error))]
+        self._context.begin_one(request.id, partial(read_headers, request, types))
+        self._parts.begin((0,), requests)
+        return self._parts.end(self._run([parts]))
+
+    def _answer_many(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
+        """The same of several requests, which may ask for different things."""
         answers: dict[int, CodeAnswer] = {}  # an alias that is called, `dict[...]()`, would be built for each batch
         calls: dict[object, list[tuple[int, dict[str, Any], MakeHeaders]]] = {}
         for i, request in enumerate(requests):
@@ -87,16 +99,6 @@ class Handler:
             self._parts.begin(places, asked_here)
             answers.update(zip(places, self._parts.end(self._run(list(data))), strict=True))
         return [answers[i] for i in range(len(requests))]
-
-    def _answer_one(self, requests: Sequence[CodeRequest]) -> list[CodeAnswer]:
-        """The same of one request, without sorting it."""
-        try:
-            parts, types = read_parts(requests[0])
-        except BadParts as error:
-            return [make_failure(BAD_REQUEST, str(error))]
-        self._context.begin([requests[0].id], [partial(read_headers, requests[0], types)])
-        self._parts.begin((0,), requests)
-        return self._parts.end(self._run([parts]))
 
     def _run(self, data: list[dict[str, Any]]) -> list[CodeAnswer]:
         """The answers to a call whose requests the context knows."""
@@ -120,6 +122,8 @@ class Handler:
 
     def _write(self, idx: int, value: Any) -> CodeAnswer:
         body, usual = write_body(value)
+        if self._context.request_processor[idx].has_said_nothing:
+            return CodeAnswer(OK, body, body_type=usual)
         status, phrase = self._context.get_response_status(idx)
         headers = self._context.get_response_headers(idx)
         content_type = ""
@@ -178,6 +182,8 @@ def import_handler(entry: Entry) -> ModuleType:
 
 def write_body(value: Any) -> tuple[bytes, str]:
     """A handler's answer as bytes, and its content type if the handler says none. Raises TypeError, ValueError."""
+    if type(value) is dict or type(value) is list:
+        return write_json(value), JSON
     if isinstance(value, BUFFERS):
         return bytes(value), BYTES
     if isinstance(value, str):
