@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loadtest.driver.dialects import find_call_fault
-from server.contract import JSON, NPY, count_failed_forecasts
+from server.contract import FORECASTS_END_BYTES, JSON, NPY, count_failed_forecasts
 
 ARROW = "application/vnd.apache.arrow.stream"
 SHARED = ("item", "model", "start", "step", "error")  #: columns of an answer that are no numbers of a forecast
@@ -55,11 +55,14 @@ def encode_call(
     if encoding is Encoding.JSON:
         return json.dumps({"requests": requests, "configuration": configuration}).encode()
     columns = _make_columns(requests, names)
+    shared = {"configuration": json.dumps(configuration)}
+    if len(set(columns["start"])) == 1:
+        shared["start"] = str(columns.pop("start")[0])
     if encoding is Encoding.NPY:
-        return _write_npz({**columns, "configuration": np.array(json.dumps(configuration))})
+        return _write_npz({**columns, **{name: np.array(text) for name, text in shared.items()}})
     pa: Any = import_module("pyarrow")
     arrays = {name: pa.array(list(values) if values.ndim > 1 else values) for name, values in columns.items()}
-    table = pa.table(arrays).replace_schema_metadata({"configuration": json.dumps(configuration)})
+    table = pa.table(arrays).replace_schema_metadata(shared)
     stream = io.BytesIO()
     with pa.ipc.new_stream(stream, table.schema) as writer:
         writer.write_table(table)
@@ -69,15 +72,18 @@ def encode_call(
 def count_failed(answer: bytes, encoding: Encoding) -> int | None:
     """How many forecasts of a call failed by its answer, or by the end of one in JSON; None where it does not say."""
     if encoding is Encoding.JSON:
-        return count_failed_forecasts(answer)
+        return count_failed_forecasts(answer[-FORECASTS_END_BYTES:])
     try:
         return int(_read_answer(answer, encoding).failed.sum())
     except ValueError:
         return None
 
 
-def find_answer_fault(answer: bytes, encoding: Encoding, forecasts: int) -> str | None:
-    """Return what is wrong with the answer to a call for so many forecasts; each has its steps, or one error."""
+def find_answer_fault(answer: bytes, encoding: Encoding, forecasts: int, steps: int | None = None) -> str | None:
+    """Return what is wrong with the answer to a call for so many forecasts; each has its steps, or one error.
+
+    `steps`: of each forecast in a table; None where models have different ones.
+    """
     if encoding is Encoding.JSON:
         return find_call_fault(answer, forecasts)
     try:
@@ -93,6 +99,8 @@ def find_answer_fault(answer: bytes, encoding: Encoding, forecasts: int) -> str 
     alone = found.failed[first]
     if np.any(sizes[alone] != 1) or found.failed.sum() != alone.sum():
         return "an error beside rows of the same forecast"
+    if steps is not None and np.any(sizes[~alone] != steps):
+        return f"forecasts of other than {steps} steps"
     counted = np.arange(len(found.item)) - np.repeat(first, sizes)
     if np.any(found.step[~found.failed] != counted[~found.failed]):
         return "steps that are not in their order"
