@@ -64,7 +64,7 @@ def list_market_calls(names: Sequence[str], encodings: Sequence[Encoding]) -> It
         yield _make_table_call(name, requests, asked, encoding, STEPS)
     body = write_turn_bodies(requests, JOINTLY, SCENARIOS, SEED).scenarios
     shape = (SCENARIOS, len(names), STEPS)
-    name = f"{MARKET} {SCENARIOS} scenarios"
+    name = f"{MARKET} {SCENARIOS} joint"
     yield CallWay(f"{name}, npy", body, JSON, NPY, len(names), partial(_find_scenarios_fault, shape=shape))
     whole = partial(_find_forecasts_fault, encoding=Encoding.JSON, forecasts=len(names))
     yield CallWay(f"{name}, JSON", body, JSON, JSON, len(names), whole)

@@ -10,8 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 MAGIC = b"\x93NUMPY"
-MOST_HEADER = 16 * 1024  #: bytes of a header that is read
-MOST_SENT = 10_000  #: bytes of a header that np.load reads unless it is told otherwise
+MOST_HEADER = 10_000  #: bytes of a header: np.load reads no longer one unless it is told otherwise
 MOST_DEPTH = 5  #: of lists in lists
 ALIGNED = 64
 _LENGTHS = {1: 2, 2: 4, 3: 4}  #: by version, the bytes of a header's length

@@ -31,6 +31,8 @@ from server.ipc.packed import cast_numbers
 SHARED = ("start", "configuration")
 MOST_SHARED = len(SHARED)
 MOST_INTS = 500_000  #: whole numbers of a column, which become float64 here
+MOST_GATHERED = 500_000  #: numbers of a row in Fortran's order, which are picked from as many places
+TOKENS = 16  #: what it counts to read a byte of a header
 CELL = 64  #: what it counts to read a cell, beside its bytes
 NOT_A_TIME = -(2**63)
 _SECONDS = {"D": 86_400, "h": 3600, "m": 60, "s": 1}
@@ -119,7 +121,7 @@ def _read_npz(view: memoryview) -> Slices[AskedTable]:
         is_fortran = header.is_fortran and count is not None
         stride = kind.size * (1 if count is None else count)
         columns.append(_Column(name, kind, count, rows, data, 0, stride, is_fortran))
-        yield CELL
+        yield TOKENS * header.begins
     return (yield from _make_table(columns, shared))
 
 
@@ -181,6 +183,8 @@ def _check_type(column: _Column) -> None:
     elif column.numbers is None:
         if name == TARGET:
             raise BadNpy(f"{said}, and must be [rows, numbers] of float64 or float32")
+    elif column.is_fortran and column.numbers > MOST_GATHERED:
+        raise BadNpy(f"{said} in Fortran's order, {MOST_GATHERED} are the most; send np.ascontiguousarray(array)")
     elif kind.kind == "i" and column.rows * column.numbers > MOST_INTS:
         raise BadNpy(f"{said}: {column.rows * column.numbers} whole numbers, {MOST_INTS} are the most; send float64")
 

@@ -13,7 +13,7 @@ from typing import cast
 
 from server.errors import Refused, Situation
 from server.front.columns.answered_table import AnsweredRun, list_names, refuse_too_large
-from server.front.columns.npy_header import MOST_SENT, write_header
+from server.front.columns.npy_header import MOST_HEADER, write_header
 from server.front.columns.npy_reader import NOT_A_TIME
 from server.front.exchange import Limit
 from server.front.slices import PART, UNIT, Slices
@@ -34,7 +34,7 @@ def write_npy(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     fields = [("item", "<i4"), ("model", f"<U{longest}"), ("start", "<M8[s]"), ("step", "<i4")]
     fields += [*((name, "<f4") for name in names), ("error", f"<U{error}")]
     header = write_header(fields, total)
-    if len(header) > MOST_SENT:
+    if len(header) > MOST_HEADER:
         message = f"{len(names)} columns of levels are more than np.load reads of a header; name `quantiles`"
         raise Refused(Situation.TOO_LARGE, f"{message}, or ask for an Arrow table")
     step_at = ITEM_BYTES + CHARACTER * longest + TIME_BYTES

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as drawn
 from server.errors import Refused
 from server.front.columns.asked_table import AskedTable, check_columns, cut_rows
 from server.front.columns.npy_header import MOST_HEADER
-from server.front.columns.npy_reader import MOST_INTS, read_npy
+from server.front.columns.npy_reader import MOST_GATHERED, MOST_INTS, read_npy
 from server.front.fan_out import Item
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import finish_slices
@@ -244,6 +244,7 @@ HOSTILE: Sequence[tuple[Callable[[], bytes], str]] = [
     (lambda: save(np.zeros(1, [*FIELDS, ("more", [("x", "f8")])])), "has fields of its own"),
     (lambda: save(np.zeros(1, [*FIELDS, (("title", "more"), "f8")])), "a title beside it"),
     (lambda: save(np.zeros(1, [*FIELDS[:2], ("target", "i8", (MOST_INTS + 1,))])), "whole numbers"),
+    (lambda: save_all({**MEMBERS, "target": np.zeros((2, MOST_GATHERED + 1), np.float32, "F")}), "ascontiguousarray"),
     (lambda: with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2,), 'more': 1}"), "other keys"),
     (lambda: with_header("{'descr': '<f8', 'fortran_order': 2, 'shape': (2,)}"), "neither True nor False"),
     (lambda: with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-2,)}"), "at '-2"),
