@@ -50,7 +50,8 @@ def run(asked: RunFlags) -> None:
     fleetcast-load run --protocol forecasts --profile tick --every-s 0.5 --spread-s 0
 
     With --protocol forecasts a request is a call of POST /v1/forecasts for --per-call models, or for all, as a market's
-    tick is. A call is a hit if all its models were resident; failed items are counted.
+    tick is, as JSON or, by --encoding, as a table. A call is a hit if all its models were resident; failed items are
+    counted.
     """  # noqa: D301 -- click's mark for "do not wrap"
     before = record.describe_machine()
     try:
@@ -98,7 +99,9 @@ def _load_server(asked: RunFlags) -> tuple[summary.Results, Run, list[ModelName]
         plan = RunPlan(
             load, asked.seconds, asked.warmup_seconds, asked.connections, asked.processes, asked.slo, asked.dialect
         )
-        title = asked.describe() + (f", calls for {max(to.forecasts)} models" if asked.many else "")
+        title = asked.describe()
+        if asked.many:
+            title += f", calls for {max(to.forecasts)} models as {asked.encoding.upper()}"
         console.print(f"{title}; {subject.what}")
         if asked.ramp_to is None:
             found, ran = measure_run(subject, plan, to, console)
@@ -106,12 +109,16 @@ def _load_server(asked: RunFlags) -> tuple[summary.Results, Run, list[ModelName]
             rates = list_ramp_rates(asked.rate or 200.0, asked.ramp_to, factor=asked.ramp_factor)
             found, ran = climb_rates(subject, plan, to, rates, console)
     found.update(_describe_run(asked, subject, title, load.models))
+    if asked.many:
+        found["body_bytes"] = sum(len(each.partition(b"\r\n\r\n")[2]) for each in to.requests) // len(to.requests)
     return found, ran, list(subject.questions)
 
 
 def _make_requests(asked: RunFlags, recorded: Trace | None, subject: ServerUnderLoad) -> tuple[LoadTarget, Load]:
     """The requests, and when each of them is sent. Raises EXPECTED."""
-    to = subject.target(asked.dialect, allow_remote=asked.allow_remote, per_call=asked.per_call)
+    to = subject.target(
+        asked.dialect, allow_remote=asked.allow_remote, per_call=asked.per_call, encoding=asked.encoding
+    )
     return to, _make_load(asked, recorded, subject, len(to.requests))
 
 
@@ -124,6 +131,7 @@ def _describe_run(asked: RunFlags, subject: ServerUnderLoad, title: str, models:
         "subject": subject.what,
         "dialect": asked.dialect,
         "body": asked.body_kind or "golden",
+        "encoding": asked.encoding,
         "body_bytes": size,
         "profile": {**profile, **asked.profile_settings},
     }

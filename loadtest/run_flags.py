@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from loadtest import flags
+from loadtest.driver.call_encodings import Encoding
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.profiles import Shape, make_profile
 from loadtest.driver.request_bodies import RequestBody
@@ -75,6 +76,9 @@ class RunFlags:
     client_key: flags.ClientKey = None
     token_file: flags.TokenFile = None
     per_call: Annotated[int | None, make_flag(SERVER, "dialect forecasts: models per call; default all", min=1)] = None
+    encoding: Annotated[
+        Encoding, make_flag(SERVER, "dialect forecasts: how calls and answers are written; arrow needs pyarrow")
+    ] = Encoding.JSON
     names: Annotated[
         Path | None,
         make_flag(SERVER, "file of model names, one per line, instead of the store's", exists=True, dir_okay=False),
@@ -121,6 +125,9 @@ class RunFlags:
             make_profile(self.profile, self.models, self.seed, **self.profile_settings)
         if self.dialect not in DIALECTS:
             raise ValueError(f"there is no dialect {self.dialect!r}: known dialects are {', '.join(DIALECTS)}")
+        if self.encoding is not Encoding.JSON and not self.many:
+            raise ValueError(f"--encoding {self.encoding} is of calls for many models: --protocol forecasts")
+        self.encoding.check()
         if self.is_grpc and find_spec("grpc") is None:
             raise ValueError("--protocol grpc needs grpcio: pip install 'fleetcast[grpc]'")
         if self.versions and self.dialect != "torchserve":

@@ -1,17 +1,18 @@
 """A whole tick in one call for many models, beside one call for each model, and beside the least that it can take.
 
 One worker and one front share two cores with the client. Every model is resident; bodies are DeepAR JSON of a week of
-hours and the longest lag before it, or the same numbers as an Arrow table (needs pyarrow). The single calls come from
-wrk over 32 connections, which is the most that this server answers; `ratio` is that of forecasts per second, turn by
-turn. `floor` is measured in this process: the bytes of the call through two sockets each way, the family's forward, and
-one pass of array operations over histories and quantiles. Saves a record.
+hours and the longest lag before it, or the same numbers as an Arrow table (needs pyarrow) or a file of numpy. The
+single calls come from wrk over 32 connections, which is the most that this server answers; `ratio` is that of forecasts
+per second, turn by turn. `floor` is measured in this process: the bytes of the call through two sockets each way, the
+family's forward, and one pass of array operations over histories and quantiles. A market is asked as well, by one call
+each: 45 products x 300 steps x 5 quantiles, and 100 joint scenarios of them. Saves a record.
 
 With --beside the server of another checkout takes turns with this one, and `before` is how many times faster this one
-is, for JSON calls, single calls and tensors as npy: `git worktree add ../before COMMIT`, then --beside ../before.
+is, for JSON calls, the market's scenarios, single calls and tensors as npy: `git worktree add ../before COMMIT`, then
+--beside ../before.
 """
 
 import http.client
-import io
 import json
 import socket
 import sys
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -35,19 +36,26 @@ from rich.table import Table
 
 from handlers.forecasters import build_family
 from loadtest import flags, record
+from loadtest.benchmarks.call_ways import (
+    MARKET,
+    SIZES,
+    list_market_calls,
+    list_tick_calls,
+    measure_rate,
+    write_market,
+)
 from loadtest.benchmarks.core import write_bodies
 from loadtest.driver import wrk
-from loadtest.driver.dialects import find_fault
+from loadtest.driver.call_encodings import Encoding
 from loadtest.fleets.network_shape import CONFIG, LEVELS, PREDICTION, make_request
 from loadtest.fleets.synthetic_archives import make_archive
 from loadtest.observe.local_server import LocalServer, run_local_server
-from server.contract import FORECASTS_PATH, INVOCATIONS_PATH, JSON, NPY
+from model_store.names import ModelName
+from server.contract import INVOCATIONS_PATH, JSON, NPY
 
 SEED = 11
 CONNECTIONS, SINGLES_S = 32, 2.0
-SIZES = (100, 500, 1000)
 HERE, BESIDE = "here", "beside"
-ARROW = "application/vnd.apache.arrow.stream"
 SINGLES, TENSORS = "single calls", "single tensors, npy"
 ROWS_AT_ONCE = 64  #: of a forward: more of them leave the processor's cache
 
@@ -63,7 +71,7 @@ def main(
     beside: Annotated[Path | None, typer.Option(exists=True, help="a checkout to compare with")] = None,
     save: flags.SaveRecord = True,
 ) -> None:
-    """Measure calls for 100, 500 and 1,000 models, as JSON and as a table."""
+    """Measure calls for 100, 500 and 1,000 models and for a market, as JSON and as tables."""
     wrk.require_wrk()
     before = record.describe_machine()
     trees = {HERE: None} if beside is None else {HERE: None, BESIDE: beside.resolve()}
@@ -73,11 +81,12 @@ def main(
         (folder / "store").mkdir()
         for seed, name in enumerate(track(names, "packing", transient=True)):
             (folder / "store" / name).write_bytes(make_archive("tcn", name, seed))
+        products = write_market(folder / "store")
         servers = {
             name: stack.enter_context(run_local_server(str(folder / "store"), ["--workers", "1"], tree=tree))
             for name, tree in trees.items()
         }
-        results = measure_calls(servers, names, folder, rounds)
+        results = measure_calls(servers, names, products, folder, rounds)
     if beside is not None:
         results["beside_commit"] = record.find_commit(beside)
     CONSOLE.print(build_table(results))
@@ -85,9 +94,11 @@ def main(
         CONSOLE.print(f"record: {record.save_record('many', SEED, before, results)}")
 
 
-def measure_calls(servers: Mapping[str, LocalServer], names: list[str], folder: Path, rounds: int) -> dict[str, Any]:
+def measure_calls(
+    servers: Mapping[str, LocalServer], names: list[str], products: list[ModelName], folder: Path, rounds: int
+) -> dict[str, Any]:
     """Measure forecasts a second of each way to ask, on each server in turn; the first round is warm-up."""
-    ways = {name: make_ways(name, server, names, folder) for name, server in servers.items()}
+    ways = {name: make_ways(name, server, names, products, folder) for name, server in servers.items()}
     rates: dict[tuple[str, str], list[float]] = {}
     for turn in track(range(rounds + 1), "calls", transient=True):
         order = list(servers)[:: 1 if turn % 2 else -1]
@@ -99,7 +110,9 @@ def measure_calls(servers: Mapping[str, LocalServer], names: list[str], folder: 
     results: dict[str, Any] = {}
     for way in ways[HERE]:
         found = measured[HERE, way]
-        row = {"per_s": found, "ratio": _divide(found, measured[HERE, SINGLES])}
+        row = {"per_s": found}
+        if not way.startswith(MARKET):  # whose forecasts are longer than the single calls'
+            row["ratio"] = _divide(found, measured[HERE, SINGLES])
         if (BESIDE, way) in measured:
             row["before"] = _divide(found, measured[BESIDE, way])
         results[way] = {key: record.summarise_spread(values) for key, values in row.items()}
@@ -108,72 +121,29 @@ def measure_calls(servers: Mapping[str, LocalServer], names: list[str], folder: 
     return results
 
 
-def make_ways(which: str, server: LocalServer, names: list[str], folder: Path) -> dict[str, Callable[[], float]]:
+def make_ways(
+    which: str, server: LocalServer, names: list[str], products: list[ModelName], folder: Path
+) -> dict[str, Callable[[], float]]:
     """What gives the forecasts a second of each way to ask a server; another checkout's may take no tables."""
-    request = make_request(SEED)
-    (folder / "single.json").write_text(json.dumps(request))
+    (folder / "single.json").write_text(json.dumps(make_request(SEED)))
     _, npy = write_bodies(folder)
     connection = http.client.HTTPConnection(urlsplit(server.inference).netloc, timeout=60)
-    ways: dict[str, Callable[[], float]] = {}
-    for size in SIZES:
-        ways[f"{size} models, JSON"] = _make_call(connection, write_call(request, names[:size]), JSON, size)
-        table = write_table(request, names[:size]) if which == HERE else None
-        if table is not None:
-            ways[f"{size} models, table"] = _make_call(connection, table, ARROW, size)
+    encodings = list_encodings() if which == HERE else [Encoding.JSON]
+    calls = [*list_tick_calls(names, encodings), *list_market_calls(products, encodings)]
+    ways: dict[str, Callable[[], float]] = {each.name: partial(measure_rate, connection, each) for each in calls}
     for name, body, media in ((SINGLES, folder / "single.json", JSON), (TENSORS, npy, NPY)):
         target = wrk.WrkTarget(name, f"{server.inference}{INVOCATIONS_PATH}", len(names), ".mar", body, media)
         ways[name] = partial(_time_singles, target)
     return ways
 
 
-def write_call(request: Mapping[str, Any], names: list[str]) -> bytes:
-    """The call as JSON."""
-    (instance,) = request["instances"]
-    return json.dumps({"requests": [{"target_model": name, **instance} for name in names]}).encode()
-
-
-def write_table(request: Mapping[str, Any], names: list[str]) -> bytes | None:
-    """The call as an Arrow stream; None where pyarrow is not installed."""
-    try:
-        pa: Any = import_module("pyarrow")
-    except ImportError:
-        return None
-    (instance,) = request["instances"]
-    targets = pa.array([instance["target"]] * len(names), pa.list_(pa.float64()))
-    table = pa.table({"model": names, "target": targets}).replace_schema_metadata({"start": instance["start"]})
-    stream = io.BytesIO()
-    with pa.ipc.new_stream(stream, table.schema) as writer:
-        writer.write_table(table)
-    return stream.getvalue()
+def list_encodings() -> list[Encoding]:
+    """Those that can be written here."""
+    return [each for each in Encoding if each is not Encoding.ARROW or find_spec("pyarrow") is not None]
 
 
 def _time_singles(target: wrk.WrkTarget) -> float:
     return wrk.run_wrk(target, CONNECTIONS, SINGLES_S).requests_per_s
-
-
-def _make_call(connection: http.client.HTTPConnection, body: bytes, media: str, size: int) -> Callable[[], float]:
-    return lambda: size / _time_call(connection, body, media, size)
-
-
-def _time_call(connection: http.client.HTTPConnection, body: bytes, media: str, size: int) -> float:
-    """Return the seconds from the first byte sent to the last received. Raises RuntimeError for a failed forecast."""
-    started = time.perf_counter()
-    connection.request("POST", FORECASTS_PATH, body, {"Content-Type": media})
-    reply = connection.getresponse()
-    answer = reply.read()
-    seconds = time.perf_counter() - started
-    if reply.status != http.HTTPStatus.OK or not _is_whole(answer, media, size):
-        raise RuntimeError(f"a call for {size} models answered {reply.status}: {answer[:300]!r}")
-    return seconds
-
-
-def _is_whole(answer: bytes, media: str, size: int) -> bool:
-    if media == JSON:
-        found = json.loads(answer)
-        return not found["failed"] and len(found["predictions"]) == size and not find_fault(answer)
-    pa: Any = import_module("pyarrow")
-    table = pa.ipc.open_stream(answer).read_all()
-    return bool(table.num_rows == size * PREDICTION and table["error"].null_count == table.num_rows)
 
 
 def measure_floor(names: list[str]) -> float:
@@ -227,9 +197,9 @@ def build_table(results: Mapping[str, Any]) -> Table:
     for way, row in results.items():
         if isinstance(row, dict):
             floor = results["floor_per_s"] / row["per_s"]["median"] if way.startswith(str(max(SIZES))) else None
-            before = _format_spread(row["before"], 2) if "before" in row else ""
+            ratio, before = (_format_spread(row[key], 2) if key in row else "" for key in ("ratio", "before"))
             told = "" if floor is None else f"{floor:.1f}"
-            table.add_row(way, _format_spread(row["per_s"], 0), _format_spread(row["ratio"], 2), before, told)
+            table.add_row(way, _format_spread(row["per_s"], 0), ratio, before, told)
     return table
 
 

@@ -56,9 +56,9 @@ def main(
         CONSOLE.print(f"record: {record.save_record('scenarios_http', SEED, before, results)}")
 
 
-def write_store(store: Path, products: int, steps: int) -> list[ModelName]:
+def write_store(store: Path, products: int, steps: int, called: str = "m") -> list[ModelName]:
     """Write forecasters with random weights, and a correlation from errors that products share and that persist."""
-    names = [ModelName(f"m{i}.mar") for i in range(products)]
+    names = [ModelName(f"{called}{i}.mar") for i in range(products)]
     for seed, name in enumerate(names):
         (store / name).write_bytes(_pack_archive(name, steps, seed))
     rng = np.random.default_rng(SEED)

@@ -103,6 +103,7 @@ class DriverPool:
 def _run_driver(pipe: Connection, to: LoadTarget, connections: int) -> None:
     """Run a driver process: receive schedules and send back their runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C and ends this process
+    to.encoding.check()
     pipe.send(None)
     with suppress(EOFError):
         while True:

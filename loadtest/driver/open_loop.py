@@ -24,11 +24,12 @@ from urllib.parse import urlsplit
 import httptools
 import numpy as np
 
-from loadtest.driver.dialects import find_call_fault, find_fault, find_words
+from loadtest.driver.call_encodings import Encoding, count_failed, find_answer_fault
+from loadtest.driver.dialects import find_fault, find_words
 from loadtest.driver.profiles import Schedule
 from loadtest.driver.run_result import CACHE, LOST, NO_ANSWER, ForecastCounts, Run
 from loadtest.observe.server_access import OPEN, ServerAccess
-from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, count_failed_forecasts, raw_header
+from server.contract import FORECASTS_END_BYTES, HEADER_CACHE, raw_header
 
 if TYPE_CHECKING:
     from loadtest.driver.grpc_loop import GrpcDriver
@@ -50,9 +51,9 @@ class RemoteNotAllowed(Exception):
 class LoadTarget:
     """The target of a load: an address, and one complete HTTP request, or message of gRPC, for each model.
 
-    `forecasts` is the number of models of each call, and empty if the requests are for single models. `tls_name` is the
-    name that the server's certificate must have, and None without TLS. `access` holds the authority that the driver
-    trusts, and its certificate.
+    `forecasts` is the number of models of each call, and empty if the requests are for single models; `encoding` is
+    that of the calls. `tls_name` is the name that the server's certificate must have, and None without TLS. `access`
+    holds the authority that the driver trusts, and its certificate.
     """
 
     host: str
@@ -63,6 +64,7 @@ class LoadTarget:
     access: ServerAccess = OPEN
     free_form: bool = False  #: see `ClientDialect`
     method: str = ""  #: of gRPC, whose messages the requests then are; empty for HTTP
+    encoding: Encoding = Encoding.JSON
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -83,11 +85,12 @@ def make_target(
     access: ServerAccess = OPEN,
     free_form: bool = False,
     method: str = "",
+    encoding: Encoding = Encoding.JSON,
 ) -> LoadTarget:
     """Make a target. Raises ValueError for a URL other than http(s)://host:port, RemoteNotAllowed beyond loopback."""
     address, port, name = resolve_address(url, allow_remote=allow_remote)
     access.check_url(url)
-    return LoadTarget(address, port, requests, forecasts, name, access, free_form, method)
+    return LoadTarget(address, port, requests, forecasts, name, access, free_form, method, encoding)
 
 
 def resolve_address(url: str, *, allow_remote: bool) -> tuple[str, int, str | None]:
@@ -196,7 +199,7 @@ class _Driver:
 
     def _unsound(self, request: int, body: bytes) -> str | None:
         if self._asked is not None:
-            return find_call_fault(body, int(self._asked[request]))
+            return find_answer_fault(body, self._to.encoding, int(self._asked[request]))
         return find_fault(body, free_form=self._to.free_form)
 
     def _now(self) -> float:
@@ -228,9 +231,14 @@ class _Driver:
         """Whether the requests are calls for many models."""
         return self._asked is not None
 
-    def counted(self, request: int, tail: bytes) -> None:
-        """Count the failed forecasts of a call by the end of its answer; without that information all have failed."""
-        if (failed := count_failed_forecasts(tail)) is not None:
+    @property
+    def of_tables(self) -> bool:
+        """Whether answers are tables, which only as a whole say what failed."""
+        return self.of_calls and self._to.encoding is not Encoding.JSON
+
+    def counted(self, request: int, answer: bytes) -> None:
+        """Count the failed forecasts of a call by its answer, or its end; without that information all have failed."""
+        if (failed := count_failed(answer, self._to.encoding)) is not None:
             self._failed[request] = failed
 
     def settled(self, request: int, status: int, cache: int = 0) -> None:
@@ -310,6 +318,7 @@ class _DriverConnection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._request: int | None = None
         self._parts: list[bytes] | None = None
+        self._sampled = False
         self._tail = b""
         self._cache = 0
         self._since = 0.0
@@ -326,7 +335,7 @@ class _DriverConnection(asyncio.Protocol):
 
     def ask(self, request: int, data: bytes, *, sampled: bool) -> None:
         self._request, self._cache, self._tail = request, 0, b""
-        self._parts = [] if sampled else None
+        self._sampled, self._parts = sampled, [] if sampled or self._driver.of_tables else None
         self._transport.write(data)
 
     def abandon(self) -> None:
@@ -365,7 +374,7 @@ class _DriverConnection(asyncio.Protocol):
             self._cache = _parse_cache_header(value)
 
     def on_body(self, part: bytes) -> None:
-        if self._driver.of_calls:
+        if self._driver.of_calls and not self._driver.of_tables:
             self._tail = (self._tail + part[-FORECASTS_END_BYTES:])[-FORECASTS_END_BYTES:]
         if self._parts is not None:
             self._parts.append(part)
@@ -376,13 +385,15 @@ class _DriverConnection(asyncio.Protocol):
             self._transport.close()
             return
         self._request, self._since = None, self._driver.loop.time()
-        if status == HTTPStatus.OK and self._driver.of_calls:
-            self._driver.counted(request, self._tail)
+        answer = b"" if self._parts is None else b"".join(self._parts)
+        is_good = status == HTTPStatus.OK
         self._driver.settled(request, status, self._cache)
-        if self._parts is not None and status == HTTPStatus.OK:
-            self._driver.samples[request] = b"".join(self._parts)
-        elif self._parts is not None:
-            self._driver.said.setdefault(status, find_words(b"".join(self._parts)))
+        if is_good and self._driver.of_calls:
+            self._driver.counted(request, answer if self._driver.of_tables else self._tail)
+        if is_good and self._sampled:
+            self._driver.samples[request] = answer
+        elif not is_good and self._parts is not None:
+            self._driver.said.setdefault(status, find_words(answer))
         if self._parser.should_keep_alive():
             self._driver.free(self)
         else:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loadtest.driver.call_encodings import Encoding, encode_call
 from loadtest.driver.dialects import DIALECTS, HEADER_JSON_BYTES, BodyKind, ClientDialect, encode_npy
 from loadtest.driver.drawn_tensors import FP32, DrawnTensor, draw_tensor
 from model_store.archives.archive import Archive, open_archive
@@ -26,12 +27,16 @@ START = datetime(2026, 1, 1)  # noqa: DTZ001 -- DeepAR's stamps have no zone
 
 @dataclass(frozen=True, slots=True)
 class RequestBody:
-    """A request body, its content type and more headers; `version`: of its model, where requests name it."""
+    """A request body, its content type and more headers; `version`: of its model, where requests name it.
+
+    `names`: of the covariates in a forecast's JSON, then of its categories, which a table needs.
+    """
 
     body: bytes
     content_type: str = JSON
     headers: Mapping[str, str] = field(default_factory=dict)
     version: str = ""
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +77,13 @@ def read_request_bodies(
     return RequestBodies(questions, left_out)
 
 
-def join_requests(asked: Mapping[ModelName, RequestBody]) -> RequestBody:
+def join_requests(asked: Mapping[ModelName, RequestBody], encoding: Encoding = Encoding.JSON) -> RequestBody:
     """Join request bodies into one call for many models (POST /v1/forecasts).
 
-    Raises ValueError for a body that is not one series, and if their configurations differ.
+    Raises ValueError for a body that is not one series, if their configurations differ, and where a table cannot hold
+    them.
     """
-    requests, configurations = [], set()
+    requests, configurations, names = [], set(), set()
     for name, each in asked.items():
         whole = _parse_deepar(each)
         if whole is None:
@@ -85,10 +91,14 @@ def join_requests(asked: Mapping[ModelName, RequestBody]) -> RequestBody:
                 f"{name} is not asked for one forecast, and a call for many is of forecasts: --body deepar"
             )
         configurations.add(json.dumps(whole.get("configuration", {}), sort_keys=True))
+        names.add(tuple(each.names))
         requests.append({"target_model": name, **whole["instances"][0]})
     if len(configurations) > 1:
         raise ValueError("the models are asked with different configurations, and a call has one for all")
-    return RequestBody(json.dumps({"requests": requests, "configuration": json.loads(configurations.pop())}).encode())
+    if len(names) > 1 and encoding is not Encoding.JSON:
+        raise ValueError("the models take different covariates, and a table has one set of columns: use JSON")
+    body = encode_call(requests, json.loads(configurations.pop()), encoding, names.pop())
+    return RequestBody(body, encoding.media)
 
 
 def _parse_deepar(question: RequestBody) -> dict[str, Any] | None:
@@ -121,7 +131,8 @@ def make_request_body(
     if kind is BodyKind.DEEPAR or (kind is None and forecast is not None):
         if forecast is None:
             raise ValueError(f"{archive.name} carries no `forecast` and cannot be asked for one; ask for tensors")
-        return RequestBody(json.dumps({"instances": [make_deepar_instance(forecast, seed)]}).encode())
+        body = json.dumps({"instances": [make_deepar_instance(forecast, seed)]}).encode()
+        return RequestBody(body, names=(*forecast.dynamic_feat, *forecast.cat))
     drawn = _draw_inputs(archive, seed)
     if kind is not BodyKind.NPY:
         return RequestBody(json.dumps({name: each.nest() for name, each in drawn.items()}).encode())

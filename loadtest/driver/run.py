@@ -12,6 +12,7 @@ import urllib3
 from rich.console import Console
 
 from loadtest.driver import summary
+from loadtest.driver.call_encodings import Encoding
 from loadtest.driver.dialects import DIALECTS, BodyKind
 from loadtest.driver.driver_pool import DriverPool, count_drivers
 from loadtest.driver.model_registration import load_into_container, register_versions
@@ -50,8 +51,12 @@ class ServerUnderLoad:
     access: ServerAccess = OPEN
     management: str | None = None
 
-    def target(self, dialect: str, *, allow_remote: bool, per_call: int | None = None) -> LoadTarget:
+    def target(
+        self, dialect: str, *, allow_remote: bool, per_call: int | None = None, encoding: Encoding = Encoding.JSON
+    ) -> LoadTarget:
         """Make a complete request for each model, or a call for each `per_call` models (None: all) in such a dialect.
+
+        `encoding`: of calls and their answers.
 
         Raises ValueError, RemoteNotAllowed.
         """
@@ -63,7 +68,8 @@ class ServerUnderLoad:
             items = list(self.questions.items())
             size = per_call or len(items)
             calls = [dict(items[start : start + size]) for start in range(0, len(items), size)]
-            requests = [spoken.request(host, "", join_requests(each).body, headers=shown) for each in calls]
+            joined = [join_requests(each, encoding) for each in calls]
+            requests = [spoken.request(host, "", each.body, each.content_type, shown) for each in joined]
         else:
             calls = []
             asked = self.questions.items()
@@ -80,6 +86,7 @@ class ServerUnderLoad:
             access=self.access,
             free_form=spoken.free_form,
             method=spoken.path if spoken.is_grpc else "",
+            encoding=encoding,
         )
 
     def register(self, dialect: str, *, versions: bool, allow_remote: bool = False) -> "ServerUnderLoad":

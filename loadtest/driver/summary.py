@@ -158,12 +158,13 @@ def build_facts_table(found: Results) -> Table:
 
 
 def _list_facts(found: Results) -> Iterator[tuple[str, str]]:
-    yield "answered", f"{found['answered_per_s']:.1f} requests/s"
+    unit = "requests" if found["forecasts"] is None else "calls"
+    yield "answered", f"{found['answered_per_s']:.1f} {unit}/s"
     if (forecasts := found["forecasts"]) is not None:
         alone = forecasts["per_call"] / found["latency"]["all"]["p50_ms"] * 1e3
         yield "forecasts", f"{forecasts['per_s']:.1f}/s, in calls for {forecasts['per_call']:.4g} models"
         yield "within a median call", f"{alone:.0f} forecasts/s"
-        yield "failed forecasts", f"{forecasts['failed']} of {forecasts['asked']}"
+        yield "failed forecasts", f"{forecasts['failed']} of {forecasts['asked']}, in {forecasts['calls']} calls"
     for what, count in found["failures"].items():
         yield f"failed: {what}", str(count)
     yield "sound answers", f"{found['checked'] - len(found['unsound'])} of {found['checked']} looked into"
@@ -196,7 +197,8 @@ def _summarize_forecasts(run: Run) -> Results | None:
         return None
     asked, failed = int(run.forecasts.asked.sum()), int(run.forecasts.failed.sum())
     per_s = (asked - failed) / max(run.schedule.seconds, run.ended)
-    return {"asked": asked, "failed": failed, "per_s": per_s, "per_call": asked / len(run.status)}
+    calls = len(run.status)
+    return {"calls": calls, "asked": asked, "failed": failed, "per_s": per_s, "per_call": asked / calls}
 
 
 def _compute_failed_share(found: Results) -> tuple[str, float]:

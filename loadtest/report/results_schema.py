@@ -109,6 +109,7 @@ class Step(TypedDict):
 class ForecastResults(TypedDict):
     """The forecasts in calls for many models: requested, failed, answered a second, requested per call (mean)."""
 
+    calls: NotRequired[int]  #: missing in older records
     asked: int
     failed: int
     per_s: float
@@ -124,6 +125,7 @@ class Results(TypedDict):
     dialect: str
     body: str
     body_bytes: int
+    encoding: NotRequired[str]  #: of calls for many models; missing in older records
     processes: int
     invalid: list[str]
     requests: int

@@ -28,7 +28,7 @@ FORECASTS = Protocol(
     "Forecasts of many models",
     "`fleetcast.Client`, curl",
     (
-        Route("POST", contract.FORECASTS_PATH, "forecast", "Ask many models by one call", (JSON, ARROW),
+        Route("POST", contract.FORECASTS_PATH, "forecast", "Ask many models by one call", (JSON, ARROW, NPY),
               (JSON, NPY, ARROW), headers=(_TIMEOUT,), schema="forecasts_body"),
     ),
     (*_REFUSED, 424, 429, 500, 503),

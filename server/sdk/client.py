@@ -20,10 +20,12 @@ from server.contract import (
     INFERENCE_PORT,
     JSON,
     MODELS_PATH,
+    NPY,
     OPEN_INFERENCE_MODELS_PATH,
     verb_path,
 )
 from server.routes.example_requests import make_example
+from server.sdk.arrays import has_fields, read_fields, write_fields
 from server.sdk.errors import FleetcastError, Unavailable, Unreachable, error_from_item
 from server.sdk.forecasts import (
     ForecastOptions,
@@ -180,10 +182,15 @@ class Client:
         `table`: of pyarrow, pandas or polars, or a mapping of columns: `model`, `target` (lists, or an array [rows,
         steps]), `start` unless it is given for all, and covariates under their names; see docs/tables.md. Returns a
         pyarrow table with a row for each step (`item`, `model`, `start`, `step`, `mean`, the levels, `error`); an item
-        that failed has one row with its error, and is not asked again. Raises ImportError without pyarrow, ValueError
-        for what is no call, FleetcastError where the whole call fails.
+        that failed has one row with its error, and is not asked again. An array of numpy whose rows have such fields is
+        answered by another, and needs no pyarrow. Raises ImportError without pyarrow, ValueError for what is no call,
+        FleetcastError where the whole call fails.
         """
-        body = write_table(table, None if start is None else format_start(start), options or ForecastOptions())
+        shared, options = None if start is None else format_start(start), options or ForecastOptions()
+        if has_fields(table):
+            body = write_fields(table, shared, options)
+            return read_fields(self._post(FORECASTS_PATH, body, {"Content-Type": NPY}).body, self._http.url)
+        body = write_table(table, shared, options)
         return read_table(self._post(FORECASTS_PATH, body, {"Content-Type": ARROW}).body, self._http.url)
 
     def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:

@@ -5,7 +5,7 @@ pyarrow is imported when the first table is written; whoever asks for single for
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +14,10 @@ from server.sdk.forecasts import ForecastOptions
 
 ARROW = "application/vnd.apache.arrow.stream"
 REQUIRED = ("model", "target")
-NO_PYARROW = "tables of forecasts need pyarrow, which is not installed: pip install pyarrow (or use forecast_many)"
+NO_PYARROW = (
+    "tables of forecasts need pyarrow, which is not installed: pip install pyarrow "
+    "(or give an array of numpy whose rows have fields, or use forecast_many)"
+)
 NO_SAMPLES = "a table has no place for samples: leave num_samples and `samples` out, or use forecast_many"
 
 
@@ -37,19 +40,24 @@ def write_table(table: Any, start: str | None, options: ForecastOptions) -> byte
     if "samples" in configuration.get("output_types", ()):
         raise ValueError(NO_SAMPLES)
     found = _make_table(pa, table)
-    for name in REQUIRED:
-        if name not in found.column_names:
-            raise ValueError(f"the table has no column {name!r}; it has {', '.join(found.column_names) or 'none'}")
-    if start is None and "start" not in found.column_names:
-        raise ValueError("the table has no column 'start'; have one, or give `start` for all rows")
-    if start is not None and "start" in found.column_names:
-        raise ValueError("the table has a column 'start', and `start` is given as well: give one of them")
+    check_columns(found.column_names, start)
     said = {"configuration": json.dumps(configuration), **({} if start is None else {"start": start})}
     found = _cast_columns(pa, found, {name.encode(): value.encode() for name, value in said.items()})
     stream = io.BytesIO()
     with pa.ipc.new_stream(stream, found.schema) as writer:
         writer.write_table(found.combine_chunks())
     return stream.getvalue()
+
+
+def check_columns(names: Sequence[str], start: str | None) -> None:
+    """Raises ValueError for a table that lacks a column, or has `start` twice."""
+    for name in REQUIRED:
+        if name not in names:
+            raise ValueError(f"the table has no column {name!r}; it has {', '.join(names) or 'none'}")
+    if start is None and "start" not in names:
+        raise ValueError("the table has no column 'start'; have one, or give `start` for all rows")
+    if start is not None and "start" in names:
+        raise ValueError("the table has a column 'start', and `start` is given as well: give one of them")
 
 
 def read_table(body: bytes, url: str) -> Any:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from tests.s3 import Fault, S3Server
 pytestmark = pytest.mark.e2e
 
 TCN = {"features": 1, "context_length": 20, "prediction_length": 6, "quantiles": 3, "channels": 4, "layers": 2}
-ARROW = "application/vnd.apache.arrow.stream"
+ARROW, NPY = "application/vnd.apache.arrow.stream", "application/x-npy"
 CONFIGURATION = {"output_types": ["quantiles"]}
 
 
@@ -219,16 +220,76 @@ def test_a_call_as_a_table(s3: S3Server, one_worker: tuple[Server, str]) -> None
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "bad_request")
 
 
-def test_the_example_of_the_page(
+def test_a_call_as_a_file_of_numpy(s3: S3Server, one_worker: tuple[Server, str]) -> None:
+    """Thirty models as .npz and as .npy: the numbers of single calls, an error in its row; JSON may come or go too."""
+    server, bucket = one_worker
+    fleet = make_models(30, "npy")
+    upload(s3, bucket, fleet)
+    items = [make_item(model, 3) for model in fleet]
+    names = [each["target_model"] for each in items]
+    names[7] = "npy/none.mar"
+    targets = np.array([each["target"] for each in items])
+    body, url = io.BytesIO(), f"{server.url}/v1/forecasts"
+    np.savez(body, model=names, target=targets, start=items[0]["start"], configuration=json.dumps(CONFIGURATION))
+    before = count_answered(server, "200")
+    reply = httpx.post(url, content=body.getvalue(), headers={"Content-Type": NPY})
+    assert (reply.status_code, reply.headers["content-type"]) == (200, NPY), reply.text
+    table = np.load(io.BytesIO(reply.content), allow_pickle=False)
+    assert count_answered(server, "200") == before + 29
+    for seed, model in enumerate(fleet):
+        mine = table[table["item"] == seed]
+        if seed == 7:
+            assert (mine["step"].tolist(), mine["error"][0].split(":")[0]) == ([-1], "not_found")
+            continue
+        (single,) = json.loads(server.ask(model.question(3)).body)["predictions"]
+        assert set(mine["start"].tolist()) == {np.datetime64(single["start"]).astype("M8[s]").item()}
+        for level, values in single["quantiles"].items():
+            assert np.array_equal(mine[level], np.array(values, np.float32))
+    rows = np.zeros(30, [("model", "U20"), ("start", "M8[s]"), ("target", "f8", targets.shape[1:])])
+    rows["model"], rows["start"], rows["target"] = names, items[0]["start"], targets
+    file = io.BytesIO()
+    np.save(file, rows)
+    by_rows = httpx.post(url, content=file.getvalue(), headers={"Content-Type": NPY})
+    again = np.load(io.BytesIO(by_rows.content), allow_pickle=False)
+    for name in set(table.dtype.names or ()) - {"mean", "start"}:  # by its defaults a model answers its mean as well
+        assert np.array_equal(again[name], table[name], equal_nan=name.startswith("0."))
+    sent = [{**each, "target_model": name} for each, name in zip(items, names, strict=True)]
+    from_json = call(server, sent, {"Accept": NPY})
+    assert from_json.content == reply.content
+    as_json = httpx.post(url, content=body.getvalue(), headers={"Content-Type": NPY, "Accept": "application/json"})
+    assert as_json.json() == call(server, sent).json()
+
+
+def test_files_of_numpy_that_are_no_call(one_worker: tuple[Server, str]) -> None:
+    """Pickled objects, samples of all, a type that is nearly one: refused as a whole, with what to do."""
+    server, _ = one_worker
+    url, file, joint = f"{server.url}/v1/forecasts", io.BytesIO(), io.BytesIO()
+    np.save(file, np.array([{"model": "a.mar"}]), allow_pickle=True)
+    wrong = httpx.post(url, content=file.getvalue(), headers={"Content-Type": NPY})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "bad_request")
+    assert "pickles are never read" in wrong.json()["error"]["message"]
+    np.savez(joint, model=["a.mar"], target=np.ones((1, 9)), start="2026-01-01", configuration='{"joint": true}')
+    refused = httpx.post(url, content=joint.getvalue(), headers={"Content-Type": NPY})
+    assert (refused.status_code, refused.json()["error"]["field"]) == (400, "configuration.joint")
+    near = httpx.post(url, content=joint.getvalue(), headers={"Content-Type": "application/x-npz"})
+    assert (near.status_code, "x-npy" in near.json()["error"]["message"]) == (415, True)
+
+
+def test_the_examples_of_the_page(
     s3: S3Server, one_worker: tuple[Server, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The program of docs/tables.md runs as it is written, and prints a first step for both models."""
+    """The programs of docs/tables.md run as they are written; by HTTP they print a first step for both models."""
     pytest.importorskip("pyarrow")
     server, bucket = one_worker
     upload(s3, bucket, [pack_forecaster(name, 1, config=TCN, forecast=True) for name in ("au/NSW1.mar", "au/VIC1.mar")])
     page = (Path(__file__).parents[2] / "docs/tables.md").read_text()
-    program = page.partition("```python\n")[2].partition("```")[0]
-    exec(compile(program.replace("http://127.0.0.1:8080", server.url), "docs/tables.md", "exec"), {})
-    told = capsys.readouterr().out
-    assert told.count("au/NSW1.mar") == told.count("au/VIC1.mar") == 1
-    assert "error: [[null,null]]" in "".join(told.split()).replace("error:", "error: ")
+    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    told = list[str]()
+    for program in programs:
+        exec(compile(program.replace("http://127.0.0.1:8080", server.url), "docs/tables.md", "exec"), {})
+        told.append(capsys.readouterr().out)
+    by_arrow, of_columns, by_numpy, of_rows = told
+    for each in (by_arrow, by_numpy):
+        assert each.count("au/NSW1.mar") == each.count("au/VIC1.mar") == 1
+    assert "error: [[null,null]]" in "".join(by_arrow.split()).replace("error:", "error: ")
+    assert of_columns.count("au/NSW1.mar") == of_rows.count("au/NSW1.mar") == 2

@@ -5,6 +5,7 @@ for that many seconds a target, from a seed of its own (FLEETCAST_FUZZ_SEED repe
 leaves the input in a file.
 """
 
+import io
 import os
 import socket
 import sys
@@ -26,8 +27,10 @@ from handlers.kinds.graph.export import export_graph
 from model_store.archives.archive import Limits, open_archive
 from model_store.archives.manifest import Kind
 from model_store.errors import LoadError
+from server.contract import NPY
 from server.errors import Refused
 from server.front import json_cutter
+from server.front.columns.table_calls import read_table_call
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.json_cutter import NotJson, cut_fields
@@ -143,6 +146,16 @@ def test_calls_for_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
         fuzz([call], lambda data: finish_slices(parse_call(data, limit)), (Refused,))
         for read in (extract_prediction, cut_fields, split_samples):
             fuzz([answer, samples], lambda data, read=read: finish_slices(read(data)), (Refused, NotJson, KeyError))  # type: ignore[misc]
+
+
+def test_calls_as_files_of_numpy() -> None:
+    """Members and rows with fields: Refused at most, for the call or for rows alone."""
+    rows, members, limit = io.BytesIO(), io.BytesIO(), Limit(6 * 2**20, "max_body_bytes")
+    fields = [("model", "U5"), ("start", "M8[s]"), ("target", "f4", (3,)), ("load", "i4", (2,)), ("zone", "i8")]
+    np.save(rows, np.zeros(3, fields))
+    np.savez(members, model=["a.mar"], target=np.ones((1, 3), order="F"), start="2026-01-01", configuration="{}")
+    sound = [rows.getvalue(), members.getvalue()]
+    fuzz(sound, lambda data: finish_slices(read_table_call(data, limit, NPY)), (Refused,))
 
 
 def test_frames() -> None:

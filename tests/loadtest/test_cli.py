@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from loadtest.cli import app
 from loadtest.cli_groups import BENCHMARKS, DEMOS, CommandModule
 from loadtest.driver import run, run_result, summary
+from loadtest.driver.call_encodings import Encoding
 from loadtest.driver.profiles import ArrivalProcess, Profile, Schedule, Tick
 from loadtest.driver.request_bodies import RequestBody
 from loadtest.driver.run import RequestSource, RunPlan, ServerUnderLoad, climb_rates
@@ -215,8 +216,11 @@ def test_a_server_with_tls_and_tokens(tmp_path: Path, protected: Mapping[str, li
 
 
 @pytest.mark.e2e
-def test_calls_for_many_models(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", Encoding)
+def test_calls_for_many_models(encoding: Encoding, tmp_path: Path) -> None:
     """A tick as a few calls: each waits for its own models; one that is not there fails in every call that names it."""
+    if encoding is Encoding.ARROW:
+        pytest.importorskip("pyarrow")
     make_fleet(str(tmp_path / "store"), 4)
     names = [f"{name}\n" for name in list_fleet_names(4)]
     (tmp_path / "names").write_text("".join([*names[:2], "none.mar\n", *names[2:]]))
@@ -226,19 +230,20 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         flags = ["--url", server.inference, "--names", str(tmp_path / "names"), "--seconds", "1", "--warmup", "0"]
         flags += ["--request", str(tmp_path / "request.json"), "--out", str(out), "--html", str(html)]
         tick = ["--profile", "tick", "--every-s", "0.1", "--spread-s", "0.05"]
-        calls = ["--dialect", "forecasts", "--per-call", "2", "--failed", "0.1"]
+        calls = ["--dialect", "forecasts", "--per-call", "2", "--failed", "0.1", "--encoding", encoding]
         found = CliRunner().invoke(app, ["run", *flags, *tick, *calls])
     results = json.loads(out.read_text())["results"]
     assert (results["requests"], results["checked"], results["unsound"]) == (30, 30, []), found.output
-    assert {key: results["forecasts"][key] for key in ("asked", "failed")} == {"asked": 50, "failed": 10}
+    counted = {key: results["forecasts"][key] for key in ("calls", "asked", "failed")}
+    assert (counted, results["encoding"]) == ({"calls": 30, "asked": 50, "failed": 10}, encoding)
     assert results["latency"]["miss"]["count"] >= 2
     assert results["latency"]["hit"]["count"] > 10
     assert results["slo"]["checks"][0] == {
         "what": "failed forecasts", "limit": "at most 10.0000%", "found": "20.0000%", "met": False
     }  # fmt: skip
     assert found.exit_code == 1
-    assert re.search(r"failed forecasts +│ 10 of 50 ", found.output)
-    assert "calls for 2 models" in found.output
+    assert re.search(r"failed forecasts +│ 10 of 50, in 30 calls ", found.output)
+    assert f"calls for 2 models as {encoding.upper()}" in found.output
     assert "10 of 50 forecasts failed." in html.read_text()
 
 
@@ -263,6 +268,7 @@ def test_calls_for_many_models(tmp_path: Path) -> None:
         (["--rate", "-5"], "rate"),
         (["--store", ".", "--request", "names.txt", "--url", "http://no.such.host.invalid"], "not known here"),
         (["--url", "http://127.0.0.1:1", "--store", ".", "--per-call", "3"], "--per-call is for the dialect forecasts"),
+        (["--store", ".", "--encoding", "npy"], "--encoding npy is of calls for many models"),
         (["--store", ".", "--dialect", "forecasts", "--trace-out", "t.csv"], "do not go with calls for many"),
         (
             ["--url", "http://127.0.0.1:1", "--store", ".", "--dialect", "forecasts", "--body", "npy"],

@@ -92,9 +92,7 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     size = sum(run.steps * sum(map(len, run.models)) for run in runs)
     size += sum(run.rows * (len(run.start) + len(run.error or "")) for run in runs)
     size += total * (ROW_BYTES + OFFSET * len(names))
-    if size > limit.bytes:
-        message = f"the table of answers would have {size} bytes, the limit is {limit.bytes} ({limit.setting})"
-        raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
+    refuse_too_large(size, limit)
     yield total
     columns = [Column("item", INT, 0, [b"", _number_items(runs)])]
     texts = [(model, run.steps) for run in runs for model in run.models]
@@ -115,6 +113,13 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     columns.append(_write_texts("error", errors, [(run.rows, run.error is None) for run in runs]))
     yield total
     return (yield from join_parts(write_stream(columns, total)))  # type: ignore[arg-type]  # it takes any buffer
+
+
+def refuse_too_large(size: int, limit: Limit) -> None:
+    """Raises Refused for a table of more bytes than `limit`."""
+    if size > limit.bytes:
+        message = f"the table of answers would have {size} bytes, the limit is {limit.bytes} ({limit.setting})"
+        raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
 
 
 def list_names(runs: Iterable[AnsweredRun]) -> list[str]:

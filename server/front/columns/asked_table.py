@@ -54,7 +54,10 @@ def check_columns(table: AskedTable) -> None:
         if name not in found:
             raise Refused(Situation.BAD_REQUEST, f"the table has no such column of {what}", field=name)
     if "start" not in table.texts and "start" not in table.shared:
-        message = "the table has no such column; have one, or say it once in the schema's metadata under this name"
+        message = (
+            "the table has no such column; have one, or say it once under this name: in the schema's metadata of an "
+            "Arrow table, as a member of an .npz file"
+        )
         raise Refused(Situation.BAD_REQUEST, message, field="start")
 
 

@@ -8,13 +8,15 @@ from server.contract import NPY
 from server.errors import Refused, Situation
 from server.front.columns.arrow_reader import ARROW, read_arrow
 from server.front.columns.asked_table import check_columns, cut_rows
+from server.front.columns.npy_reader import read_npy
 from server.front.exchange import Limit
 from server.front.fan_out import MultiModelCall
 from server.front.slices import Slices
 
 MOST_CONFIGURATION_BYTES = 64 * 1024
 JOINT = "joint scenarios are no table: ask for them by JSON"
-NOT_TAKEN = "content type {!r} is not taken here; send application/json or {}"
+NOT_TAKEN = "content type {!r} is not taken here; send application/json, {} or {} (.npy or .npz)"
+_NEAR = ("application/vnd.apache.", "application/x-np")  #: what begins so and is no table is refused, not read as JSON
 
 
 class _Configuration(msgspec.Struct):
@@ -26,26 +28,32 @@ class _Configuration(msgspec.Struct):
 _configuration = msgspec.json.Decoder(_Configuration)
 
 
-def is_table(content_type: str) -> bool:
-    """Whether a body is a table. Any other is read as JSON, whatever it is called, as it always was. Raises Refused."""
+def find_table(content_type: str) -> str | None:
+    """The type of the table that a body is; None for JSON, as which any other is read, as it always was.
+
+    Raises Refused for what is nearly a table.
+    """
     sent = content_type.partition(";")[0].strip().lower()
-    if sent == NPY or (sent.startswith("application/vnd.apache.") and sent != ARROW):
-        raise Refused(Situation.UNSUPPORTED_CODING, NOT_TAKEN.format(sent[:80], ARROW), field="content-type")
-    return sent == ARROW
+    if sent in (ARROW, NPY):
+        return sent
+    if sent.startswith(_NEAR):
+        raise Refused(Situation.UNSUPPORTED_CODING, NOT_TAKEN.format(sent[:80], ARROW, NPY), field="content-type")
+    return None
 
 
 def choose_answer(content_type: str, accept: str) -> str | None:
-    """The type of a table of answers; None for an answer in JSON, or one array of scenarios."""
+    """The type of a table of answers; None for an answer in JSON. Raises Refused."""
     wanted = accept.lower()
-    if ARROW in wanted:
-        return ARROW
+    for each in (ARROW, NPY):
+        if each in wanted:
+            return each
     anything = not wanted.strip() or wanted.strip() == "*/*"
-    return ARROW if anything and is_table(content_type) else None
+    return find_table(content_type) if anything else None
 
 
-def read_table_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
-    """The call in a table. Raises Refused."""
-    table = yield from read_arrow(body)
+def read_table_call(body: bytes, item_limit: Limit, kind: str = ARROW) -> Slices[MultiModelCall]:
+    """The call in a table of that type. Raises Refused."""
+    table = yield from (read_npy(body) if kind == NPY else read_arrow(body))
     check_columns(table)
     text = (table.shared.get("configuration") or "{}").encode()
     _check_configuration(text)
@@ -67,7 +75,7 @@ def _check_configuration(text: bytes) -> None:
     try:
         joint = _configuration.decode(text).joint
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        message = f"the schema's metadata `configuration` is no JSON object as in a JSON call: {error}"
+        message = f"the table's `configuration` is no JSON object as in a JSON call: {error}"
         raise Refused(Situation.BAD_REQUEST, message, field="configuration") from None
     if joint:
         raise Refused(Situation.BAD_REQUEST, JOINT, field="configuration.joint")

@@ -16,7 +16,8 @@ from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.arrow_reader import ARROW
-from server.front.columns.table_calls import choose_answer, is_table, read_table_call, replace_numbers
+from server.front.columns.npy_writer import write_npy
+from server.front.columns.table_calls import choose_answer, find_table, read_table_call, replace_numbers
 from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
@@ -89,20 +90,22 @@ class Forecasts:
         return self._forecast
 
     async def answer(self, operation: DialectOperation, request: HttpRequest, plane: InferencePlane) -> HttpReply:
-        """All predictions in order; with `joint` and `Accept: application/x-npy`, their samples as one array."""
+        """All predictions in order, or a table of them; with `joint` as npy, their samples as one array."""
         del operation
         pacer = Pacer()
-        wanted = choose_answer(request.content_type, request.accept)
-        if is_table(request.content_type):
-            call = await pacer.run(read_table_call(request.body, self._item_limit))
+        wanted, sent = choose_answer(request.content_type, request.accept), find_table(request.content_type)
+        if sent is not None:
+            call = await pacer.run(read_table_call(request.body, self._item_limit, sent))
         else:
             call = await pacer.run(parse_call(request.body, self._item_limit))
-        if wanted == ARROW:
+        if wanted == NPY and call.joint is not None:
+            wanted = None  # their samples are one array, and no table
+        if wanted is not None:
             call = replace_numbers(call)
         origin = (request.arrived, request.id, request.client)
         with FanOut(plane, call, self._limit, request.deadline, request.client_gone, *origin) as fan_out:
-            if wanted == ARROW:
-                return await self._answer_table(call, fan_out, pacer)
+            if wanted is not None:
+                return await self._answer_table(call, fan_out, pacer, wanted)
             return await self._answer(call, fan_out, request, pacer)
 
     async def _answer(self, call: MultiModelCall, fan_out: FanOut, request: HttpRequest, pacer: Pacer) -> HttpReply:
@@ -118,13 +121,13 @@ class Forecasts:
             found = await pacer.run(put_samples(found, scenarios))
         return HttpReply(OK, JSON, await pacer.run(build_answer(found)), stats=stats, counted=counted)
 
-    async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer) -> HttpReply:
+    async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer, wanted: str) -> HttpReply:
         """One table of all answers; an item that failed has a row with its error."""
         found = await fan_out.infer()
         models = [item.model if isinstance(item, Item) else "" for item in call.items]
         runs = await pacer.run(read_runs(models, found))
-        body = await pacer.run(write_arrow(runs, self._limit))
-        return HttpReply(OK, ARROW, body, stats=summarise_items(found), counted=self.statuses(found))
+        body = await pacer.run((write_arrow if wanted == ARROW else write_npy)(runs, self._limit))
+        return HttpReply(OK, wanted, body, stats=summarise_items(found), counted=self.statuses(found))
 
     def refused(self, why: Refused, request: HttpRequest) -> HttpReply:
         """The call's error, as an item's is."""

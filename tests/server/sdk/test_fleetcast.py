@@ -117,6 +117,19 @@ def check_table(client: fleetcast.Client, names: list[str], expected: fleetcast.
     assert [each.partition(":")[0] for each in failed["error"].to_pylist()] == ["not_found", "archive_failed"]
 
 
+def check_rows(client: fleetcast.Client, names: list[str], expected: fleetcast.ForecastResult) -> None:
+    """The same call as an array whose rows have fields: the same numbers and errors, in another."""
+    rows = np.zeros(len(names), [("model", "U20"), ("target", "f8", HISTORY.shape)])
+    rows["model"], rows["target"] = names, HISTORY
+    table = client.forecast_table(rows, start=START, options=fleetcast.ForecastOptions(quantiles=[0.5]))
+    steps = table[table["error"] == ""]
+    assert steps["mean"].tolist() == np.array(expected.mean, np.float32).tolist()
+    assert steps["0.5"].tolist() == np.array(expected.quantile(0.5), np.float32).tolist()
+    failed = table[table["error"] != ""]
+    assert failed["item"].tolist() == [1, 2]
+    assert [each.partition(":")[0] for each in failed["error"].tolist()] == ["not_found", "archive_failed"]
+
+
 @pytest.mark.e2e
 def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archive: Path) -> None:
     """One model, many with bad ones, a body as it is, errors by class: the numbers of the model in process."""
@@ -134,6 +147,7 @@ def test_a_client_of_a_real_server(s3: S3Server, store: str, serve: Serve, archi
             good, missing, broken = client.forecast_many(requests)
             assert good == found
             check_table(client, list(names), found)
+            check_rows(client, list(names), found)
             assert (type(missing), missing.code, missing.instance) == (fleetcast.ModelNotFound, "not_found", 1)
             assert (type(broken), broken.code, broken.instance) == (fleetcast.ModelFailed, "archive_failed", 2)
             body = json.dumps({"instances": [{"start": START, "target": HISTORY.tolist()}]}).encode()
