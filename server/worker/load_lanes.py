@@ -8,8 +8,6 @@ INVARIANT: no thread of the disk lane waits for the store, or for the code of an
 model waiting that is on disk, and code that hangs keeps only code waiting.
 """
 
-import asyncio
-import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from model_store.names import ModelName
 from model_store.stores.load_part import LoadPart
 from model_store.stores.load_parts import LoadParts
 from server.ipc.pulse import Pulse
+from server.worker.bell import Bell
 from server.worker.engine.device_errors import ending_if_lost
 from server.worker.load_lane import KEPT, Lane, LoadRun, Outcome, StepEnd
 from server.worker.model_loader import (
@@ -84,7 +83,7 @@ class LoadLanes:
         self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), *parts, self._asks, yields=True)
         self.code = Lane("code", CODE_PLACES, now(), *parts)
         self._ended = deque[tuple[Lane, LoadRun, StepEnd]]()  # steps, as the threads pass them on
-        self._is_told = False  # whether `_end_steps` will come by what has ended
+        self._bell = Bell(self._end_steps)
         self._to_start = deque[LoadRun]()
         self._to_build = deque[LoadRun]()
         self._fetched = 0  # those of them whose archives are in memory
@@ -96,7 +95,6 @@ class LoadLanes:
         self._due: dict[ModelName, float] = {}  # when a load is expected to end
         self._parts: dict[ModelName, LoadParts] = {}  # of loads that have not been taken by `take_parts`
         self._is_closed = False
-        self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
         """For example `<LoadLanes 3 build, 4 wait to, 12 ask the store, 7 wait to>`."""
@@ -194,6 +192,7 @@ class LoadLanes:
         self.disk.close()
         self.store.close()
         self.code.close()
+        self._bell.close()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -251,22 +250,17 @@ class LoadLanes:
     def _pass_on(self, lane: Lane, run: LoadRun, end: StepEnd) -> None:
         """Runs on the lane's thread. The step thread is told once of all that ends until it looks."""
         self._ended.append((lane, run, end))
-        if not self._is_told:
-            self._is_told = True
-            with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile, and its loop with it
-                self._loop.call_soon_threadsafe(self._end_steps)
+        self._bell.ring()
 
     def _end_steps(self) -> None:
-        """Take what has ended. INVARIANT: what ends from then on, and what a failure leaves, is told again."""
-        self._is_told = False
+        """Take what has ended. INVARIANT: a failure leaves nothing that is not told again."""
         try:
             for _ in range(len(self._ended)):
                 lane, run, (outcome, seconds) = self._ended.popleft()
                 self._end_step(lane, run, outcome, seconds)
         finally:
-            if self._ended and not self._is_told:
-                self._is_told = True
-                self._loop.call_soon(self._end_steps)
+            if self._ended:
+                self._bell.ring()
             self.advance()
 
     def _end_step(self, lane: Lane, run: LoadRun, outcome: Outcome, seconds: float) -> None:
