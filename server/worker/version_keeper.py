@@ -1,7 +1,7 @@
 """Notes the versions that this worker serves, so that the disk tier keeps them. On a thread of its own.
 
 Each note is a file, which a load must not wait for and a burst of loads has no processor time for: so notes wait until
-no model has been loaded for a moment. A worker that is killed before loses them, and with them a rollback to a version
+no model has been loaded for a moment. A worker that ends before loses them, and with them a rollback to a version
 that had just begun to serve.
 """
 
