@@ -108,6 +108,7 @@ class WorkerMetrics:
         self.loading_wait = self._histogram(contract.LOADING_WAIT).labels(**bind)
         self.downloading = self._histogram(contract.DOWNLOADING).labels(**bind)
         self.loading = self._histogram(contract.LOADING)
+        self._loading: dict[str, Histogram] = {}  # its series by tier
         self.unloading = self._histogram(contract.UNLOADING).labels(**bind)
         self.loaded = self._gauge(contract.LOADED_MODELS).labels(**bind)
         used, capacity = self._gauge(contract.CACHE_BYTES), self._gauge(contract.CACHE_CAPACITY)
@@ -177,7 +178,10 @@ class WorkerMetrics:
 
     def load_seconds(self, tier: str, seconds: float) -> None:
         """Record the duration of a load from `tier`."""
-        self.loading.labels(**self._labels, tier=tier).observe(seconds)
+        series = self._loading.get(tier)
+        if series is None:  # to look a series up by its labels costs more than to observe
+            series = self._loading[tier] = self.loading.labels(**self._labels, tier=tier)
+        series.observe(seconds)
 
     def model_request(self, model: str, count: int = 1) -> None:
         """Count requests in the model's own series, unless as many models as the setting allows have one already."""

@@ -12,7 +12,14 @@ from handlers.kinds.models import BuiltModel, RowModel, Target, TensorInput
 from handlers.kinds.packing import ArchiveParts
 from handlers.kinds.row_work import row_work
 from handlers.work import RequestBudget
-from model_store.archives.archive import Archive, check_tensors, list_tensor_shapes, read_offsets, read_tensors
+from model_store.archives.archive import (
+    Archive,
+    check_tensors,
+    list_tensor_shapes,
+    read_offsets,
+    read_tensors,
+    view_tensors,
+)
 from model_store.archives.manifest import Kind, Spec, Weights
 from model_store.archives.packing import WEIGHTS_FILE
 
@@ -31,7 +38,7 @@ class ForecasterKind:
         """A row of the architecture's family. Raises ArchiveInvalid."""
         assert archive.spec is not None, "a forecaster is known by its fleetcast.json"
         network = get_family(archive.spec)
-        tensors = read_tensors(archive)
+        tensors = view_tensors(archive)
         check_tensors(tensors, network.parameters, archive.name)
         row = network.row(tensors)
         return BuiltModel(_make_model(archive, network, describe_mixture(network, tensors), target), row, network.key)
@@ -80,7 +87,7 @@ def _make_model(archive: Archive, network: Family, facts: Mapping[str, Any], tar
 
 def read_row(archive: Archive, network: Family) -> Float32:
     """The archive's tensors as a row of the family. Raises ArchiveInvalid that lists the tensors that do not fit."""
-    tensors = read_tensors(archive)
+    tensors = view_tensors(archive)
     check_tensors(tensors, network.parameters, archive.name)
     return network.row(tensors)
 

@@ -39,6 +39,7 @@ __all__ = [
     "open_archive",
     "read_offsets",
     "read_tensors",
+    "view_tensors",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -46,6 +47,7 @@ DEFAULT_LIMITS = Limits()
 
 _MAX_RECORD_BYTES = 2 << 20  # of a JSON record
 _FLOAT_BYTES = 4
+_CHECKED_AT_ONCE = 1 << 20  # numbers, of which the check makes as many bytes
 _OFFSETS = "offsets"  # the tensor of a calibration
 _OFFSET_ROWS = (1, 24)  # one for all steps, or one for each hour of the day
 _MAX_LISTED = 5  # names in one message
@@ -129,10 +131,16 @@ def read_tensors(archive: Archive) -> dict[str, Float32]:
     Raises:
         ArchiveInvalid: damaged, not safetensors, another dtype, or a value that is not finite; names the tensor.
     """
+    # numpy copies without the interpreter's lock.
+    return {name: np.array(tensor) for name, tensor in view_tensors(archive).items()}
+
+
+def view_tensors(archive: Archive) -> dict[str, Float32]:
+    """As `read_tensors`, but they cannot be written, and hold the bytes that they were read from in memory."""
     raw = archive.weights()
     where = archive.spec.weights.file if archive.spec else ""
     with _name_archive(f"{archive.name}: {where}"):
-        return {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
+        return _decode_tensors(raw)
 
 
 def read_offsets(archive: Archive) -> Float32 | None:
@@ -150,7 +158,7 @@ def read_offsets(archive: Archive) -> Float32 | None:
         if (found := hashlib.sha256(raw).hexdigest()) != spec.calibration.sha256:
             expected = spec.calibration.sha256
             raise ArchiveInvalid(f"it has sha256 {found}, but {FLEETCAST_JSON} says {expected}; calibrate it again")
-        tensors = {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
+        tensors = _decode_tensors(raw)
         products = len(spec.forecast.products)
         several = (products,) if products > 1 else ()
         shapes = [(*several, rows, len(spec.forecast.quantile_levels)) for rows in _OFFSET_ROWS]
@@ -158,7 +166,7 @@ def read_offsets(archive: Archive) -> Float32 | None:
             there = ", ".join(f"{quote_name(name)} {list(each.shape)}" for name, each in list(tensors.items())[:5])
             wanted = " or ".join(str(list(shape)) for shape in shapes)
             raise ArchiveInvalid(f"it has the tensors {there}, but should have `{_OFFSETS}` {wanted}")
-        return tensors[_OFFSETS]
+        return np.array(tensors[_OFFSETS])  # the model keeps it, and none of the bytes that it was read from
 
 
 def list_tensor_shapes(archive: Archive) -> dict[str, list[int]]:
@@ -202,7 +210,21 @@ def _read_record(container: Container, member: str) -> bytes:
     return container.read(member)
 
 
+def _decode_tensors(raw: bytes) -> dict[str, Float32]:
+    """The tensors of a safetensors file, as views of its bytes."""
+    tensors = {name: _decode_tensor(name, record, data) for name, record, data in split_safetensors(raw)}
+    size = sum(tensor.nbytes for tensor in tensors.values())  # without gaps, at the end of the file
+    numbers = np.frombuffer(memoryview(raw)[len(raw) - size :], dtype="<f4")
+    pieces = (numbers[at : at + _CHECKED_AT_ONCE] for at in range(0, numbers.size, _CHECKED_AT_ONCE))
+    if not all(np.isfinite(piece).all() for piece in pieces):
+        name = next(name for name, tensor in tensors.items() if not np.isfinite(tensor).all())
+        bad = int(tensors[name].size - np.isfinite(tensors[name]).sum())
+        raise ArchiveInvalid(f"the tensor {quote_name(name)} has {bad} values that are NaN or infinite")
+    return tensors
+
+
 def _decode_tensor(name: str, record: TensorRecord, data: memoryview) -> Float32:
+    """A view of a tensor's bytes; its values have not been looked at."""
     if record.dtype != "F32":
         what = f"the tensor {quote_name(name)} is {record.dtype}"
         raise ArchiveInvalid(f"{what}; convert it to float32 (F32) before packing")
@@ -210,14 +232,9 @@ def _decode_tensor(name: str, record: TensorRecord, data: memoryview) -> Float32
         what = f"{quote_name(name)} has the shape {record.shape[:_MAX_LISTED]} and {len(data)} bytes"
         raise ArchiveInvalid(f"it is not sound safetensors: {what}")
     try:
-        # The copy has memory of its own, and numpy makes it without the interpreter's lock.
-        tensor = np.array(np.frombuffer(data, dtype="<f4").reshape(record.shape))
+        return np.frombuffer(data, dtype="<f4").reshape(record.shape)
     except ValueError as error:  # safetensors allows shapes that arrays cannot have: 100 axes, [0, 2**62]
         raise ArchiveInvalid(f"the tensor {quote_name(name)} has an impossible shape: {error}") from error
-    if not np.isfinite(tensor).all():
-        bad = int(tensor.size - np.isfinite(tensor).sum())
-        raise ArchiveInvalid(f"the tensor {quote_name(name)} has {bad} values that are NaN or infinite")
-    return tensor
 
 
 def list_names(names: Iterable[str]) -> str:

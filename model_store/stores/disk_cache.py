@@ -3,8 +3,8 @@
     blobs/{sha256 of the content}        the archive's bytes
     index/{sha256 of source and name}    a small JSON entry: name, version, blob; its mtime is the last use
     kept/{sha256 of source and name}     the versions of an archive that have served, see `kept_versions`
-    locks/{000..fff}                     flock files: one download per archive and host
-    locks/kept-{000..fff}                flock files for changes of files in kept/
+    locks/downloads                      locked by one download per archive and host, see `name_locks`
+    locks/kept                           locked by changes of files in kept/
     temp/                                files that are being written
 
 INVARIANT: files appear by rename, and a blob before its entry. So the index needs no lock, and a crash leaves at worst
@@ -20,15 +20,14 @@ pipes and other odd files are never opened.
 """
 
 import errno
-import fcntl
 import hashlib
 import math
 import os
 import re
 import stat
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +36,9 @@ import msgspec
 from model_store.lazy_log import log
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from model_store.stores.disk_files import hash_key, iterate_files, read_file, remove_file, write_file
-from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use, lock_name
+from model_store.stores.kept_versions import KeptVersion, KeptVersions, find_last_use
 from model_store.stores.load_parts import timing_part
+from model_store.stores.name_locks import NameLocks
 
 MAX_ENTRY_BYTES = 64 * 1024  #: of an index file; names, versions and sources are far shorter
 _ADVICE = "archives are loaded without a disk cache: let --disk-cache be a folder that can be written to"
@@ -86,7 +86,7 @@ class DiskTier:
         self._folder = folder
         self._source = source_url
         self._blobs, self._index = folder / "blobs", folder / "index"
-        self._locks, self._temp = folder / "locks", folder / "temp"
+        self._locks, self._temp = NameLocks(folder / "locks"), folder / "temp"
         self._kept = KeptVersions(folder / "kept", self._temp, source_url)
 
     def __repr__(self) -> str:
@@ -98,7 +98,7 @@ class DiskTier:
         A disk that refuses is no error here: loads go on without it. Raises UnsafeDiskCache when a folder is not this
         user's, is a link, or can be written by others.
         """
-        for folder in (self._blobs, self._index, self._kept.folder, self._locks, self._temp):
+        for folder in (self._blobs, self._index, self._kept.folder, self._locks.folder, self._temp):
             try:
                 folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 folder.mkdir(exist_ok=True, mode=0o700)
@@ -136,37 +136,9 @@ class DiskTier:
         remove_file(cached.path)
         return None
 
-    @contextmanager
-    def lock(self, name: ModelName) -> Iterator[None]:
-        """Wait for the host's lock of this name and hold it. The kernel releases it when the process dies.
-
-        All names share 4096 lock files, so that clients cannot fill the disk by inventing names. Without a usable lock
-        file the body runs unlocked: to download an archive twice is better than to fail.
-        """
-        with self._locked(hash_key(self._source, name)[:3]):
-            yield
-
-    @contextmanager
-    def _locked(self, lock: str) -> Iterator[None]:
-        fd = self._open_locked(lock)
-        try:
-            yield
-        finally:
-            if fd is not None:
-                os.close(fd)
-
-    def _open_locked(self, lock: str) -> int | None:
-        try:
-            self._locks.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd = os.open(self._locks / lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            log.warning("disk_lock_failed", lock=lock, folder=str(self._folder), error=str(error))
-            return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        except OSError as error:  # a file system without locks
-            log.warning("disk_lock_failed", lock=lock, folder=str(self._folder), error=str(error))
-        return fd
+    def lock(self, name: ModelName) -> AbstractContextManager[None]:
+        """Wait for the host's lock of this name and hold it: see `NameLocks.hold`."""
+        return self._locks.hold("downloads", hash_key(self._source, name))
 
     def publish(self, name: ModelName, data: bytes, version: str, now: float) -> Cached | None:
         """Keep a verified archive in place of the name's older one; None if the disk refuses. Call it under `lock`."""
@@ -213,7 +185,7 @@ class DiskTier:
         """
         if self._kept.has(name, version, newest=newest):
             return
-        with self._locked(lock_name(self._kept.path(name))):
+        with self._locks.hold("kept", self._kept.path(name).name):
             entry = _read_entry(self._entry_path(name))
             if entry is not None and entry.version == version:
                 self._kept.add(name, KeptVersion(version, entry.sha256, entry.bytes, now), newest=newest)
@@ -223,7 +195,7 @@ class DiskTier:
 
         Returns those that are held now. As `keep_version` it waits for no download. Raises OSError.
         """
-        with self._locked(lock_name(self._kept.path(name))):
+        with self._locks.hold("kept", self._kept.path(name).name):
             self._kept.hold(name, versions)
         return {kept.version for kept in self.list_versions(name) if kept.held}
 
@@ -282,7 +254,7 @@ class DiskTier:
 
     def _forget_kept(self, path: Path, changed_at: float) -> None:
         """Remove a file of `kept`, unless it has been changed since."""
-        with self._locked(lock_name(path)), suppress(OSError):
+        with self._locks.hold("kept", path.name), suppress(OSError):
             if path.lstat().st_mtime == changed_at:
                 remove_file(path)
 

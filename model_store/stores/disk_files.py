@@ -34,10 +34,12 @@ def _write_file(path: Path, data: bytes, temp: Path) -> None:
     draft = f"{temp}/{secrets.token_hex(12)}"
     fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        with os.fdopen(fd, "wb", buffering=0) as file:
+        try:
             rest = memoryview(data)
             while rest:
-                rest = rest[file.write(rest) or 0 :]
+                rest = rest[os.write(fd, rest) :]
+        finally:
+            os.close(fd)
         os.replace(draft, path)  # noqa: PTH105 -- a path object costs more than the call
     except BaseException:
         remove_file(Path(draft))
@@ -47,11 +49,16 @@ def _write_file(path: Path, data: bytes, temp: Path) -> None:
 def read_file(path: Path, most: int) -> bytes:
     """A plain file of at most `most` bytes. Raises OSError for a longer one, a link, and what is no file."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_size > most:
             raise OSError(f"{path} is not a plain file of at most {most} bytes")
-        return file.read(most)
+        data = os.read(fd, found.st_size)
+        while len(data) < found.st_size and (more := os.read(fd, found.st_size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(fd)
 
 
 def iterate_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

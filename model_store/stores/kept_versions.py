@@ -1,8 +1,8 @@
 """The versions of archives that have served: the disk tier keeps the last ones, so that a rollback needs no store.
 
 A version is noted when its model was built, proved and served, in one small file for each name. It names a blob of the
-disk tier, so that keeping it costs no copy. INVARIANT: whoever changes or removes a file holds its lock (`lock_name`),
-and waits for no store meanwhile.
+disk tier, so that keeping it costs no copy. INVARIANT: whoever changes or removes a file holds its lock (`kept` of
+`name_locks`), and waits for no store meanwhile.
 """
 
 import math
@@ -109,11 +109,6 @@ class KeptVersions:
     def path(self, name: ModelName) -> Path:
         """The name's file."""
         return self.folder / hash_key(self._source, name)
-
-
-def lock_name(path: Path) -> str:
-    """The lock of a file, among the locks of the disk tier. Names share them, as they share those for downloads."""
-    return f"kept-{path.name[:3]}"
 
 
 def find_last_use(files: Iterable[tuple[Path, float, Sequence[KeptVersion]]]) -> dict[str, float]:

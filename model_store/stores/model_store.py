@@ -70,19 +70,17 @@ class ModelStore:
     def __repr__(self) -> str:
         return f"ModelStore({self._source!r}, {self._disk!r}, revalidate_s={self._revalidate_s})"
 
-    def at_hand(self, name: ModelName, *, stale: bool = False) -> FetchedArchive | None:
+    def at_hand(self, name: ModelName, *, stale: bool = False) -> tuple[FetchedArchive | None, bool]:
         """The disk copy that can be served without asking the store: a fresh one or, with `stale`, one that is due.
 
-        INVARIANT: it takes no lock, because downloads hold those for as long as the store hangs. Raises ArchiveInvalid.
+        Also whether the disk has a copy, fresh or due. INVARIANT: it takes no lock, because downloads hold those for as
+        long as the store hangs. Raises ArchiveInvalid.
         """
-        if self._disk is None:
-            return None
-        found = self._fresh(self._disk, name, self._clock() - self._revalidate_s)
-        return found or (self._stale(self._disk, name) if stale else None)
-
-    def has_copy(self, name: ModelName) -> bool:
-        """Whether the disk has a copy, fresh or due."""
-        return self._disk is not None and self._disk.lookup(name) is not None
+        cached = self._disk.lookup(name) if self._disk else None
+        if self._disk is None or cached is None:
+            return None, False
+        found = self._fresh(self._disk, cached, self._clock() - self._revalidate_s)
+        return found or (self._stale(self._disk, cached) if stale else None), True
 
     def fetch(self, name: ModelName, revalidate: bool = False) -> FetchedArchive:
         """The newest archive of this name, by at most one store request; `revalidate` makes that request in any case.
@@ -99,12 +97,12 @@ class ModelStore:
         if self._disk is None:
             return self._download(name, None, asked_at)
         newer_than = asked_at - (0.0 if revalidate else self._revalidate_s)
-        found = self._fresh(self._disk, name, newer_than)
-        if found:
-            return found
         with self._disk.lock(name):
             # Another process may have downloaded or validated it while this one waited.
-            return self._fresh(self._disk, name, newer_than) or self._renew(self._disk, name, revalidate)
+            cached = self._disk.lookup(name)
+            if cached is None:
+                return self._download(name, self._disk, self._clock())
+            return self._fresh(self._disk, cached, newer_than) or self._renew(self._disk, cached, revalidate)
 
     def may_be_damaged(self, broken: FetchedArchive) -> bool:
         """Whether an archive that does not build may differ from the store's: its version does not prove its bytes."""
@@ -195,25 +193,22 @@ class ModelStore:
         self.health.note_answer()
         return found
 
-    def _fresh(self, disk: DiskTier, name: ModelName, newer_than: float) -> FetchedArchive | None:
+    def _fresh(self, disk: DiskTier, cached: Cached, newer_than: float) -> FetchedArchive | None:
         """The disk copy if it was validated after `newer_than` and not in the future (the clock may be set back)."""
-        cached = disk.lookup(name)
-        if cached is None or not newer_than < cached.validated_at <= self._clock():
+        if not newer_than < cached.validated_at <= self._clock():
             return None
         data = disk.read(cached)
         return self._from_disk(disk, cached, data) if data is not None else None
 
-    def _stale(self, disk: DiskTier, name: ModelName) -> FetchedArchive | None:
+    def _stale(self, disk: DiskTier, cached: Cached) -> FetchedArchive | None:
         """The disk copy, however old."""
-        cached = disk.lookup(name)
-        data = disk.read(cached) if cached else None
-        return self._from_disk(disk, cached, data, stale=True) if cached and data is not None else None
+        data = disk.read(cached)
+        return self._from_disk(disk, cached, data, stale=True) if data is not None else None
 
-    def _renew(self, disk: DiskTier, name: ModelName, forced: bool) -> FetchedArchive:
+    def _renew(self, disk: DiskTier, cached: Cached, forced: bool) -> FetchedArchive:
         """Revalidate by one conditional GET. While the store is out, a disk copy is served stale."""
-        cached = disk.lookup(name)
-        data = disk.read(cached) if cached else None
-        if cached is None or data is None:
+        name, data = cached.name, disk.read(cached)
+        if data is None:
             return self._download(name, disk, self._clock())
         asked_at, started = self._clock(), time.perf_counter()
         if not forced and self.health.is_out:

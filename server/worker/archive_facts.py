@@ -48,7 +48,7 @@ class ArchiveReader:
             self._waiting -= 1
 
     def _open(self, model: ModelName) -> Archive:
-        return (self._store.at_hand(model) or self._store.fetch(model)).archive
+        return (self._store.at_hand(model)[0] or self._store.fetch(model)).archive
 
 
 def _list_facts(archive: Archive) -> ArchiveFacts:

@@ -8,14 +8,9 @@ INVARIANT: no thread of the disk lane waits for the store, or for the code of an
 model waiting that is on disk, and code that hangs keeps only code waiting.
 """
 
-import asyncio
-import contextlib
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Protocol
 
 from model_store.errors import CodeBusy, LoadError, StoreUnavailable
@@ -23,19 +18,18 @@ from model_store.names import ModelName
 from model_store.stores.load_part import LoadPart
 from model_store.stores.load_parts import LoadParts
 from server.ipc.pulse import Pulse
+from server.worker.bell import Bell
 from server.worker.engine.device_errors import ending_if_lost
+from server.worker.load_lane import KEPT, Lane, LoadRun, Outcome, StepEnd
 from server.worker.model_loader import (
     AskStore,
     BuildFetched,
     LoadedModel,
-    LoadSteps,
     ModelBuilder,
     StartCode,
     unexpected,
 )
-from server.worker.thread_priority import yield_to_others
 
-KEPT = 7 / 8  #: weight of the times that were measured before
 #: Seconds for which the store may be asked: then a due copy is served meanwhile, and another request may begin.
 SLOW_S = 1.0
 #: Bytes of archives that requests to the store may bring at a time, by the size of the latest ones.
@@ -47,9 +41,6 @@ SUSPECTED_S = 60.0
 MAX_SUSPECTS = 4096
 #: Code archives that load at a time, each in a process of its own, and that wait for that with their files unpacked.
 CODE_PLACES, MOST_CODE_WAITING = 8, 64
-
-Outcome = AskStore | BuildFetched | StartCode | LoadedModel | LoadError
-StepEnd = tuple[Outcome, float]  # and the seconds that the step took
 
 
 class LaneOwner(Protocol):
@@ -66,69 +57,6 @@ class LaneOwner(Protocol):
 
     def end_load(self, model: ModelName, built: LoadedModel | LoadError) -> None:
         """A load has ended."""
-
-
-@dataclass(slots=True, eq=False)
-class LoadRun:
-    """One load on its way through the lanes. `entered_at`: its lane; `began_at`: its step. Monotonic seconds."""
-
-    model: ModelName
-    steps: LoadSteps
-    entered_at: float
-    began_at: float = 0.0
-    fetched: bool = False  #: its archive is in memory and waits to be built
-    has_copy: bool = False  #: it asks the store, and a copy on disk could be served meanwhile
-    stand_in: "LoadRun | None" = None  #: the load of that copy
-    stands_in_for: "LoadRun | None" = None
-    left: bool = False  #: the load has ended without it: of what it finds only the copy on disk is of use
-    parts: LoadParts = field(default_factory=LoadParts)  #: how long its parts took
-
-    def __repr__(self) -> str:
-        """For example `<LoadRun of au/NSW1.mar>`."""
-        return f"<LoadRun of {self.model}{', left' if self.left else ''}>"
-
-
-class Lane:
-    """Threads and who waits for them. `most`: steps at a time, beyond which it is full; it may have more threads.
-
-    `yields`: its threads leave the processor to those that answer requests.
-    """
-
-    def __init__(self, name: str, most: int, now: float, threads: int = 0, *, yields: bool = False) -> None:
-        self.most = most
-        self.running: set[LoadRun] = set()
-        self.seconds = 0.0  #: what a step takes, as a moving mean
-        self._moved_at = now  # when a step last began or ended
-        begin = yield_to_others if yields else None
-        self._threads = ThreadPoolExecutor(max(most, threads), thread_name_prefix=name, initializer=begin)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether all threads are busy."""
-        return len(self.running) >= self.most
-
-    def begin(self, run: LoadRun, step: Callable[[LoadRun], StepEnd], now: float) -> "Future[StepEnd]":
-        """Start the run's next step on a thread."""
-        self.running.add(run)
-        run.began_at = self._moved_at = now
-        return self._threads.submit(step, run)
-
-    def end(self, run: LoadRun, now: float) -> None:
-        """The step has ended."""
-        self.running.discard(run)
-        self._moved_at = now
-
-    def measure(self, seconds: float) -> None:
-        """Note what a step took."""
-        self.seconds = seconds if not self.seconds else KEPT * self.seconds + (1 - KEPT) * seconds
-
-    def stuck_s(self, now: float) -> float:
-        """For how many seconds all threads have been busy with the same steps; 0 while one is idle."""
-        return now - self._moved_at if self.is_full else 0.0
-
-    def close(self) -> None:
-        """Start no more steps."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class LoadLanes:
@@ -150,9 +78,12 @@ class LoadLanes:
         self._loader, self._owner, self._pulse, self._now = loader, owner, pulse, now
         self._threads, self._asks = threads, max(threads, asks)
         self._archive_bytes = 0.0  # of the largest of the latest archives from the store; 0: none is known
-        self.disk = Lane("loader", threads, now(), yields=True)
-        self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), self._asks, yields=True)
-        self.code = Lane("code", CODE_PLACES, now())
+        parts = self._step, self._pass_on
+        self.disk = Lane("loader", threads, now(), *parts, yields=True)
+        self.store = Lane("store", threads * (1 + SLOW_PLACES), now(), *parts, self._asks, yields=True)
+        self.code = Lane("code", CODE_PLACES, now(), *parts)
+        self._ended = deque[tuple[Lane, LoadRun, StepEnd]]()  # steps, as the threads pass them on
+        self._bell = Bell(self._end_steps)
         self._to_start = deque[LoadRun]()
         self._to_build = deque[LoadRun]()
         self._fetched = 0  # those of them whose archives are in memory
@@ -164,7 +95,6 @@ class LoadLanes:
         self._due: dict[ModelName, float] = {}  # when a load is expected to end
         self._parts: dict[ModelName, LoadParts] = {}  # of loads that have not been taken by `take_parts`
         self._is_closed = False
-        self._loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
         """For example `<LoadLanes 3 build, 4 wait to, 12 ask the store, 7 wait to>`."""
@@ -262,6 +192,7 @@ class LoadLanes:
         self.disk.close()
         self.store.close()
         self.code.close()
+        self._bell.close()
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +230,7 @@ class LoadLanes:
     def _begin(self, lane: Lane, run: LoadRun) -> None:
         self._fetched -= run.fetched
         run.fetched = False
-        lane.begin(run, self._step, self._now()).add_done_callback(partial(self._pass_on, lane, run))
+        lane.begin(run, self._now())
 
     def _step(self, run: LoadRun) -> StepEnd:
         """Run the next step, on a lane's thread. It is noted: foreign bytes in native code may end this process."""
@@ -316,11 +247,21 @@ class LoadLanes:
             outcome = unexpected(run.model, error)
         return outcome, time.perf_counter() - started
 
-    def _pass_on(self, lane: Lane, run: LoadRun, done: "Future[StepEnd]") -> None:
-        """Runs on the lane's thread, or on any that cancels."""
-        if not done.cancelled():
-            with contextlib.suppress(RuntimeError):  # the worker has ended meanwhile, and its loop with it
-                self._loop.call_soon_threadsafe(self._end_step, lane, run, *done.result())
+    def _pass_on(self, lane: Lane, run: LoadRun, end: StepEnd) -> None:
+        """Runs on the lane's thread. The step thread is told once of all that ends until it looks."""
+        self._ended.append((lane, run, end))
+        self._bell.ring()
+
+    def _end_steps(self) -> None:
+        """Take what has ended. INVARIANT: a failure leaves nothing that is not told again."""
+        try:
+            for _ in range(len(self._ended)):
+                lane, run, (outcome, seconds) = self._ended.popleft()
+                self._end_step(lane, run, outcome, seconds)
+        finally:
+            if self._ended:
+                self._bell.ring()
+            self.advance()
 
     def _end_step(self, lane: Lane, run: LoadRun, outcome: Outcome, seconds: float) -> None:
         now = self._now()
@@ -331,10 +272,7 @@ class LoadLanes:
                 lane.measure(seconds)
         elif isinstance(outcome, LoadedModel):
             lane.measure(seconds)
-        try:
-            self._go_on(run, outcome, now)
-        finally:
-            self.advance()
+        self._go_on(run, outcome, now)
 
     def _judge_key(self, run: LoadRun, outcome: Outcome, now: float) -> None:
         """Suspect a key that timed out; forget the suspicion when it is answered."""

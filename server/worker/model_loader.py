@@ -156,9 +156,9 @@ class ModelLoader:
         if version:
             return (yield from self._load_version(model, name, version))
         with timing_part("disk"):
-            found = None if revalidate else self._store.at_hand(model, stale=stale)
+            found, has_copy = (None, False) if revalidate else self._store.at_hand(model, stale=stale)
         if found is None:
-            yield AskStore(has_copy=not revalidate and self._store.has_copy(model))
+            yield AskStore(has_copy)
             with timing_part("store"):
                 found = self._store.fetch(model, revalidate)
             yield BuildFetched(found.stale, found.size)

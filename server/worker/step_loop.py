@@ -53,6 +53,7 @@ from server.worker.together_batches import build_bodies
 
 SWEEP_S = 0.05
 LEARN_SHARE = 0.1  #: of the step thread's time at most, for what a device's engine does in idle time
+BURST_LOADS = 16  #: while so many are under way nothing is learnt: they and the hits beside them need the processor
 PROVE_S = 0.005  #: of a sweep, for rows that an earlier worker has left
 BEAT_S = 0.2  #: between two beats of the step loop's pulse
 _TIERS = {"host": Tier.HOST, "disk": Tier.DISK, "store": Tier.STORE}
@@ -369,6 +370,8 @@ class StepLoop:
         On a device that may take long: only while no request is ready, and seldom. If the device is lost, this process
         ends.
         """
+        if len(self._loads) >= BURST_LOADS:
+            return
         began, on_device = self._now(), isinstance(self._engine, DeviceEngine)
         if on_device and (began < self._learn_after or self._woken or self._scheduler.has_work):
             return

@@ -9,7 +9,7 @@ import pytest
 
 from model_store.names import ModelName
 from model_store.stores.disk_cache import GRACE_S, DiskTier
-from model_store.stores.kept_versions import MOST_KEPT, lock_name
+from model_store.stores.kept_versions import MOST_KEPT
 from tests.patience import PATIENCE_S
 
 A, B = ModelName("au/a.mar"), ModelName("au/b.mar")
@@ -172,7 +172,7 @@ def test_a_file_that_changes_meanwhile_is_not_removed(disk: DiskTier) -> None:
         os.utime(file, (1.0, 1.0))
     (disk._folder / "blobs" / disk.list_versions(A)[0].sha256).unlink()
     evicting = threading.Thread(target=disk.evict, args=(1000,))
-    with disk._locked(lock_name(path)):
+    with disk._locks.hold("kept", path.name):
         evicting.start()
         evicting.join(timeout=0.5)  # long enough to remove it, were there no lock
         os.utime(path)

@@ -224,17 +224,16 @@ def test_what_is_at_hand_waits_for_nobody(s3: S3Server, bucket: str, store: Mode
     """A fresh copy, and a due one if it may be stale, are read while a download holds the name's lock; no request."""
     assert store._disk is not None
     with store._disk.lock(NAME):
-        assert store.at_hand(NAME) is None
-        assert not store.has_copy(NAME)
+        assert store.at_hand(NAME) == (None, False)
     s3.put(bucket, NAME, make_archive())
     store.fetch(NAME)
     requests = len(s3.seen("GET", bucket))
     with store._disk.lock(NAME):
-        fresh = store.at_hand(NAME)
+        fresh, _ = store.at_hand(NAME)
         clock.now += 61.0
-        assert store.at_hand(NAME) is None
-        due = store.at_hand(NAME, stale=True)
-        assert store.has_copy(NAME)
+        assert store.at_hand(NAME) == (None, True)
+        due, has_copy = store.at_hand(NAME, stale=True)
+    assert has_copy
     assert fresh is not None
     assert due is not None
     assert (fresh.stale, due.stale, due.tier, due.version) == (False, True, "disk", fresh.version)

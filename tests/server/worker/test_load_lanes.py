@@ -177,6 +177,33 @@ def test_keys_that_hang_keep_no_model_waiting_that_is_on_disk() -> None:
     play(scenario)
 
 
+def test_all_that_ends_is_told_though_one_end_fails() -> None:
+    """Steps that end meanwhile are told together; an error in the middle of them, which the loop logs, stops none of
+    the others.
+    """
+
+    async def scenario(owner: Owner, store: HeldStore) -> None:
+        models = name_models("disk", 40)
+        store.fresh.update(models)
+        errors: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: errors.append(context))
+        end_load = owner.end_load
+
+        def fail_once(model: ModelName, built: LoadedModel | LoadError) -> None:
+            end_load(model, built)
+            if model == models[1]:
+                raise RuntimeError("a bug of ours")
+
+        owner.end_load = fail_once  # type: ignore[method-assign]
+        owner.start(*models)
+        await let_loop_run(lambda: len(owner.ended) == 40)
+        await let_loop_run(lambda: not owner.lanes.disk.running)
+        assert [str(each["exception"]) for each in errors] == ["a bug of ours"]
+        assert not owner.lanes._ended
+
+    play(scenario)
+
+
 def test_a_request_that_hangs_gives_its_place_to_another() -> None:
     """After SLOW_S, up to a bound. The bound is told, and so are threads that all hang."""
 

@@ -33,7 +33,7 @@ from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel, LoadSteps
 from server.worker.scheduler import Job, Scheduler
-from server.worker.step_loop import StepLoop
+from server.worker.step_loop import BURST_LOADS, StepLoop
 from tests.patience import PATIENCE_S
 from tests.server.worker.loads import make_load
 from tests.server.worker.long_jobs import make_unsliced_jobs
@@ -246,6 +246,31 @@ def test_a_thousand_first_calls_are_one_load() -> None:
         caches = [job.cache for job in front.jobs]
         assert caches.count(CacheResult.MISS) == 1
         assert caches.count(CacheResult.COALESCED) == 999
+
+    play(scenario)
+
+
+def test_nothing_is_learnt_in_a_burst_of_loads() -> None:
+    """Forwards that measure would take their time from loads and from hits beside them; after the burst they go on."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        under_way = list[int]()
+
+        def learn() -> bool:
+            under_way.append(len(steps._loads))
+            return False
+
+        steps._engine.learn = learn  # type: ignore[method-assign]
+        loader.gate.clear()
+        for i in range(BURST_LOADS):
+            front.send(f"a/{i}")
+        await let_loop_run(lambda: len(steps._loads) == BURST_LOADS)
+        steps._learn()
+        loader.gate.set()
+        await front.settled()
+        steps._learn()
+        assert under_way[-1] == 0
+        assert max(under_way) < BURST_LOADS
 
     play(scenario)
 

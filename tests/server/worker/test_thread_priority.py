@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import onnx
@@ -17,11 +18,11 @@ from model_store.archives.archive import Limits
 from model_store.names import ModelName
 from model_store.stores.model_store import ModelStore
 from model_store.stores.object_store import open_source
-from server.worker.load_lanes import Lane, LoadRun
-from server.worker.model_loader import LoadedModel, ModelLoader
+from server.worker.load_lane import Lane, LoadRun, StepEnd
+from server.worker.model_loader import LoadedModel, ModelLoader, StartCode
 from server.worker.thread_priority import NICENESS, keep_ordinary_threads, yield_to_others
 from tests.e2e.models import pack_forecaster, pack_identity
-from tests.server.worker.loads import run_load
+from tests.server.worker.loads import make_load, run_load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness for each thread")
 T = TypeVar("T")
@@ -64,20 +65,18 @@ def test_only_a_thread_that_yields_is_nice() -> None:
 @pytest.mark.parametrize("yields", [True, False])
 def test_a_lane_says_whether_its_threads_yield(*, yields: bool) -> None:
     """All of them, however many it has."""
-    lane, found = Lane("test", 2, 0.0, yields=yields), list[int]()
-    together = threading.Barrier(2)
+    together, passed_on = threading.Barrier(2), SimpleQueue[float]()
 
-    def step(run: LoadRun) -> tuple[object, float]:
+    def step(run: LoadRun) -> StepEnd:
+        del run
         together.wait()
-        found.append(read_niceness())
-        return run, 0.0
+        return StartCode(), float(read_niceness())
 
-    loader = iter(())
-    ends = [lane.begin(LoadRun(ModelName(name), loader, 0.0), step, 0.0) for name in "ab"]  # type: ignore[arg-type]
-    for end in ends:
-        end.result()
+    lane = Lane("test", 2, 0.0, step, lambda _lane, _run, end: passed_on.put(end[1]), yields=yields)
+    for name in "ab":
+        lane.begin(LoadRun(ModelName(name), make_load(lambda: pytest.fail("not run")), 0.0), 0.0)
+    assert {passed_on.get() for _ in range(2)} == {NICENESS if yields else read_niceness()}
     lane.close()
-    assert found == [NICENESS if yields else read_niceness()] * 2
 
 
 def test_threads_of_a_session_do_not_inherit_that_its_loader_yields(tmp_path: Path) -> None:
