@@ -1,6 +1,7 @@
 """A call for many models in the worker: a job for each item, one response, bounded answers, cancelled as a whole."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -16,9 +17,9 @@ from server.worker.together_calls import TogetherCall
 class Steps:
     """Takes jobs, and refuses those of some models at once."""
 
-    def __init__(self, refused: str = "") -> None:
+    def __init__(self, refused: str = "", resident: str = "") -> None:
         self.jobs: list[Job] = []
-        self._refused = refused
+        self._refused, self.resident = refused, resident
 
     def submit(self, request: Request, origin: Any) -> Job:
         """Accept or refuse a request, as the step loop does."""
@@ -29,6 +30,10 @@ class Steps:
         else:
             self.jobs.append(job)
         return job
+
+    def submit_resident(self, requests: Sequence[Request], origin: Any) -> list[Job | None]:
+        """Accept those of the resident models."""
+        return [self.submit(each, origin) if each.model in self.resident else None for each in requests]
 
     def cancel(self, job: Job) -> None:
         """Give a job up."""
