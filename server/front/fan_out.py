@@ -50,6 +50,7 @@ from server.ipc.together import PREDICTION
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
 LEAST_TOGETHER = 2  #: items for which a request of their own is no worse
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
+SMALL_BYTES = 256  #: of each item asked with others, which do not count: what is said once in the call is said of each
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
@@ -215,7 +216,7 @@ class FanOut:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
         size, shared = 0, len(self._call.configuration)
         for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            size += measure_instance(item.instance) + shared
+            size += max(0, measure_instance(item.instance) + shared - SMALL_BYTES)
             if count and size > self._window:
                 return count
         return min(len(items), MAX_UNDER_WAY)
