@@ -85,9 +85,7 @@ def encode_groups(
         yield places, _encode_group(items, form, np.concatenate([outputs[i] for i in places])), form.media
 
 
-def _encode_group(
-    encoders: Sequence[GroupEncode], form: AnswerForm, outputs: Float32
-) -> Sequence[Any | RunFailed]:
+def _encode_group(encoders: Sequence[GroupEncode], form: AnswerForm, outputs: Float32) -> Sequence[Any | RunFailed]:
     numbers = encode_group(encoders, outputs)
     if form.pack is not None:
         answers: list[Any | RunFailed] = list(form.pack(encoders[0].group.names, numbers))

@@ -81,7 +81,7 @@ class Replies:
 
         `found`: the answer of each, or RunFailed.
         """
-        now, bands = self._now(), self._residents.bands
+        now = self._now()
         done, bodies = list[Job](), list[Any]()
         for job, body in zip(jobs, found, strict=True):
             if job.done:
@@ -97,6 +97,16 @@ class Replies:
             return
         self._scheduler.finish_all(done)
         slots = [get_slot(job) for job in done]
+        self._note_answers(done, slots, now, began, run_s)
+        done[0].origin.answer_items(done, media, bodies, began, run_s)
+        for job in done:
+            job.slot = None
+        for slot in self._residents.cache.release_all(slots):
+            self._residents.retire(slot)
+
+    def _note_answers(self, done: Sequence[Job], slots: Sequence[Slot], now: float, began: float, run_s: float) -> None:
+        """Count items that are answered, and keep their rows of the access log and their bands' levels."""
+        bands = self._residents.bands
         for job, slot in zip(done, slots, strict=True):
             slot.usage.note_answer(began, now - job.arrived, max(0.0, began - job.arrived - job.load_s), run_s)
             if job.answered and bands is not None:
@@ -104,11 +114,6 @@ class Replies:
         if self._arrivals is not None:
             for job in done:
                 self._record(job, job.cache)
-        done[0].origin.answer_items(done, media, bodies, began, run_s)
-        for job in done:
-            job.slot = None
-        for slot in self._residents.cache.release_all(slots):
-            self._residents.retire(slot)
 
     def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:
         """Send a part of an answer that an archive's code is still making, unless nobody waits for it any more."""

@@ -4,21 +4,20 @@ It does what `StepLoop.submit` does with each of them: an item is admitted, leas
 all items of a call share is looked at once. Whatever is not as usual is left to `submit`, which also words refusals.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from model_store.cache.cache import Cache
-from model_store.cache.slots import Slot
 from model_store.names import ModelName
 from server.ipc.frames import CacheResult, Request, Tier
 from server.metrics import WorkerMetrics
 from server.worker.prefetch.prefetcher import Prefetcher
+from server.worker.quarantine import Quarantine
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
 
 
 class ResidentItems:
-    """See the module. `quarantined`: models that are refused."""
+    """See the module."""
 
     def __init__(
         self,
@@ -26,10 +25,10 @@ class ResidentItems:
         scheduler: Scheduler,
         metrics: WorkerMetrics,
         foresight: Prefetcher | None,
-        quarantined: Container[str],
+        quarantine: Quarantine,
     ) -> None:
         self._residents, self._scheduler, self._metrics = residents, scheduler, metrics
-        self._foresight, self._quarantined = foresight, quarantined
+        self._foresight, self._quarantine = foresight, quarantine
 
     def __repr__(self) -> str:
         """For example `<ResidentItems of <Scheduler ...>>`."""
@@ -65,7 +64,12 @@ class ResidentItems:
 
     def _select(self, requests: Sequence[Request]) -> tuple[list[int], list[ModelName]]:
         """The places and models of those that are as usual: resident, and nothing else has to be noted of them."""
-        places, models, get, quarantined = list[int](), list[ModelName](), self._residents.cache.get, self._quarantined
+        places, models, get, quarantined = (
+            list[int](),
+            list[ModelName](),
+            self._residents.cache.get,
+            self._quarantine.reasons,
+        )
         expected = set[ModelName]() if self._foresight is None else self._foresight.brought | self._foresight.loading
         for place, request in enumerate(requests):
             model = ModelName(request.model)

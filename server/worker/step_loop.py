@@ -106,7 +106,7 @@ class StepLoop:
         self._leaving = set[asyncio.Task[bool]]()
         self._foresight, self._long = foresight, long
         self._replies = replies = Replies(scheduler, self._residents, metrics, arrivals, now)
-        self._resident_items = ResidentItems(self._residents, scheduler, metrics, foresight, self.quarantine.reasons)
+        self._resident_items = ResidentItems(self._residents, scheduler, metrics, foresight, self.quarantine)
         self._rows = RowBatches(replies, self._residents, scheduler, engine, long)
         self._singles = SingleBatches(
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake

@@ -52,7 +52,8 @@ class TogetherCall:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
         self._head, self._instances, self.columns = read_asked(request.body)
-        self._left: deque[int] | None = None  # items that are no jobs yet; None before the first were made jobs
+        self._left = deque[int]()  # items that are no jobs yet
+        self._begun = False
         self._jobs: list[Job] = []
         self._shared: dict[SharedAnswer, int] = {}
         self._of = [0] * len(self._instances)  # for each item its answer in those
@@ -76,9 +77,9 @@ class TogetherCall:
 
         Items of resident models are jobs at once, which takes microseconds each; a load that begins takes far longer.
         """
-        if self._left is None:
-            self._left = self._submit_resident(steps)
-        while self._left and not self._ended:
+        if not self._begun:
+            self._begun, self._left = True, self._submit_resident(steps)
+        while self._has_more():
             place = self._left.popleft()
             job = steps.submit(self._make_request(place, self._head.models[place]), self)
             if self._ended:
@@ -87,6 +88,10 @@ class TogetherCall:
                 self._keep_job(job, place)
             if is_over():
                 break
+        return self._has_more()
+
+    def _has_more(self) -> bool:
+        """Whether items are left that shall become jobs."""
         return bool(self._left) and not self._ended
 
     def _submit_resident(self, steps: Submits) -> deque[int]:
@@ -128,9 +133,7 @@ class TogetherCall:
     def _make_request(self, place: int, model: str) -> Request:
         """The request that the item would be alone; it gets its body when that is needed."""
         whole = self._request
-        return Request(
-            place, whole.deadline_ns, model, JSON, JSON, 0, b"", whole.arrived_ns, whole.alone, whole.client
-        )
+        return Request(place, whole.deadline_ns, model, JSON, JSON, 0, b"", whole.arrived_ns, whole.alone, whole.client)
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 

@@ -147,10 +147,10 @@ def _write_texts(name: str, texts: Sequence[tuple[str, int]], missing: Sequence[
 
 
 def _count_up(first: int, step: int, count: int) -> Iterator[bytes]:
-    """So many numbers, each `step` more than the one before, as int32, in blocks: a block is one product of long integers.
+    """So many numbers, each `step` more than the one before, as int32, in blocks.
 
-    A long integer holds the numbers of a block side by side. None of those that are wanted reaches into the next; what a
-    later one has too much goes to those behind it, which are cut off.
+    A block is one product of long integers, which hold its numbers side by side. None of those that are wanted reaches
+    into the next; what a later one has too much goes to those behind it, which are cut off.
     """
     for at in range(0, count, BLOCK):
         block = (step * RAMP + (first + step * at) * ONES).to_bytes((BLOCK + 1) * OFFSET, "little")

@@ -105,7 +105,7 @@ def test_items_are_admitted_one_by_one() -> None:
 
 
 def test_small_items_are_one_wave() -> None:
-    """A thousand rows of as many bytes as the call has, each counted with a little more, are one request to a worker."""
+    """A thousand rows of as many bytes as the call has, each counted with a little more: one request to a worker."""
     rows = [TableRow("2026-01-01", None, "d", (), [bytes(2000)]) for _ in range(1000)]
     items = [Item(ModelName(f"m{i}.mar"), row) for i, row in enumerate(rows)]
     worker, plane = Worker(answer_together), TogetherPlane(50_000_000)

@@ -109,6 +109,18 @@ def test_a_body_that_is_none_breaks_the_wire() -> None:
         TogetherCall(Request(1, 0, "", "", "", 3, b"abc"), lambda *_: None)
 
 
+def test_items_of_resident_models_are_taken_at_once() -> None:
+    """They are jobs before the first slice of time is over; the others follow in slices, each in its own place."""
+    call, ended = make_call()
+    steps = Steps(resident="ac")
+    assert not call.submit(steps, lambda: True)
+    assert [(job.model, job.request.id) for job in steps.jobs] == [("a", 0), ("c", 2), ("b", 1)]
+    for job in steps.jobs:
+        answer(call, job, job.model.encode())
+    ((_, body),) = ended
+    assert [bytes(cast("memoryview", told)) for _, told in read_answered(body, 3)] == [b"a", b"b", b"c"]
+
+
 def test_items_are_taken_in_slices_of_time() -> None:
     """One item for each slice where time is always over; a call that is cancelled in between takes no more."""
     call, ended = make_call()

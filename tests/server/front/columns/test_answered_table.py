@@ -64,7 +64,7 @@ def test_texts_of_many_rows_lie_where_they_are_said_to(steps: int) -> None:
     ]
     names = ["a.mar", "bb.mar", "c.mar", "ü" * 20]
     rows = read_answer(names, found, Limit(10_000_000, "max_forecasts_bytes"))
-    wanted = [(names[0], START, step, None) for step in range(steps)]
+    wanted: list[tuple[Any, ...]] = [(names[0], START, step, None) for step in range(steps)]
     wanted += [(names[1], START, 0, None), (names[2], None, None, f"overloaded: {long}")]
     wanted += [(names[3], START, step, None) for step in range(steps)]
     assert [(row["model"], row["start"], row["step"], row["error"]) for row in rows] == wanted
