@@ -75,7 +75,7 @@ class GroupNumbers(NamedTuple):
     failures: dict[int, RunFailed]
 
 
-class GroupEncode(Struct, eq=False):  # made in a tenth of the time that a frozen dataclass takes
+class GroupEncode(Struct, eq=False, gc=False):  # made in a tenth of the time that a frozen dataclass takes
     """Stands for the encoder of one forecast that is encoded with the others of its group.
 
     `answered`: a list where the archive keeps the levels that it answers.

@@ -39,7 +39,7 @@ class AnswerForm:
     pack: Callable[[Sequence[str], GroupNumbers], Sequence[Any]] | None = None
 
 
-class ItemEncode(Struct, eq=False):
+class ItemEncode(Struct, eq=False, gc=False):
     """The encoder of one item, which `encode_groups` runs with others."""
 
     encode: GroupEncode
