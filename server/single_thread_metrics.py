@@ -18,7 +18,7 @@ from prometheus_client.utils import floatToGoString
 from server.contract import METRIC_PREFIX, MetricSpec
 
 SLOW_S = 0.1  #: from here on each request is its bucket's example
-EXAMPLE_MASK = 1023  #: of a bucket's requests one in as many is an example too, beginning with the first
+EXAMPLES = 1024  #: of a bucket's requests one in as many is an example too, beginning with the first
 TRACED_S = 300.0  #: for which an example with a trace is kept from those without
 MOST_ID_BYTES = 100  #: of a request's id; OpenMetrics allows an exemplar 128 characters
 
@@ -69,12 +69,16 @@ class LoopHistogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def observe_request(self, value: float, request_id: bytes) -> None:
-        """Count the seconds of a request. The slow ones, and a few of the others, become their bucket's example."""
+    def observe_request(self, value: float, request_id: bytes, answers: int = 1) -> None:
+        """Count the seconds of a request for each of its answers.
+
+        The slow ones, and a few of the others, become their bucket's example.
+        """
         at = bisect_left(self._bounds, value)
-        self._counts[at] = count = self._counts[at] + 1
-        self._sum += value
-        if (value >= SLOW_S or count & EXAMPLE_MASK == 1) and request_id:
+        before = self._counts[at] - 1
+        self._counts[at] += answers
+        self._sum += value * answers
+        if (value >= SLOW_S or (before + answers) // EXAMPLES > before // EXAMPLES) and request_id:
             self._keep(at, BucketExample(request_id[:MOST_ID_BYTES], value, time.time()))
 
     def show_trace(self, value: float, request_id: bytes, trace_id: str) -> None:

@@ -75,7 +75,7 @@ class GroupNumbers(NamedTuple):
     failures: dict[int, RunFailed]
 
 
-class GroupEncode(Struct, eq=False):  # made in a tenth of the time that a frozen dataclass takes
+class GroupEncode(Struct, eq=False, gc=False):  # made in a tenth of the time that a frozen dataclass takes
     """Stands for the encoder of one forecast that is encoded with the others of its group.
 
     `answered`: a list where the archive keeps the levels that it answers.
@@ -87,7 +87,7 @@ class GroupEncode(Struct, eq=False):  # made in a tenth of the time that a froze
     answered: list[AnsweredLevels] | tuple[()] = ()
 
 
-class DecodedForecast(NamedTuple):
+class DecodedForecast(Struct, eq=False, gc=False):
     """Its rows [1, channels, context], and its encoder."""
 
     rows: Float32
@@ -186,6 +186,7 @@ class ForecastGroup:
         self.keeps_levels = any(codec.keeps_levels for codec in codecs)
         self.stamp = ""  #: of the first forecast step
         self._kept: dict[int, bytes] = {}
+        self.numbers = 0  #: about the number of values in one answer
 
     def __repr__(self) -> str:
         """For example `<ForecastGroup of 1000 forecasts from 2026-01-14 00:00:00>`."""
@@ -195,11 +196,6 @@ class ForecastGroup:
     def names(self) -> Sequence[str]:
         """The requested levels."""
         return self._levels.names
-
-    @property
-    def numbers(self) -> int:
-        """About the number of values in one answer."""
-        return self._first.forecast.prediction_length * (1 + len(self._levels.names))
 
     def get_zone(self, at: int) -> str:
         """The time zone of a forecast."""
@@ -248,6 +244,7 @@ class ForecastGroup:
             self._levels = self._first.check_configuration(self._configuration, 1)
         except RequestError:
             return None
+        self.numbers = self._first.forecast.prediction_length * (1 + len(self._levels.names))
         return found
 
     def _decode_arrays(
@@ -274,13 +271,15 @@ class ForecastGroup:
                     rows[:, c] = self._scale_channel(arrays.covariates[:, channel.index, window], c)
                 else:
                     rows[:, c] = self._scale_channel(arrays.categories[:, channel.index, None], c)
-        regular &= np.isfinite(rows).all(axis=(1, 2))
-        found: list[DecodedForecast | RequestError | None] = [None] * count
-        for i, (is_regular, item_id) in enumerate(zip(regular.tolist(), arrays.item_ids, strict=True)):
-            if is_regular:
-                encode = GroupEncode(self, i, item_id, [] if self.keeps_levels else ())
-                found[i] = DecodedForecast(rows[i : i + 1], encode)
-        return found
+                if channel.source != "calendar":  # whose features are finite
+                    regular &= np.isfinite(rows[:, c]).all(axis=1)
+        keeps = self.keeps_levels
+        return [
+            DecodedForecast(row, GroupEncode(self, i, item_id, [] if keeps else ())) if is_regular else None
+            for i, (row, is_regular, item_id) in enumerate(
+                zip(rows[:, None], regular.tolist(), arrays.item_ids, strict=True)
+            )
+        ]
 
     def _check_lengths(self, instances: Sequence[Instance[Any]], steps: int) -> tuple[Flags, Float64, Float64]:
         """Whose covariates and categories are as many as the archive has; and these, zeros for all others."""

@@ -39,7 +39,7 @@ class AnswerForm:
     pack: Callable[[Sequence[str], GroupNumbers], Sequence[Any]] | None = None
 
 
-class ItemEncode(Struct, eq=False):
+class ItemEncode(Struct, eq=False, gc=False):
     """The encoder of one item, which `encode_groups` runs with others."""
 
     encode: GroupEncode
@@ -72,17 +72,20 @@ def encode_groups(
     encoders: Sequence[Encoder], outputs: Sequence[Float32]
 ) -> Iterator[tuple[list[int], Sequence[Any | RunFailed], str]]:
     """The places of encoders that run together, their answers and these' type, for each group; others are left out."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, tuple[list[int], list[GroupEncode], AnswerForm]] = {}
     for i, each in enumerate(encoders):
         if isinstance(each, ItemEncode):
-            groups.setdefault(id(each.encode.group), []).append(i)
-    for places in groups.values():
-        items = [each for each in (encoders[i] for i in places) if isinstance(each, ItemEncode)]
-        yield places, _encode_group(items, np.concatenate([outputs[i] for i in places])), items[0].form.media
+            encode = each.encode
+            found = groups.get(id(encode.group))
+            if found is None:
+                found = groups[id(encode.group)] = ([], [], each.form)
+            found[0].append(i)
+            found[1].append(encode)
+    for places, items, form in groups.values():
+        yield places, _encode_group(items, form, np.concatenate([outputs[i] for i in places])), form.media
 
 
-def _encode_group(items: Sequence[ItemEncode], outputs: Float32) -> Sequence[Any | RunFailed]:
-    encoders, form = [item.encode for item in items], items[0].form
+def _encode_group(encoders: Sequence[GroupEncode], form: AnswerForm, outputs: Float32) -> Sequence[Any | RunFailed]:
     numbers = encode_group(encoders, outputs)
     if form.pack is not None:
         answers: list[Any | RunFailed] = list(form.pack(encoders[0].group.names, numbers))
@@ -96,7 +99,7 @@ def _encode_group(items: Sequence[ItemEncode], outputs: Float32) -> Sequence[Any
 def _make_call(each: DecodedForecast | RequestError, form: AnswerForm) -> DecodedCall | RequestError:
     if isinstance(each, RequestError):
         return each
-    rows, encode = each
+    rows, encode = each.rows, each.encode
     if isinstance(encode, GroupEncode):
         return DecodedCall(rows, ItemEncode(encode, form), encode.group.numbers, encode.answered)
     alone: Encode = encode

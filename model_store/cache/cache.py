@@ -104,11 +104,35 @@ class Cache:
             self._policy.hit(model, now)
         return slot
 
+    def lease_all(self, models: Iterable[ModelName], now: float) -> list[Slot]:
+        """The slots of models that are resident, each with one lease more, as `lease` gives them one by one."""
+        slots, pins, hit, found = self._slots, self._pins, self._policy.hit, list[Slot]()
+        for model in models:
+            slot = slots[model]
+            if slot.state is State.RETIRING:
+                slot.state = State.READY
+            slot.leases += 1
+            slot.used_at = now
+            if model not in pins:
+                hit(model, now)
+            found.append(slot)
+        return found
+
     def release(self, slot: Slot) -> bool:
         """End one lease. True when the slot is condemned and this was its last lease: then call `retired`."""
         assert slot.leases > 0, f"{slot!r} was released more often than leased"
         slot.leases -= 1
         return slot.condemned and slot.leases == 0
+
+    def release_all(self, slots: Iterable[Slot]) -> list[Slot]:
+        """End one lease of each. Returns the slots of which `release` says True."""
+        found = list[Slot]()
+        for slot in slots:
+            assert slot.leases > 0, f"{slot!r} was released more often than leased"
+            slot.leases -= 1
+            if slot.condemned and not slot.leases:
+                found.append(slot)
+        return found
 
     def want(
         self, model: ModelName, now: float, *, reload: bool = False, speculative: bool = False

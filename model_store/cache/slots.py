@@ -76,6 +76,11 @@ class Slot:
     tier: str = ""
     load_s: float = 0.0
 
+    @property
+    def group(self) -> str:
+        """The key of requests that can run in one batch: the family, or the single model and its version."""
+        return f"single {self.model}@{self.version}" if self.family is None else self.family
+
     def __repr__(self) -> str:
         """For example `au/NSW1.mar@v1 ready 2 leases`."""
         end = " condemned" if self.condemned else ""

@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -53,7 +54,6 @@ _CACHE = raw_header(contract.HEADER_CACHE)
 _MODEL_VERSION = raw_header(contract.HEADER_MODEL_VERSION)
 _SERVER_TIMING = raw_header(contract.HEADER_SERVER_TIMING)
 _QUALITY, _WARNING = raw_header(contract.HEADER_QUALITY), raw_header(contract.HEADER_WARNING)
-STATUSES_AT_ONCE = 32  #: that are counted before other requests get their turn
 
 
 class App:
@@ -120,7 +120,7 @@ class App:
         if len(statuses) == 1:
             self._count(dialect.name, statuses[0], seconds, request.id)
         else:
-            await self._count_many(dialect.name, statuses, seconds, request.id)
+            self._count_many(dialect.name, statuses, seconds, request.id)
         if request.trace is not None:
             self._end_trace(request.trace, dialect, request, reply, statuses)
 
@@ -141,18 +141,16 @@ class App:
             series = self._answered[dialect.name, counted]
             series.seconds.show_trace(time.monotonic() - trace.began, request.id, trace.trace_id)
 
-    async def _count_many(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
+    def _count_many(self, protocol: str, statuses: Sequence[int], seconds: float, request_id: bytes) -> None:
         """Count the answers of a request: a call for 10,000 models has as many."""
-        for i, status in enumerate(statuses):
-            self._count(protocol, status, seconds, request_id)
-            if i % STATUSES_AT_ONCE == STATUSES_AT_ONCE - 1:
-                await asyncio.sleep(0)
+        for status, answers in Counter(statuses).items():
+            self._count(protocol, status, seconds, request_id, answers)
 
-    def _count(self, protocol: str, status: int, seconds: float, request_id: bytes) -> None:
-        """Count one answer of a request."""
+    def _count(self, protocol: str, status: int, seconds: float, request_id: bytes, answers: int = 1) -> None:
+        """Count so many answers of a request."""
         answered = self._answered.get((protocol, status)) or self._bind_answers(protocol, status)
-        answered.answers.inc()
-        answered.seconds.observe_request(seconds, request_id)
+        answered.answers.inc(answers)
+        answered.seconds.observe_request(seconds, request_id, answers)
 
     def _bind_answers(self, protocol: str, status: int) -> AnswerSeries:
         """The series of answers with this status, found once."""

@@ -49,7 +49,9 @@ from server.ipc.together import PREDICTION
 
 MAX_UNDER_WAY = 1024  #: items of one call that are at the workers at once
 LEAST_TOGETHER = 2  #: items for which a request of their own is no worse
+TAKEN = ITEM // 16  #: what it counts to take an answer as it is
 MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the workers at once
+SMALL_BYTES = 256  #: of each item asked with others, which do not count: what is said once in the call is said of each
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
@@ -108,6 +110,7 @@ class FanOut:
         self._running = self._under_way = self._answered = 0
         self._room = asyncio.Event()
         self._pacer = Pacer()
+        self._taken_as_is = (PREDICTION, NUMBERS) if call.joint is None else ()
 
     def __repr__(self) -> str:
         """For example `<FanOut of 500 items, 80 running with 90000 bytes>`."""
@@ -205,25 +208,26 @@ class FanOut:
             )
             for (i, item), each in zip(wave, found, strict=True):
                 if isinstance(each, TogetherAnswer):
-                    results[i] = await self._take_answer(each)
+                    if each.content_type in self._taken_as_is:  # not copied: all that read it take any buffer
+                        results[i] = Prediction(cast("bytes", each.body), each.stats)
+                        continue
+                    results[i] = await self._read_answer(each)
                 elif each is not None:
                     add_near_names(each, item.model, self._plane)
                     results[i] = _without_frames(each)
                 await self._pacer.spend(ITEM)
+            await self._pacer.spend(len(wave) * TAKEN)
 
     def _count_wave(self, items: Sequence[tuple[int, Item]]) -> int:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
         size, shared = 0, len(self._call.configuration)
         for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            size += measure_instance(item.instance) + shared
+            size += max(0, measure_instance(item.instance) + shared - SMALL_BYTES)
             if count and size > self._window:
                 return count
         return min(len(items), MAX_UNDER_WAY)
 
-    async def _take_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
-        marginal = self._call.joint is not None
-        if answer.content_type in (PREDICTION, NUMBERS) and not marginal:
-            return Prediction(cast("bytes", answer.body), answer.stats)  # not copied: all that read it take any buffer
+    async def _read_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
         try:
             return await self._read_prediction(bytes(cast("bytes", answer.body)), answer.stats)
         except Refused as refused:

@@ -82,10 +82,12 @@ def cut_items(text: bytes | msgspec.Raw, most: int) -> Slices[list[msgspec.Raw]]
     more = cutter.begin(b"[", "an array")
     while more and len(found) <= most:
         start = cutter.at
-        yield from cutter.skip_value()
+        size = cutter.skip_plain()
+        if not size:
+            yield from cutter.skip_value()
         found.append(cutter.cut_from(start))
         more = cutter.take_comma(b"]")
-        yield ITEM
+        yield size + ITEM
     if not more:
         cutter.end()
     return found
@@ -191,12 +193,18 @@ class _Cutter:
         found = _PLAIN.match(self._view, start, most)
         return None if found is None else found.end()
 
+    def skip_plain(self) -> int:
+        """Go behind an object that begins here and has nothing nested but arrays of numbers; its bytes, else 0."""
+        end = self._find_plain_end(self.at, self.at + UNIT)
+        size = 0 if end is None else end - self.at
+        self.at += size
+        return size
+
     def _skip_container(self) -> Slices[None]:
         """A piece after the other, until one has the bracket that closes the first."""
-        end = self._find_plain_end(self.at, self.at + UNIT)
-        if end is not None:
-            yield end - self.at
-            self.at = end
+        size = self.skip_plain()
+        if size:
+            yield size
             return
         self.at += 1
         depth, quoted, size = 1, False, FIRST_PIECE

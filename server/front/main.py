@@ -4,8 +4,6 @@ The supervisor starts it as `python -m server.front.main CONTROL_FD LISTEN_FD [N
 """
 
 import asyncio
-import contextlib
-import ctypes
 import os
 import socket
 import sys
@@ -16,6 +14,8 @@ import structlog
 import uvloop
 
 from server.access.tls import open_tls
+from server.contract import MIB
+from server.freed_memory import keep_freed_memory
 from server.front.app import App
 from server.front.dataplane import DataPlane
 from server.front.finished_jobs import FinishedJobs
@@ -49,8 +49,7 @@ log = structlog.get_logger()
 SWEEP_S = 0.1
 JOBS_FOLDER = "finished_jobs"  #: of finished jobs, within the server's own
 RECONNECT_S = 0.1
-LARGE_BYTES = 1024 * 1024  #: of a body, or of what is made of it: see `return_large_blocks`
-_M_MMAP_THRESHOLD = -3  # mallopt(3)
+KEPT_BYTES, LARGE_BYTES = 8 * MIB, MIB  #: of freed memory, see `server.freed_memory`
 ORPHAN_S = 1.0  #: for the requests of a front whose supervisor has died, with which the workers die
 
 
@@ -166,16 +165,6 @@ def _make_exemplar(labels: dict[str, str], example: BucketExample) -> Exemplar:
     return Exemplar(labels, request_id, example.value, example.at, example.trace_id)
 
 
-def return_large_blocks() -> None:
-    """Have the C library give blocks of `LARGE_BYTES` back to the system when they are freed.
-
-    Of its own accord glibc raises that size to 32 MiB once such blocks are freed, and keeps smaller ones: a front that
-    had read a call of 50 MB kept 5 to 92 MB of it. Does nothing where the C library has no such call.
-    """
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
-
-
 def _keep_jobs(app: App, folder: str) -> "asyncio.Task[None] | None":
     """What looks for jobs of fronts that have died; None where this front accepts none."""
     if not folder:
@@ -237,5 +226,5 @@ async def main(control_fd: int, listen_fd: int, node_fd: int = -1) -> None:
 
 
 if __name__ == "__main__":
-    return_large_blocks()
+    keep_freed_memory(KEPT_BYTES, LARGE_BYTES)
     uvloop.run(main(*map(int, sys.argv[1:])))

@@ -216,18 +216,13 @@ def write_answered(shared: Sequence[SharedAnswer], of: Sequence[int], bodies: Se
     heads, parts = list[BlockHead](), list[Buffer](own)
     for block, places, rows in blocks.values():
         heads.append(BlockHead(block.start, block.steps, block.has_mean, list(block.levels), places))
-        for column in block.columns:
-            parts += _select_rows(column, rows, block.steps * FLOAT_BYTES)
+        size = block.steps * FLOAT_BYTES
+        if rows == [*range(len(rows))] and all(len(column) == len(rows) * size for column in block.columns):
+            parts += block.columns  # all of them, as mostly
+        else:
+            parts += [memoryview(column)[row * size : (row + 1) * size] for column in block.columns for row in rows]
     packed = _encode(AnsweredTogether(list(shared), list(of), [*map(len, own)], heads))
     return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
-
-
-def _select_rows(column: Buffer, rows: Sequence[int], size: int) -> list[Buffer]:
-    """The parts of a column that these rows are, which is mostly all of it."""
-    if len(column) == len(rows) * size and all(row == i for i, row in enumerate(rows)):
-        return [column]
-    view = memoryview(column)
-    return [view[row * size : (row + 1) * size] for row in rows]
 
 
 def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | BlockRow]]:

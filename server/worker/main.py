@@ -23,6 +23,8 @@ from model_store.errors import LoadError
 from model_store.stores.disk_cache import DiskTier
 from model_store.stores.model_store import ModelStore
 from server.access_log import ArrivalBuffer
+from server.contract import MIB
+from server.freed_memory import keep_freed_memory
 from server.host import WorkerPlan
 from server.ipc.control import JOIN_S, ChildChannel
 from server.ipc.frames import CHUNK
@@ -57,6 +59,8 @@ from server.worker.survivors.surviving_rows import SurvivingRows, describe_no_ro
 from server.worker.version_keeper import VersionKeeper
 
 ASKS_PER_THREAD = 8  #: requests to the store for each loader thread, which a request keeps busy for a millisecond
+
+KEPT_BYTES, LARGE_BYTES = 16 * MIB, 32 * MIB  #: of freed memory, see `server.freed_memory`
 
 log = structlog.get_logger()
 
@@ -278,6 +282,7 @@ def largest_body(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory(KEPT_BYTES, LARGE_BYTES)
     uvloop.run(main(int(sys.argv[1]), list(map(int, sys.argv[2:]))))
     STANDARD_ERROR.flush()
     # Loader threads may hang in a store request: do not wait for them.

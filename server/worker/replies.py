@@ -81,28 +81,39 @@ class Replies:
 
         `found`: the answer of each, or RunFailed.
         """
-        now, bands = self._now(), self._residents.bands
+        now = self._now()
         done, bodies = list[Job](), list[Any]()
         for job, body in zip(jobs, found, strict=True):
-            if isinstance(body, RunFailed):
+            if job.done:
+                self._release(job)
+            elif isinstance(body, RunFailed):
                 self.refuse(job, Refused(Situation.MODEL_FAILED, str(body)))
             elif job.deadline < now:
                 self.refuse(job, Refused(Situation.DEADLINE, LATE))
-            elif self._scheduler.finish(job):
-                slot = get_slot(job)
-                slot.usage.note_answer(began, now - job.arrived, job.queued_s(began), run_s)
-                if self._arrivals is not None:
-                    self._record(job, job.cache)
-                if job.answered and bands is not None:
-                    bands.keep(slot, job.request.client, job.answered)
+            else:
                 done.append(job)
                 bodies.append(body)
-            else:
-                self._release(job)
-        if done:
-            done[0].origin.answer_items(done, media, bodies, began, run_s)
+        if not done:
+            return
+        self._scheduler.finish_all(done)
+        slots = [get_slot(job) for job in done]
+        self._note_answers(done, slots, now, began, run_s)
+        done[0].origin.answer_items(done, media, bodies, began, run_s)
         for job in done:
-            self._release(job)
+            job.slot = None
+        for slot in self._residents.cache.release_all(slots):
+            self._residents.retire(slot)
+
+    def _note_answers(self, done: Sequence[Job], slots: Sequence[Slot], now: float, began: float, run_s: float) -> None:
+        """Count items that are answered, and keep their rows of the access log and their bands' levels."""
+        bands = self._residents.bands
+        for job, slot in zip(done, slots, strict=True):
+            slot.usage.note_answer(began, now - job.arrived, max(0.0, began - job.arrived - job.load_s), run_s)
+            if job.answered and bands is not None:
+                bands.keep(slot, job.request.client, job.answered)
+        if self._arrivals is not None:
+            for job in done:
+                self._record(job, job.cache)
 
     def answer_part(self, job: Job, encoded: Encoded, head: bytes) -> None:
         """Send a part of an answer that an archive's code is still making, unless nobody waits for it any more."""
@@ -159,6 +170,10 @@ class Replies:
 
     def keep_live(self, jobs: Sequence[Job], now: float) -> Iterator[Job]:
         """The jobs that are to be run; the leases of the others end."""
+        live = [job for job in jobs if not job.done and job.deadline > now]
+        if len(live) == len(jobs):
+            yield from live
+            return
         for job in jobs:
             if job.done:
                 self._release(job)

@@ -107,6 +107,21 @@ class Scheduler:
         self._counts[job.model] = queued + 1
         self._total += 1
 
+    def admit_all(self, models: Sequence[ModelName]) -> bool:
+        """Count a job for each of these, as `admit` does, or none and return False where a queue has no room."""
+        if self._total + len(models) > self._per_worker:
+            return False
+        counts, per_model = self._counts, self._per_model
+        for i, model in enumerate(models):
+            queued = counts.get(model, 0)
+            if queued >= per_model:
+                for counted in models[:i]:
+                    self._take_one(counted)
+                return False
+            counts[model] = queued + 1
+        self._total += len(models)
+        return True
+
     def add_waiting(self, job: Job) -> None:
         """Add a job whose model is being loaded."""
         self._waiting.setdefault(job.model, []).append(job)
@@ -119,6 +134,16 @@ class Scheduler:
     def add_ready(self, group: str, job: Job) -> None:
         """Queue a job whose model is resident for one of the group's next batches."""
         self._queues(group).setdefault(job.request.client, OrderedDict()).setdefault(job.model, deque()).append(job)
+
+    def add_all_ready(self, group: str, client: str, jobs: Iterable[Job]) -> None:
+        """Queue jobs of one client, as `add_ready` does each of them."""
+        models = self._queues(group).setdefault(client, OrderedDict())
+        for job in jobs:
+            queue = models.get(job.model)
+            if queue is None:
+                models[job.model] = deque((job,))
+            else:
+                queue.append(job)
 
     def put_back(self, group: str, jobs: Sequence[Job]) -> None:
         """Queue jobs that their batch had no time for before others. Other groups run first."""
@@ -170,6 +195,8 @@ class Scheduler:
         if group in self._whole or first.together is not None:  # the items of a call are answered together
             self._whole.discard(group)
             most = limit
+        if len(queues) == 1 and most == limit and (whole := _take_whole(queues, limit)) is not None:
+            return group, whole
         while queues and len(batch) < most:
             client, models = queues.popitem(last=False)
             model, queue = models.popitem(last=False)
@@ -188,12 +215,26 @@ class Scheduler:
             return False
         job.done = True
         self._total -= 1
-        left = self._counts[job.model] - 1
-        if left:
-            self._counts[job.model] = left
-        else:
-            del self._counts[job.model]
+        self._take_one(job.model)
         return True
+
+    def finish_all(self, jobs: Sequence[Job]) -> None:
+        """Mark jobs as done that are answered, none of which was done before."""
+        counts, take_one = self._counts, self._take_one
+        for job in jobs:
+            job.done = True
+            if counts[job.model] == 1:
+                del counts[job.model]
+            else:
+                take_one(job.model)
+        self._total -= len(jobs)
+
+    def _take_one(self, model: ModelName) -> None:
+        left = self._counts[model] - 1
+        if left:
+            self._counts[model] = left
+        else:
+            del self._counts[model]
 
     def take_expired(self, now: float) -> list[Job]:
         """Remove and return the jobs that wait for their model and whose deadline has passed.
@@ -221,3 +262,11 @@ class Scheduler:
         )
         for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)
+
+
+def _take_whole(queues: _Queues, limit: int) -> list[Job] | None:
+    """All jobs of a group with one client, in turn, where these are at most `limit` and of a model each; else None."""
+    (models,) = queues.values()
+    if len(models) > limit or any(len(queue) > 1 for queue in models.values()):
+        return None
+    return [queue[0] for queue in models.values()]

@@ -41,6 +41,7 @@ from server.worker.model_loads import ModelLoads
 from server.worker.prefetch.prefetcher import Prefetcher
 from server.worker.quarantine import Quarantine
 from server.worker.replies import Origin, Replies, get_slot
+from server.worker.resident_items import ResidentItems
 from server.worker.resident_models import ResidentModels
 from server.worker.row_batches import RowBatches
 from server.worker.sandbox.code_host import CodeHost
@@ -106,6 +107,7 @@ class StepLoop:
         self._leaving = set[asyncio.Task[bool]]()
         self._foresight, self._long = foresight, long
         self._replies = replies = Replies(scheduler, self._residents, metrics, arrivals, now)
+        self._resident_items = ResidentItems(self._residents, scheduler, metrics, foresight, self.quarantine)
         self._rows = RowBatches(replies, self._residents, scheduler, engine, long)
         self._singles = SingleBatches(
             replies, self._residents, scheduler, long, quarantine=self._quarantine_overran, wake=self.wake
@@ -170,6 +172,13 @@ class StepLoop:
         else:
             self._await_model(job, now)
         return job
+
+    def submit_resident(self, requests: Sequence[Request], origin: Origin) -> list[Job | None]:
+        """Accept those items of a call whose models are resident at once; see `ResidentItems.submit`."""
+        found = self._resident_items.submit(requests, origin, self._now())
+        if self._scheduler.has_work:
+            self.wake()
+        return found
 
     def adopt(self, survivors: SurvivingRows, distrusted: Collection[str], *, trusts: bool) -> None:
         """Take the rows of an earlier worker for residents; see `ResidentModels.adopt`."""
@@ -423,6 +432,4 @@ def _get_group(slot: Slot, job: Job) -> str:
 
     A suspect's request runs beside no other model's, so that a death says which it was.
     """
-    if slot.family is None:
-        return f"single {slot.model}@{slot.version}"
-    return f"{slot.family} alone {slot.model}" if job.request.alone else slot.family
+    return f"{slot.family} alone {slot.model}" if job.request.alone and slot.family is not None else slot.group

@@ -1,6 +1,7 @@
 """Decodes the items of calls for many models that run in one batch, all of a call at once. On the step thread."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -77,12 +78,13 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
     if call.configuration is None:
         return
     taken, codecs = list[Job](), list[DeepAr]()
-    for job in jobs:
+    is_table = call.columns is not None
+    for job, size in zip(jobs, _measure_instances(call.columns, jobs), strict=True):
         codec = rows[get_slot(job)].codec
         forecaster = codec.forecaster
-        if forecaster is None or measure_instance(job.instance) > min(codec.quick_bytes, quick_bytes):
+        if forecaster is None or size > quick_bytes or size > codec.quick_bytes:
             continue
-        if call.columns is not None and len(forecaster.forecast.products) > 1:
+        if is_table and len(forecaster.forecast.products) > 1:
             message = SEVERAL.format(len(forecaster.forecast.products))
             replies.refuse_request(job, RequestError(message, field="target"))
             continue
@@ -100,6 +102,13 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
     some = [instances[i] for i in read]
     found = decode_items([codecs[i] for i in read], some, call.configuration, form)  # type: ignore[arg-type]  # none is None
     _keep([taken[i] for i in read], found, replies)
+
+
+def _measure_instances(columns: RowColumns | None, jobs: Sequence[Job]) -> Iterable[int]:
+    """The bytes that each job's instance counts; rows of series of one length all count as many."""
+    if columns is not None and all(len(sizes) == 1 for sizes in columns.head.sizes):
+        return repeat(measure_instance(jobs[0].instance), len(jobs))
+    return [measure_instance(job.instance) for job in jobs]
 
 
 def _keep(jobs: Sequence[Job], found: Sequence[DecodedCall | RequestError], replies: Replies) -> None:

@@ -5,6 +5,7 @@ come and go with those of the others.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -31,6 +32,9 @@ class Submits(Protocol):
     def submit(self, request: Request, origin: Any) -> Job:
         """Accept a request."""
 
+    def submit_resident(self, requests: Sequence[Request], origin: Any) -> list[Job | None]:
+        """Accept those whose models are resident, all at once; None for those that `submit` shall accept."""
+
     def cancel(self, job: Job) -> None:
         """Give up a job."""
 
@@ -48,7 +52,8 @@ class TogetherCall:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
         self._head, self._instances, self.columns = read_asked(request.body)
-        self._begun = 0  # items that have been made jobs
+        self._left = deque[int]()  # items that are no jobs yet
+        self._begun = False
         self._jobs: list[Job] = []
         self._shared: dict[SharedAnswer, int] = {}
         self._of = [0] * len(self._instances)  # for each item its answer in those
@@ -68,24 +73,43 @@ class TogetherCall:
         return (job for job in self._jobs if not job.done)
 
     def submit(self, steps: Submits, is_over: Callable[[], bool] = lambda: False) -> bool:
-        """Make a job of each item, until time is over. Returns whether some are left: then it is to be called again."""
+        """Make a job of each item, until time is over. Returns whether some are left: then it is to be called again.
+
+        Items of resident models are jobs at once, which takes microseconds each; a load that begins takes far longer.
+        """
+        if not self._begun:
+            self._begun, self._left = True, self._submit_resident(steps)
         while self._has_more():
-            place = self._begun
-            self._begun += 1
-            instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
+            place = self._left.popleft()
             job = steps.submit(self._make_request(place, self._head.models[place]), self)
             if self._ended:
                 steps.cancel(job)
             elif not job.done:
-                job.together, job.instance = self, instance
-                self._jobs.append(job)
+                self._keep_job(job, place)
             if is_over():
                 break
         return self._has_more()
 
     def _has_more(self) -> bool:
         """Whether items are left that shall become jobs."""
-        return self._begun < len(self._instances) and not self._ended
+        return bool(self._left) and not self._ended
+
+    def _submit_resident(self, steps: Submits) -> deque[int]:
+        """Make jobs of the items of resident models. Returns the places of the others."""
+        make = self._make_request
+        requests = [make(place, model) for place, model in enumerate(self._head.models)]
+        left = deque[int]()
+        for place, job in enumerate(steps.submit_resident(requests, self)):
+            if job is None:
+                left.append(place)
+            else:
+                self._keep_job(job, place)
+        return left
+
+    def _keep_job(self, job: Job, place: int) -> None:
+        instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
+        job.together, job.instance = self, instance
+        self._jobs.append(job)
 
     def cancel(self, steps: Submits) -> None:
         """Give up all items that are not answered; there is no response then."""
@@ -109,18 +133,7 @@ class TogetherCall:
     def _make_request(self, place: int, model: str) -> Request:
         """The request that the item would be alone; it gets its body when that is needed."""
         whole = self._request
-        return Request(
-            place,
-            deadline_ns=whole.deadline_ns,
-            model=model,
-            content_type=JSON,
-            accept=JSON,
-            body_bytes=0,
-            body=b"",
-            client=whole.client,
-            alone=whole.alone,
-            arrived_ns=whole.arrived_ns,
-        )
+        return Request(place, whole.deadline_ns, model, JSON, JSON, 0, b"", whole.arrived_ns, whole.alone, whole.client)
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
@@ -137,19 +150,18 @@ class TogetherCall:
         """Keep the answers of several items that ran together in a batch, which began then."""
         if self._ended:
             return
-        known: dict[tuple[CacheResult, Tier, float, float], int] = {}
-        inference_us, size = int(inference_s * 1e6), 0
+        known: dict[tuple[CacheResult, Tier, float], int] = {}
+        inference_us, of, kept = int(inference_s * 1e6), self._of, self._bodies
         for job, body in zip(jobs, bodies, strict=True):
-            alike = (job.cache, job.tier, job.load_s, job.arrived)
-            place = known.get(alike)
-            if place is None:
+            alike = (job.cache, job.tier, job.load_s)  # all came with the call
+            shared = known.get(alike)
+            if shared is None:
                 times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)
                 answer = SharedAnswer(Situation.OK, job.cache, job.tier, content_type, *times)
-                place = known[alike] = self._shared.setdefault(answer, len(self._shared))
-            self._of[job.request.id] = place
-            self._bodies[job.request.id] = body
-            size += body.block.row_bytes if isinstance(body, BlockRow) else len(body)
-        self._count(len(jobs), size)
+                shared = known[alike] = self._shared.setdefault(answer, len(self._shared))
+            place = job.request.id
+            of[place], kept[place] = shared, body
+        self._count(len(jobs), _measure_answers(bodies))
 
     def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
         """No item asks for an answer in parts."""
@@ -171,7 +183,7 @@ class TogetherCall:
         answer = SharedAnswer(situation, job.cache, job.tier, content_type, *times, *job.marks)
         self._of[place] = self._shared.setdefault(answer, len(self._shared))
         self._bodies[place] = body
-        self._count(1, body.block.row_bytes if isinstance(body, BlockRow) else len(body))
+        self._count(1, _measure_answers([body]))
 
     def _count(self, items: int, size: int) -> None:
         """Count so many items as answered; the last ends the call, and so do too many bytes."""
@@ -190,3 +202,17 @@ class TogetherCall:
         """Refuse the whole call."""
         self._ended, self._bodies = True, []
         self._end(situation, msgspec.json.encode(Detail(message)))
+
+
+def _measure_answers(bodies: Sequence[Answer]) -> int:
+    """The bytes of answers. Those that were computed together are rows of one block, which are of one size."""
+    size, block, row_bytes = 0, None, 0
+    for body in bodies:
+        if isinstance(body, BlockRow):
+            if body.block is not block:
+                block = body.block
+                row_bytes = block.row_bytes
+            size += row_bytes
+        else:
+            size += len(body)
+    return size

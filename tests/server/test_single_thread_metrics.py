@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from server.contract import METRIC_PREFIX, MetricSpec
-from server.single_thread_metrics import EXAMPLE_MASK, MOST_ID_BYTES, SLOW_S, CounterFamily, HistogramFamily
+from server.single_thread_metrics import EXAMPLES, MOST_ID_BYTES, SLOW_S, CounterFamily, HistogramFamily
 
 SPEC = MetricSpec("counter", "things", "What is counted.", ("kind",))
 TIMES = MetricSpec("histogram", "times", "What it took.", ("kind",))
@@ -48,7 +48,7 @@ def test_the_first_the_slow_and_a_few_others_are_examples() -> None:
     """Of each bucket the first request; of slow ones the last; of quick ones one in 1,024; long ids are cut."""
     times = HistogramFamily(TIMES, (0.001, SLOW_S, 1))
     series = times.labels("a")
-    for i in range(EXAMPLE_MASK + 1):
+    for i in range(EXAMPLES):
         series.observe_request(0.0005, b"quick-%d" % i)
     series.observe_request(0.0007, b"later")
     for i in range(3):
@@ -57,6 +57,23 @@ def test_the_first_the_slow_and_a_few_others_are_examples() -> None:
     found = {labels["le"]: example for labels, example in times.list_examples()}
     assert {le: example.request_id[:6] for le, example in found.items()} == {"0.001": b"later", "1.0": b"slow-2"}
     assert (found["0.001"].value, len(found["1.0"].request_id)) == (0.0007, MOST_ID_BYTES)
+
+
+@given(amounts=st.lists(st.integers(1, 3000), max_size=8))
+def test_answers_of_a_request_are_counted_together(amounts: Sequence[int]) -> None:
+    """What is counted, and which request is the example, is as if each answer were counted by itself."""
+    at_once, one_by_one = HistogramFamily(TIMES, BOUNDS), HistogramFamily(TIMES, BOUNDS)
+    value = BOUNDS[0] / 2
+    for i, amount in enumerate(amounts):
+        at_once.labels("a").observe_request(value, b"request-%d" % i, amount)
+        for _ in range(amount):
+            one_by_one.labels("a").observe_request(value, b"request-%d" % i)
+    examples = [[each.request_id for _, each in family.list_examples()] for family in (at_once, one_by_one)]
+    assert examples[0] == examples[1]
+    (found,), (wanted,) = at_once.collect(), one_by_one.collect()
+    for one, other in zip(found.samples, wanted.samples, strict=True):
+        assert (one.name, one.labels) == (other.name, other.labels)
+        assert one.value == pytest.approx(other.value)
 
 
 @given(values=st.lists(VALUES))

@@ -8,7 +8,7 @@ the call are one run, whose bytes are copied as they lie.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -25,6 +25,9 @@ MOST_LEVELS = 2000  #: columns of levels, of all archives together
 ROW_BYTES = 24  #: of a row beside its texts and numbers
 OFFSET = 4  #: bytes of an offset or a number
 READ = ITEM // 16  #: what it counts to look at an answer
+BLOCK = 4096  #: int32 numbers that are written at once
+RAMP = int.from_bytes(array("i", range(BLOCK)).tobytes(), "little")  #: 0, 1, 2 and so on, side by side
+ONES = int.from_bytes(array("i", (1,)).tobytes() * BLOCK, "little")
 
 
 class AnsweredRun(NamedTuple):
@@ -139,16 +142,24 @@ def _number_items(runs: Sequence[AnsweredRun]) -> bytes:
 def _write_texts(name: str, texts: Sequence[tuple[str, int]], missing: Sequence[tuple[int, bool]]) -> Column:
     """A column of texts, each for so many rows, null where it is missing."""
     encoded = [(text.encode(), rows) for text, rows in texts]
-    borders, at = array("i", (0,)), 0
+    borders, at = [bytes(OFFSET)], 0
     for size, alike in groupby([(len(raw), rows) for raw, rows in encoded], lambda each: each[0]):
         rows = sum(rows for _, rows in alike)
-        if size:
-            borders.extend(range(at + size, at + size * rows + 1, size))
-        else:
-            borders.extend(array("i", (at,)) * rows)
+        borders += _count_up(at + size, size, rows)
         at += size * rows
     data = b"".join([raw * rows for raw, rows in encoded])
-    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), borders.tobytes(), data])
+    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), b"".join(borders), data])
+
+
+def _count_up(first: int, step: int, count: int) -> Iterator[bytes]:
+    """So many numbers, each `step` more than the one before, as int32, in blocks.
+
+    A block is one product of long integers, which hold its numbers side by side. None of those that are wanted reaches
+    into the next; what a later one has too much goes to those behind it, which are cut off.
+    """
+    for at in range(0, count, BLOCK):
+        block = (step * RAMP + (first + step * at) * ONES).to_bytes((BLOCK + 1) * OFFSET, "little")
+        yield block[: OFFSET * min(BLOCK, count - at)]
 
 
 def _count_nulls(missing: Sequence[tuple[int, bool]]) -> int:

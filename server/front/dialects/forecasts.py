@@ -152,10 +152,16 @@ def parse_call(body: bytes, item_limit: Limit) -> Slices[MultiModelCall]:
         _refuse_other_keys(fields)
     except NotJson as error:
         raise Refused(Situation.BAD_REQUEST, f"not a call for forecasts: {error}") from None
-    items: list[Item | Refused] = []
+    items, at_once = list[Item | Refused](), min(AT_ONCE, item_limit.bytes)
     for raw in requests:
-        item = yield from _parse_item(raw, item_limit)
-        items.append(item)
+        size = len(memoryview(raw))
+        if size <= at_once:
+            items.append(_read_item(raw, raw))
+            yield ITEM + size
+        else:
+            item = yield from _parse_large_item(raw, item_limit)
+            items.append(item)
+            yield ITEM
     if wanted is None:
         return MultiModelCall(items, bytes(configuration), None, len(body))
     kinds = [kind for kind in wanted.output_types if kind not in ("samples", "marginal")]
@@ -215,23 +221,26 @@ def _parse_joint(wanted: _JointConfiguration, fields: Mapping[str, msgspec.Raw])
     return Joint(name, {field: fields[field] for field in _DRAWN if field in fields})
 
 
-def _parse_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
-    """An item, or why it is refused alone. Of a large one only the borders of its fields are looked for."""
+def _parse_large_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
+    """An item, or why it is refused alone. Only the borders of its fields are looked for."""
     size = len(memoryview(raw))
     if size > limit.bytes:
         message = f"the request has {size} bytes, the limit of a request to one model is {limit.bytes}"
         return Refused(Situation.TOO_LARGE, f"{message} ({limit.setting})")
     try:
-        head = raw
-        if size > AT_ONCE:
-            fields = yield from cut_fields(raw)
-            head = msgspec.Raw(msgspec.json.encode({name: fields[name] for name in fields if name == "target_model"}))
-        yield ITEM + len(memoryview(head))
+        fields = yield from cut_fields(raw)
+    except NotJson as error:
+        return Refused(Situation.BAD_REQUEST, f"the request names no model: {error}", field="target_model")
+    head = msgspec.json.encode({name: fields[name] for name in fields if name == "target_model"})
+    return _read_item(raw, msgspec.Raw(head))
+
+
+def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
+    """An item of which `head` has the name of its model, or why it is refused alone."""
+    try:
         return Item(parse_model_name(_TARGET.decode(head).target_model), raw)
     except InvalidModelName as error:
         return Refused(Situation.BAD_NAME, str(error), field="target_model")
-    except NotJson as error:
-        return Refused(Situation.BAD_REQUEST, f"the request names no model: {error}", field="target_model")
     except FAULTS as error:
         message = f"the request names no model: {explain_fault(error).message}"
         return Refused(Situation.BAD_REQUEST, message, field="target_model")

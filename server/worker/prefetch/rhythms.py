@@ -23,6 +23,7 @@ and if the first rhythm has twice the true period, it stays so until it is misse
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -129,6 +130,17 @@ class Rhythms:
         if abs(off) <= rhythm.tolerance:
             rhythm.record_hit(off)
             self._file_in_bucket(model, rhythm, _compute_opening(rhythm))
+
+    def record_requests(self, models: Iterable[ModelName], now: float) -> None:
+        """Record requests that come at once. Most are of a visit that goes on."""
+        rhythms, get, touch, record = self._rhythms, self._strangers.get, self._strangers.touch, self.record_request
+        for model in models:
+            visits = None if model in rhythms else get(model)
+            if visits is not None and now - visits.last < QUIET_S:
+                touch(model)
+                visits.last = now
+            else:
+                record(model, now)
 
     def collect_due(self, now: float) -> list[Expected]:
         """The models that have come near their tick since the last call. To be called regularly."""

@@ -402,6 +402,33 @@ def test_an_unloaded_model_leaves_with_its_last_lease() -> None:
     assert (worker.cache.used_bytes, first.state) == (0, State.EMPTY)
 
 
+def test_leases_of_a_call_are_taken_and_ended_together() -> None:
+    """Each is a lease like any other: it revives a victim, ranks its model, and the last of an unloaded one says so."""
+    worker = InstantWorker(slabs=1)
+    cache = worker.cache
+    worker.fill("abc", 300, "f")
+    names = [name_model(each) for each in "aab"]
+    slots = cache.lease_all(names, 5)
+    assert [(slot.model, slot.leases, slot.used_at) for slot in slots] == [
+        (names[0], 2, 5),
+        (names[0], 2, 5),
+        (names[2], 1, 5),
+    ]
+    assert cache.unload(names[0]) is slots[0]
+    assert cache.release_all(slots[1:]) == []
+    assert cache.release_all(slots[:1]) == [slots[0]]
+    assert cache.retired(slots[0])
+    other = InstantWorker(slabs=1)
+    other.fill("ab", SLAB // 2, "f")
+    other.cache.want(name_model("c"), 1)
+    evict = other.cache.place(name_model("c"), "1", SLAB // 2, 1, "f")
+    assert isinstance(evict, Evict)
+    (victim,) = evict.victims
+    assert other.cache.lease_all([victim.model], 2) == [victim]
+    assert victim.state is State.READY
+    assert not other.cache.retired(victim)
+
+
 def test_a_new_version_serves_while_leases_on_the_old_one_run_out() -> None:
     """After the swap new requests get the new row; the old row stays readable until its own leases end."""
     worker = InstantWorker(slabs=1)

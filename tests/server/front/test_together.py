@@ -15,10 +15,11 @@ from server.front.backlog import Bounds
 from server.front.dataplane import InferencePlane
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
-from server.front.fan_out import FanOut, Prediction
+from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane
 from server.ipc.frames import CacheResult, Tier
+from server.ipc.packed import TableRow
 from server.ipc.together import PREDICTION, TOGETHER, SharedAnswer, read_asked, write_answered
 from tests.server.front.answering import Asked, Worker, attach, stay_connected
 
@@ -101,6 +102,21 @@ def test_items_are_admitted_one_by_one() -> None:
     found = read_bodies(infer(make_plane(worker, bounds=Bounds(3, 3)), 5))
     assert found == ["m0.mar", "m1.mar", "m2.mar", Situation.OVERLOADED, Situation.OVERLOADED]
     assert len(read_asked(worker.asked[0].body)[0].models) == 3
+
+
+def test_small_items_are_one_wave() -> None:
+    """A thousand rows of as many bytes as the call has, each counted with a little more: one request to a worker."""
+    rows = [TableRow("2026-01-01", None, "d", (), [bytes(2000)]) for _ in range(1000)]
+    items = [Item(ModelName(f"m{i}.mar"), row) for i, row in enumerate(rows)]
+    worker, plane = Worker(answer_together), TogetherPlane(50_000_000)
+    attach(plane, worker)
+    call = MultiModelCall(items, b'{"quantiles":["0.5"]}', None, 2_000_000)
+
+    async def run() -> int:
+        return len(await FanOut(plane, call, LIMIT, FAR, stay_connected).infer())
+
+    assert asyncio.run(run()) == 1000
+    assert len(worker.asked) == 1
 
 
 def test_what_is_lost_with_a_worker_is_asked_alone() -> None:

@@ -44,6 +44,38 @@ def test_a_model_and_a_worker_have_bounds() -> None:
     assert len(scheduler) == 3
 
 
+def test_jobs_are_admitted_together_or_not_at_all() -> None:
+    """A model or a worker without room for one of them: none is counted. What is admitted is finished once."""
+    scheduler = Scheduler(per_model=2, per_worker=4)
+    names = [ModelName(name) for name in "abca"]
+    assert not scheduler.admit_all([*names, names[0]])
+    assert not scheduler.admit_all([names[0]] * 3)
+    assert (len(scheduler), scheduler.count(names[0])) == (0, 0)
+    assert scheduler.admit_all(names)
+    assert [scheduler.count(name) for name in names] == [2, 1, 1, 2]
+    jobs = [make_job(name) for name in names]
+    scheduler.finish_all(jobs[:3])
+    assert [scheduler.count(name) for name in names] == [1, 0, 0, 1]
+    assert (len(scheduler), scheduler.finish(jobs[0]), scheduler.finish(jobs[3])) == (1, False, True)
+    assert len(scheduler) == 0
+
+
+def test_jobs_that_are_queued_together_wait_behind_those_of_their_models() -> None:
+    """The items of a call are all taken at once where the client has one for each model, else in turn."""
+    scheduler = Scheduler(LARGE, LARGE)
+    jobs = [make_job(name, client="desk") for name in "abc"]
+    for each in jobs:
+        each.together = jobs
+    assert scheduler.admit_all([job.model for job in jobs])
+    scheduler.add_all_ready("f", "desk", jobs)
+    assert list_models(scheduler.next_batch(3)) == ("f", "abc")
+    assert not scheduler.has_work
+    scheduler.add_all_ready("f", "desk", [*jobs, jobs[0]])
+    assert list_models(scheduler.next_batch(3)) == ("f", "abc")
+    assert list_models(scheduler.next_batch(3)) == ("f", "a")
+    assert not scheduler.has_work
+
+
 def test_a_noisy_model_does_not_starve_another() -> None:
     """1,000 jobs of A came before the one of B: B is in the first batch."""
     scheduler = Scheduler(LARGE, LARGE)

@@ -1,6 +1,7 @@
 """A call for many models in the worker: a job for each item, one response, bounded answers, cancelled as a whole."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -16,9 +17,9 @@ from server.worker.together_calls import TogetherCall
 class Steps:
     """Takes jobs, and refuses those of some models at once."""
 
-    def __init__(self, refused: str = "") -> None:
+    def __init__(self, refused: str = "", resident: str = "") -> None:
         self.jobs: list[Job] = []
-        self._refused = refused
+        self._refused, self.resident = refused, resident
 
     def submit(self, request: Request, origin: Any) -> Job:
         """Accept or refuse a request, as the step loop does."""
@@ -29,6 +30,10 @@ class Steps:
         else:
             self.jobs.append(job)
         return job
+
+    def submit_resident(self, requests: Sequence[Request], origin: Any) -> list[Job | None]:
+        """Accept those of the resident models."""
+        return [self.submit(each, origin) if each.model in self.resident else None for each in requests]
 
     def cancel(self, job: Job) -> None:
         """Give a job up."""
@@ -102,6 +107,18 @@ def test_a_body_that_is_none_breaks_the_wire() -> None:
     """Only a front of this version speaks this."""
     with pytest.raises(WireError):
         TogetherCall(Request(1, 0, "", "", "", 3, b"abc"), lambda *_: None)
+
+
+def test_items_of_resident_models_are_taken_at_once() -> None:
+    """They are jobs before the first slice of time is over; the others follow in slices, each in its own place."""
+    call, ended = make_call()
+    steps = Steps(resident="ac")
+    assert not call.submit(steps, lambda: True)
+    assert [(job.model, job.request.id) for job in steps.jobs] == [("a", 0), ("c", 2), ("b", 1)]
+    for job in steps.jobs:
+        answer(call, job, job.model.encode())
+    ((_, body),) = ended
+    assert [bytes(cast("memoryview", told)) for _, told in read_answered(body, 3)] == [b"a", b"b", b"c"]
 
 
 def test_items_are_taken_in_slices_of_time() -> None:

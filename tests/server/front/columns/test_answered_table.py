@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from server.errors import Refused, Situation
-from server.front.columns.answered_table import MOST_LEVELS, read_runs, write_arrow
+from server.front.columns.answered_table import BLOCK, MOST_LEVELS, read_runs, write_arrow
 from server.front.dataplane import InferStats
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
@@ -50,6 +50,24 @@ def test_forecasts_and_errors_are_rows() -> None:
         {"item": 2, "model": "c", "start": START, "step": 0, "mean": None, **no_error, "0.9": 5.0},
         {"item": 3, "model": "d", "start": "s", "step": 0, "mean": 7.0, **no_error, "0.5": 8.0},
     ]
+
+
+@pytest.mark.parametrize("steps", [BLOCK - 1, BLOCK, 2 * BLOCK + 1])
+def test_texts_of_many_rows_lie_where_they_are_said_to(steps: int) -> None:
+    """Names of several lengths, a long error and none: pyarrow reads each row's texts, whatever block it falls into."""
+    long = "x" * 20_000
+    found: list[Prediction | Refused] = [
+        make_prediction(["0.5"], [0.0] * steps, [1.0] * steps),
+        make_prediction(["0.5"], [0.0], [1.0]),
+        Refused(Situation.OVERLOADED, long),
+        make_prediction(["0.5"], [0.0] * steps, [1.0] * steps),
+    ]
+    names = ["a.mar", "bb.mar", "c.mar", "ü" * 20]
+    rows = read_answer(names, found, Limit(10_000_000, "max_forecasts_bytes"))
+    wanted: list[tuple[Any, ...]] = [(names[0], START, step, None) for step in range(steps)]
+    wanted += [(names[1], START, 0, None), (names[2], None, None, f"overloaded: {long}")]
+    wanted += [(names[3], START, step, None) for step in range(steps)]
+    assert [(row["model"], row["start"], row["step"], row["error"]) for row in rows] == wanted
 
 
 def test_a_call_of_which_all_fail() -> None:

@@ -100,6 +100,21 @@ def test_a_fleet_is_foreseen_in_time_and_once_a_tick() -> None:
 
 
 @pytest.mark.slow
+def test_a_call_for_many_models_is_a_request_for_each() -> None:
+    """Ticks with visits of several calls, of models that have a rhythm, are strangers or are new: both ways agree."""
+    one, all_at_once = Rhythms(), Rhythms()
+    for tick in range(8):
+        for again in (0.0, 0.2):
+            models = [ModelName(f"m{i}") for i in range(20) if (i + tick) % 5 or i < 10]
+            now = 60.0 * tick + again
+            for model in models:
+                one.record_request(model, now)
+            all_at_once.record_requests(models, now)
+        assert repr(all_at_once) == repr(one)
+        assert all_at_once.collect_due(60.0 * tick + 50) == one.collect_due(60.0 * tick + 50)
+    assert len(one) >= 10
+
+
 def test_noise_between_the_ticks_is_passed_over() -> None:
     """Zipf traffic for other models and for the same ones: the tick is learnt, noise is hardly foreseen."""
     market, rng = CallPlayer(), random.Random(2)
