@@ -5,9 +5,10 @@ Contenders: Ray Serve as it comes, and in its best shape (HAProxy, throughput op
 and no multiplexing. Each has one replica on this host. In each round every contender is started, measured and ended, in
 rotating order, since Ray's processes use the machine when they idle; the bare one takes the place of Ray's default in
 its processes. Measured: a warm load at 1, 8 and 32 connections, 100 models that nothing has asked before at once, a
-tick of 500 models over 32 connections, and the memory by which the processes grow for these models. At last the hit
-ratios at equal memory (`ray_hits`). Five rounds save a record, anew after each part, so that a break loses the part
-alone. No round is begun that would not end within `--minutes`. The first run installs Ray with pip.
+tick of 500 models over 32 connections, and the memory by which the processes grow for these models. At last cold models
+whose store answers after 25 ms (all others are on the disk), and the hit ratios at equal memory (`ray_hits`). Five
+rounds save a record, anew after each part, so that a break loses the part alone. No round is begun that would not end
+within `--minutes`. The first run installs Ray with pip.
 """
 
 import os
@@ -17,15 +18,16 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import numpy as np
+import numpy.typing as npt
 import typer
 from rich.console import Console
 
@@ -42,12 +44,16 @@ from loadtest.benchmarks.ray_results import (
     judge_goals,
     list_goals,
     summarise_contenders,
+    summarise_rounds,
 )
 from loadtest.driver import wrk
 from loadtest.driver.dialects import DIALECTS
 from loadtest.observe.processes import find_free_port
+from loadtest.peers.answers import decode_answer
+from loadtest.peers.burst import ask_at_once, read_body
 from loadtest.peers.comparison import CLOSE, SEED, Models, write_models
 from loadtest.peers.comparison_table import order_turns
+from loadtest.peers.distant_store import BUCKET, CREDENTIALS, serve_distant
 from loadtest.peers.environments import find_requirements, make_environment, parse_pins
 from loadtest.peers.graphs import export_graph
 from loadtest.peers.network import load_network
@@ -61,7 +67,10 @@ RECORDED = 5  #: least number of rounds of a record
 WARM_MODELS, COLD_MODELS, TICK_MODELS = 8, 100, 500
 TICK_CONNECTIONS = 32
 START_S = 300.0
-HITS_S = 90.0  #: left of the minutes for the hit ratios
+LAST_S = 150.0  #: left of the minutes for what follows the rounds
+DISTANT_S = 0.025  #: by which a store answers later, as one in the same region does
+DISTANT_BURSTS = 5  #: of COLD_MODELS each
+SETTLE_S, IDLE = 15.0, 0.2  #: how long a server may take until it uses no more of a core than this
 ROOT = Path(__file__).parents[2]
 CONTENDERS = (DIRECT, PROXY, RAY, RAY_BEST)  #: `BARE` is measured with `RAY`
 
@@ -78,7 +87,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="number of rounds; fewer than 5 save no record")] = RECORDED,
     seconds: Annotated[int, typer.Option(min=1, help="duration of each of the three warm loads")] = 2,
     contenders: Annotated[str, typer.Option(help="whom to measure, comma-separated")] = ",".join(CONTENDERS),
-    hits: Annotated[bool, typer.Option("--hits/--no-hits", help="also measure hit ratios at equal memory")] = True,
+    hits: Annotated[bool, typer.Option("--hits/--no-hits", help="also measure a distant store, and hit ratios")] = True,
     minutes: Annotated[float, typer.Option(min=1, help="no round is begun that would not end by then")] = 12.0,
 ) -> None:
     """Measure Fleetcast on Ray beside Ray's own multiplexing."""
@@ -87,7 +96,7 @@ def main(
         raise typer.BadParameter(f"there is no contender {', '.join(unknown)}: known are {', '.join(CONTENDERS)}")
     wrk.require_wrk()
     run = Run(chosen, seconds, hits=hits, saves=rounds >= RECORDED)
-    until = time.monotonic() + 60 * minutes - (HITS_S if hits else 0)
+    until = time.monotonic() + 60 * minutes - (LAST_S if hits else 0)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         models = write_models(folder, TICK_MODELS + COLD_MODELS)
@@ -101,6 +110,7 @@ def main(
                 CONSOLE.print(f"{number + 1} of {rounds} rounds: another would not end within {minutes:g} minutes")
                 break
         if hits:
+            run.measure_distant(models)
             run.measure_hits(models)
     run.show()
     if any(not name.startswith("ray") for name in run.lost):
@@ -115,6 +125,7 @@ class Run:
         self._before = record.describe_machine()
         self._rounds: list[dict[str, Found]] = []
         self._equal: Found = {}
+        self._distant: Found = {}
         self._saved: Path | None = None
         self.lost: dict[str, str] = {}  #: by contender, why
 
@@ -135,6 +146,12 @@ class Run:
                         self._rounds[-1][BARE] = {"warm": measure_warm(server, models, folder, self._seconds)}
             self._save()
 
+    def measure_distant(self, models: Models) -> None:
+        """Cold models whose archives come from a store that is not on this host's disk."""
+        with self._noting_loss("distant store"):
+            self._distant = measure_distant(models)
+        self._save()
+
     def measure_hits(self, models: Models) -> None:
         """The hit ratios at equal memory, where what Ray needs for a model is known."""
         costs = [each[RAY]["mb_per_model"] for each in self._rounds if RAY in each]
@@ -147,7 +164,7 @@ class Run:
         """The table, the goals, what was lost, and where the record is."""
         CONSOLE.print(build_table(summarise_contenders(self._rounds)))
         for line in (
-            *list_goals(judge_goals(self._rounds)),
+            *list_goals(judge_goals(self._rounds, self._distant)),
             *([describe_equal_memory(self._equal)] if self._equal else []),
         ):
             CONSOLE.print(line, highlight=False)
@@ -173,7 +190,8 @@ class Run:
             "seconds": self._seconds,
             "models": {"warm": WARM_MODELS, "cold": COLD_MODELS, "tick": TICK_MODELS},
             "contenders": summarise_contenders(self._rounds),
-            "goals": judge_goals(self._rounds),
+            "goals": judge_goals(self._rounds, self._distant),
+            "distant_store": self._distant,
             "equal_memory": self._equal,
             "unavailable": self.lost,
         }
@@ -181,18 +199,19 @@ class Run:
 
 
 def measure_contender(server: PeerServer, models: Models, folder: Path, seconds: int) -> Found:
-    """Measure one that runs."""
+    """Measure one that runs, once what it does at its start is over."""
+    settle(server)
     body = server.dialect.tensor_body(models.x)
     check_answers(server, models, body)
     found: Found = {"memory_mb": server.tree.memory() / 1e6, "warm": measure_warm(server, models, folder, seconds)}
     names = models.names
-    found["cold"] = ask_at_once(server, names[TICK_MODELS:], body, COLD_MODELS)
+    found["cold"] = ask_models(server, models, names[TICK_MODELS:], COLD_MODELS)
     before = server.tree.memory()
     for name in names[WARM_MODELS:TICK_MODELS]:
         server.ask(name, body)
     count = TICK_MODELS - WARM_MODELS
     found["mb_per_model"] = (server.tree.memory() - before) / 1e6 / count
-    found["tick"] = ask_at_once(server, names[:TICK_MODELS], body, TICK_CONNECTIONS)
+    found["tick"] = ask_models(server, models, names[:TICK_MODELS], TICK_CONNECTIONS)
     return found
 
 
@@ -217,6 +236,36 @@ def put_bare_in_place(trigger: Path, server: PeerServer) -> None:
         if not server.tree.pids() or time.monotonic() > until:
             raise RuntimeError("Ray did not start its bare deployment")
         time.sleep(0.1)
+
+
+def settle(server: PeerServer) -> None:
+    """Wait until its processes do little by themselves, or have had time enough for it."""
+    until, before = time.monotonic() + SETTLE_S, server.tree.cpu_s()
+    while time.monotonic() < until:
+        time.sleep(1.0)
+        before, passed = server.tree.cpu_s(), before
+        if before - passed < IDLE:
+            return
+
+
+def measure_distant(models: Models) -> Found:
+    """Bursts of cold models from a store whose answers take DISTANT_S, for Ray's default and Fleetcast's fronts."""
+    CONSOLE.print(f"{COLD_MODELS} cold models at once, whose store answers after {DISTANT_S * 1e3:g} ms")
+    bursts: dict[str, list[Found]] = {}
+    for name in (RAY, DIRECT):
+        with serve_distant(models.weights if name == RAY else models.store, DISTANT_S) as endpoint:
+            address = {"AWS_ENDPOINT_URL": endpoint, **CREDENTIALS, "PEER_STORE": f"{endpoint}/{BUCKET}"}
+            starter = (
+                partial(start_ray, models.weights, CONSOLE.print, environment=address)
+                if name == RAY
+                else partial(start_cluster, f"s3://{BUCKET}", by_proxy=False, environment=address)
+            )
+            with starter() as server:
+                settle(server)
+                cuts = [models.names[each * COLD_MODELS :][:COLD_MODELS] for each in range(1 + DISTANT_BURSTS)]
+                check_answers(server, models, server.dialect.tensor_body(models.x))
+                bursts[name] = [ask_models(server, models, cut, COLD_MODELS) for cut in cuts[1:]]
+    return {"delay_ms": DISTANT_S * 1e3, **{name: summarise_rounds(each) for name, each in bursts.items()}}
 
 
 def measure_equal_memory(models: Models, mb_per_model: float) -> Found:
@@ -247,25 +296,25 @@ def describe_equal_memory(equal: Found) -> str:
 def check_answers(server: PeerServer, models: Models, body: bytes) -> None:
     """Compare the warm models' answers with the plain network's. Raises RuntimeError where one differs."""
     for name in islice(models.names, WARM_MODELS):
-        got = server.ask(name, body)
-        if not np.allclose(got, models.answers[name], rtol=CLOSE, atol=CLOSE):
-            raise RuntimeError(f"{server.name} answers {got[:3]} for {name}, not {models.answers[name][:3]}")
+        check_answer(server, models, name, server.ask(name, body))
 
 
-def ask_at_once(server: PeerServer, names: Sequence[str], body: bytes, connections: int) -> Found:
-    """Request each model once over so many connections: the time of all, and of each."""
+def check_answer(server: PeerServer, models: Models, name: str, got: npt.NDArray[np.float64]) -> None:
+    """Raises RuntimeError where it differs from the plain network's."""
+    if not np.allclose(got, models.answers[name], rtol=CLOSE, atol=CLOSE):
+        raise RuntimeError(f"{server.name} answers {got[:3]} for {name}, not {models.answers[name][:3]}")
 
-    def ask(name: str) -> float:
-        begin = time.perf_counter()
-        server.ask(name, body)
-        return (time.perf_counter() - begin) * 1e3
 
-    with ThreadPoolExecutor(connections) as pool:
-        begin = time.perf_counter()
-        took = list(pool.map(ask, names))
-        whole = time.perf_counter() - begin
-    p50, p99 = np.percentile(took, [50, 99])
-    return {"all_ms": whole * 1e3, "p50_ms": float(p50), "p99_ms": float(p99)}
+def ask_models(server: PeerServer, models: Models, names: Sequence[str], connections: int) -> Found:
+    """Request each model once over so many connections: the time of all, and of each. Raises RuntimeError if wrong."""
+    body = server.dialect.tensor_body(models.x)
+    host, closing = urlsplit(server.url).netloc, {"Connection": "close"}
+    requests = {name: server.dialect.request(host, name + server.suffix, body, headers=closing) for name in names}
+    answers, whole_s = ask_at_once(server.url, requests, connections)
+    for name, answer in answers.items():
+        check_answer(server, models, name, decode_answer(read_body(answer.raw)))
+    p50, p99 = np.percentile([answer.took_s * 1e3 for answer in answers.values()], [50, 99])
+    return {"all_ms": whole_s * 1e3, "p50_ms": float(p50), "p99_ms": float(p99)}
 
 
 def _make_starter(name: str, models: Models, bare: Path | None) -> Start:
@@ -277,7 +326,9 @@ def _make_starter(name: str, models: Models, bare: Path | None) -> Start:
 
 
 @contextmanager
-def start_cluster(store: Path, *, by_proxy: bool, **settings: Any) -> Iterator[PeerServer]:
+def start_cluster(
+    store: Path | str, *, by_proxy: bool, environment: Mapping[str, str] | None = None, **settings: Any
+) -> Iterator[PeerServer]:
     """`fleetcast cluster` of one replica, in the peer's environment, which finds our packages behind its own."""
     python = make_environment("ray", CONSOLE.print) / "bin" / "python"
     asked = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -292,10 +343,8 @@ def start_cluster(store: Path, *, by_proxy: bool, **settings: Any) -> Iterator[P
         }  # fmt: skip
         line = [str(python), "-P", "-m", "server.cli.main", "cluster"]
         line += [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-        environment = {
-            **_quiet(folder), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": text, "RAY_AUTH_MODE": "disabled",
-        }  # fmt: skip
-        with start_process(line, folder, environment) as (tree, log):
+        variables = {**_quiet(folder), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": text, "RAY_AUTH_MODE": "disabled"}
+        with start_process(line, folder, {**variables, **(environment or {})}) as (tree, log):
             _wait_until_ready(tree, log)
             at = ray_port if by_proxy else port
             yield PeerServer("fleetcast", f"http://127.0.0.1:{at}", DIALECTS["sagemaker"], ".mar", tree)
