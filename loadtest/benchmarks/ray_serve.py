@@ -95,7 +95,7 @@ def main(
     if unknown := [name for name in chosen if name not in CONTENDERS]:
         raise typer.BadParameter(f"there is no contender {', '.join(unknown)}: known are {', '.join(CONTENDERS)}")
     wrk.require_wrk()
-    run = Run(chosen, seconds, hits=hits, saves=rounds >= RECORDED)
+    run = Run(chosen, seconds, saves=rounds >= RECORDED)
     until = time.monotonic() + 60 * minutes - (LAST_S if hits else 0)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -120,8 +120,8 @@ def main(
 class Run:
     """What was measured so far, and what was lost; saved after each part."""
 
-    def __init__(self, chosen: Sequence[str], seconds: int, *, hits: bool, saves: bool) -> None:
-        self._chosen, self._seconds, self._hits, self._saves = chosen, seconds, hits, saves
+    def __init__(self, chosen: Sequence[str], seconds: int, *, saves: bool) -> None:
+        self._chosen, self._seconds, self._saves = chosen, seconds, saves
         self._before = record.describe_machine()
         self._rounds: list[dict[str, Found]] = []
         self._equal: Found = {}
