@@ -16,7 +16,8 @@ DEPLOYMENT = "engine"
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 10.0
 STATS_PERIOD_S = 1.0  #: between two times that a replica says which node it is
 END_S = 15.0  #: beyond `drain_s`, within which a replica has ended
-LONGEST_WINDOW_S = 30.0  #: over which Ray takes the mean of what replicas report, if `up_after_s` is no shorter
+#: Ray takes the mean of what replicas report over `up_after_s`, within these; it sends reports every ten seconds.
+SHORTEST_WINDOW_S, LONGEST_WINDOW_S = 12.0, 30.0
 
 
 def build_application(options: ReplicaOptions, scaling: Scaling) -> Application:
@@ -54,7 +55,7 @@ def _make_scaling_options(scaling: Scaling) -> dict[str, Any]:
         target_ongoing_requests=scaling.requests_per_replica,
         upscale_delay_s=scaling.up_after_s,
         downscale_delay_s=scaling.down_after_s,
-        look_back_period_s=min(LONGEST_WINDOW_S, max(1.0, scaling.up_after_s)),
+        look_back_period_s=min(LONGEST_WINDOW_S, max(SHORTEST_WINDOW_S, scaling.up_after_s)),
         policy=AutoscalingPolicy(policy_function=POLICY),
     )
     return {"num_replicas": None, "autoscaling_config": config}

@@ -188,6 +188,7 @@ def test_the_number_of_replicas_follows_requests_that_do_not_pass_through_ray(
     ray.do("deploy", options=options, replicas=1, **bounds)
     wait_for(ray, 1)
     client = AnyNode(tmp_path / "disk", ray.http)
+    wait_until(client.list_addresses, "the replica has the table of nodes")
     with Load(ray.wrap({"inference": ray.proxy}), QUESTIONS[:20], ask=client.ask, clients=4) as load:
         wait_for(ray, 2)
         load.more(len(MODELS))
