@@ -128,6 +128,7 @@ def test_replicas_nodes_settings_and_the_head_come_and_go(
     options = make_options(f"s3://{store}", disk)
     ray.do("deploy", options=options, replicas=3)
     servers = wait_for(ray, 3)
+    wait_until(lambda: _know_each_other(servers), "each front has links to all other nodes")
     client = AnyNode(disk, ray.http)
     for question in [*QUESTIONS, *QUESTIONS]:
         client.ask(question)
@@ -252,6 +253,15 @@ def _ask(ray: RayCluster, url: str, question: Question) -> bool:
     reply = ray.http.post(f"{url}/invocations", content=question.body, headers=headers)
     assert reply.status_code == httpx.codes.OK, reply.text
     question.check(reply.content)
+    return True
+
+
+def _know_each_other(servers: dict[str, Server]) -> bool:
+    """Ray knows of a replica before the other fronts do, which meanwhile load what the new node owns."""
+    for server in servers.values():
+        nodes = server.http.get(f"{server.addresses['management']}/fleet/nodes").json()["nodes"]
+        if {node["name"] for node in nodes if node["state"] in ("here", "linked")} != servers.keys():
+            return False
     return True
 
 
