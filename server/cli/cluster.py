@@ -16,6 +16,7 @@ from server.contract import HEADER_TARGET_MODEL
 from server.settings import Settings
 
 if TYPE_CHECKING:
+    from server.cluster.autoscaling import Scaling
     from server.cluster.options import ReplicaOptions
 
 INSTALL = "fleetcast cluster needs Ray Serve, which is not installed: pip install 'fleetcast[ray]'"
@@ -27,13 +28,17 @@ _FLAGS: dict[str, tuple[Any, Any, str]] = {
     "address": (str, "", "existing Ray cluster (auto, or HOST:PORT of its head); empty: a new one on this host"),
     "name": (str, "fleetcast", "name of the Serve application"),
     "replicas": (int, 1, "number of replicas, each a whole server"),
-    "most_replicas": (int, 0, "Ray scales up to so many by the requests under way in its proxies; 0: it does not"),
+    "most_replicas": (int, 0, "Ray scales up to so many by the requests that are under way; 0: it does not"),
+    "requests_per_replica": (float, 64.0, "requests under way for each replica, by which Ray chooses their number"),
+    "up_after_s": (float, 30.0, "seconds for which more replicas are wanted before there are more"),
+    "down_after_s": (float, 600.0, "seconds for which fewer replicas are wanted before there are fewer"),
     "replicas_per_host": (int, 1, "most replicas on one host; the second has free ports in the place of those set"),
     "cpus": (float, 1.0, "CPUs of one replica as Ray counts them; also its workers where `workers` is 0"),
     "gpus": (float, 0.0, "GPUs of one replica: whole ones"),
     "ray_port": (int, 8000, "port of Ray's own HTTP proxies, beside the fronts' inference_port; 0: a free port"),
     "detach": (bool, False, "return once the cluster runs, which then goes on; for an existing one"),
 }
+_SCALING = ("replicas", "most_replicas", "requests_per_replica", "up_after_s", "down_after_s")  #: of `Scaling`
 
 
 def _with_cluster_flags(command: Any) -> Any:
@@ -66,16 +71,13 @@ def cluster(**flags: Any) -> None:
     with one_line_errors():
         own = {name: flags.pop(name) for name in _FLAGS}
         settings = settings_from(flags)
-        options = _make_options(settings, own)
-        _run(options, own)
+        _run(_make_options(settings, own), _make_scaling(own), own)
 
 
 def _make_options(settings: Settings, own: dict[str, Any]) -> "ReplicaOptions":
     """What the replicas are told. Raises ValueError."""
     from server.cluster.options import ReplicaOptions, parse_options  # noqa: PLC0415
 
-    if own["replicas"] < 1:
-        raise ValueError("--replicas must be 1 or more")
     wire = settings.to_wire()
     if "://" not in settings.store:
         wire["store"] = str(Path(settings.store).expanduser().absolute())
@@ -88,7 +90,14 @@ def _make_options(settings: Settings, own: dict[str, Any]) -> "ReplicaOptions":
     return parse_options(options.to_config())
 
 
-def _run(options: "ReplicaOptions", own: dict[str, Any]) -> None:
+def _make_scaling(own: dict[str, Any]) -> "Scaling":
+    """How many replicas. Raises ValueError."""
+    from server.cluster.options import parse_scaling  # noqa: PLC0415
+
+    return parse_scaling({name: own[name] for name in _SCALING})
+
+
+def _run(options: "ReplicaOptions", scaling: "Scaling", own: dict[str, Any]) -> None:
     for name, value in RAY_VARIABLES.items():  # before Ray is imported, which reads them then
         os.environ.setdefault(name, value)
     try:
@@ -98,7 +107,7 @@ def _run(options: "ReplicaOptions", own: dict[str, Any]) -> None:
             raise
         raise ValueError(INSTALL) from None
     told = threading.Event()
-    with run_cluster(options, own) as lines:
+    with run_cluster(options, scaling, own) as lines:
         for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set handlers of its own
             signal.signal(number, lambda *_: told.set())
         for line in lines:

@@ -24,11 +24,15 @@ log = structlog.get_logger()
 
 
 class Entry(Struct, frozen=True):
-    """What a replica says of itself. `actor`: Ray's name of its process, whose number on its host is `pid`."""
+    """What a replica says of itself. `actor`: Ray's name of its process, whose number on its host is `pid`.
+
+    `gpus`: those that Ray gave it, by the names that CUDA_VISIBLE_DEVICES has for them.
+    """
 
     node: Node
     actor: str
     pid: int = 0
+    gpus: tuple[str, ...] = ()
 
 
 class Directory:

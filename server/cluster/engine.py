@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -32,10 +32,11 @@ class EngineFailed(Exception):
 class Engine:
     """A running server. `addresses` are those of its listeners, by name."""
 
-    def __init__(self, settings: Settings, folder: Path, lock: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, lock: int, gpus: Sequence[str] = ()) -> None:
         """Start it and wait until it is ready. Raises EngineFailed.
 
-        `lock`: a descriptor that it inherits, so that its place is free once all of it is gone.
+        `lock`: a descriptor that it inherits, so that its place is free once all of it is gone. `gpus`: those that it
+        sees, where it is to have any.
         """
         self._settings, self._log = settings, folder / "server.log"
         announce = folder / "addresses.json"
@@ -47,7 +48,7 @@ class Engine:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "server.cluster.engine_main"],
                 stdin=subprocess.PIPE, stdout=out, stderr=out, cwd=folder, pass_fds=(lock,), start_new_session=True,
-                env={**os.environ, "PYTHONPATH": paths},
+                env={**os.environ, "PYTHONPATH": paths, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})},
             )  # fmt: skip
         assert self._process.stdin is not None, "it has a pipe"
         try:

@@ -9,9 +9,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from server.cluster.autoscaling import Scaling
 from server.contract import CACHE_SHARE
 from server.front.nodes.handshake import MIN_SECRET
 from server.settings import Settings
+from server.supervisor.worker_plan import default_host_tier
 
 MAX_ONGOING = 512  #: requests at one replica through Ray's proxy; the front's own bounds refuse before
 
@@ -33,15 +35,20 @@ class ReplicaOptions(Struct, frozen=True, forbid_unknown_fields=True):
         """The settings of the server in this slot of its host, without the names of the cluster's files.
 
         The first replica of a host has the ports of the settings; further ones have free ports. A replica is one of
-        `per_host` on its host, which share its memory: without `model_cache_bytes` each takes its part of the default.
+        `per_host` on its host, which share its memory: without `model_cache_bytes` each takes its part of the default,
+        and on GPUs without `host_cache_bytes` of that one. Without GPUs of its own it takes none, though it may see
+        those of other replicas: Ray hides them from nobody.
         """
         wire = {**self.settings, "disk_cache": folder, "node_host": address}
+        wire["device"] = "cuda" if self.gpus else "cpu"
         if slot:
             wire |= {name: 0 for name in _PORTS if wire.get(name)}
         if not wire.get("workers") and not self.gpus:
             wire["workers"] = max(1, math.floor(self.cpus))
         if not wire.get("model_cache_bytes") and not self.gpus and self.per_host > 1:
             wire["model_cache_bytes"] = int(memory_bytes * CACHE_SHARE / self.per_host)
+        if self.gpus and wire.get("host_cache_bytes") is None and self.per_host > 1:
+            wire["host_cache_bytes"] = default_host_tier(memory_bytes) // self.per_host
         return wire
 
     def to_config(self) -> dict[str, Any]:
@@ -53,13 +60,19 @@ class ReplicaOptions(Struct, frozen=True, forbid_unknown_fields=True):
 _PORTS = ("inference_port", "management_port", "metrics_port", "node_port", "grpc_port", "grpc_management_port")
 
 
-def read_arguments(arguments: dict[str, Any]) -> tuple[ReplicaOptions, dict[str, int]]:
-    """The options, and the counts of replicas, of a Serve config file. Raises ValueError that says what is wrong."""
+def read_arguments(arguments: dict[str, Any]) -> tuple[ReplicaOptions, Scaling]:
+    """The options, and how many replicas, of a Serve config file. Raises ValueError that says what is wrong."""
     given = dict(arguments)
-    names: list[str] = [name for name in ("replicas", "most_replicas") if name in given]
-    counts = {name: int(given.pop(name)) for name in names}
+    counts = {name: given.pop(name) for name in Scaling.__struct_fields__ if name in given}
     given["settings"] = Settings(**given.get("settings", {})).to_wire()
-    return parse_options(given), counts
+    return parse_options(given), parse_scaling(counts)
+
+
+def parse_scaling(counts: dict[str, Any]) -> Scaling:
+    """The numbers of replicas. Raises ValueError that says what is wrong."""
+    scaling = msgspec.convert(counts, Scaling)
+    scaling.check()
+    return scaling
 
 
 def parse_options(config: Any) -> ReplicaOptions:
@@ -69,5 +82,9 @@ def parse_options(config: Any) -> ReplicaOptions:
         raise ValueError(f"the cluster's secret has fewer than {MIN_SECRET} characters")
     if options.gpus != int(options.gpus):
         raise ValueError("a replica has whole GPUs: its own workers share one (workers_per_device)")
-    Settings.from_wire(options.settings)
+    device = Settings.from_wire(options.settings).device
+    if options.gpus and device == "cpu":
+        raise ValueError(f"replicas have {options.gpus:g} GPUs and serve from the CPU: leave `device` or `gpus` out")
+    if device == "cuda" and not options.gpus:
+        raise ValueError("device is cuda, and replicas have no GPU: say how many each has (`gpus`, --gpus 1)")
     return options

@@ -15,9 +15,11 @@ import structlog
 from ray import serve
 
 from server.cluster.addresses import describe_node
+from server.cluster.autoscaling import UNDER_WAY
 from server.cluster.directory import Directory, DirectoryFollower, Entry
 from server.cluster.engine import Engine, EngineFailed
 from server.cluster.options import ReplicaOptions, parse_options
+from server.cluster.own_load import OwnLoad
 from server.cluster.passing import Passing, Receive, Scope, Send
 from server.cluster.request_router import NODE
 from server.cluster.slots import Slot, claim_slot
@@ -53,6 +55,7 @@ class EngineReplica:
         self._slot: Slot | None = None
         self._engine: Engine | None = None
         self._follower: DirectoryFollower | None = None
+        self._load: OwnLoad | None = None
         self._changing = threading.Lock()
 
     def __repr__(self) -> str:
@@ -72,6 +75,12 @@ class EngineReplica:
     def record_routing_stats(self) -> dict[str, Any]:
         """What `OwnerRouter` must know."""
         return {NODE: self._slot.name if self._slot is not None and self._engine is not None else ""}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `count_wanted` must know. Ray asks every few seconds where the number of replicas may change."""
+        load = self._load
+        under_way = None if load is None or self._engine is None else await load.count_under_way()
+        return {} if under_way is None else {UNDER_WAY: under_way}
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request that came through Ray's proxy; while the own server is changed, another node does."""
@@ -102,11 +111,13 @@ class EngineReplica:
             wire = options.settings_of(slot.index, str(slot.folder / "cache"), address, memory)
             wire |= {"node_name": slot.name, "nodes_file": str(nodes), "node_key_file": str(secret)}
             self._follower.prepare()
-            engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock)
-            actor = self._context.replica_id.to_full_id_str()
-            self._follower.enter(Entry(describe_node(slot.name, engine.addresses), actor, os.getpid()))
+            gpus = _find_gpus(options)
+            engine = Engine(Settings.from_wire(wire), slot.folder, slot.lock, gpus)
+            actor, node = self._context.replica_id.to_full_id_str(), describe_node(slot.name, engine.addresses)
+            self._follower.enter(Entry(node, actor, os.getpid(), gpus))
+            self._load = OwnLoad(node, secret, settings.tls_certificate)
             self._engine = engine
-            log.info("replica", node=slot.name, addresses=dict(engine.addresses))
+            log.info("replica", node=slot.name, addresses=dict(engine.addresses), gpus=gpus)
 
     def _stop_engine(self) -> None:
         engine, self._engine = self._engine, None
@@ -121,6 +132,22 @@ class EngineReplica:
     def _end(self) -> None:
         with self._changing:
             self._stop_engine()
+
+
+def _find_gpus(options: ReplicaOptions) -> tuple[str, ...]:
+    """The GPUs that Ray gave this replica, also where Ray was told to leave CUDA_VISIBLE_DEVICES alone.
+
+    Raises EngineFailed where they are not as many as the options say.
+    """
+    if not options.gpus:
+        return ()
+    found = tuple(ray.get_runtime_context().get_accelerator_ids().get("GPU", ()))
+    if len(found) != options.gpus:
+        raise EngineFailed(
+            f"Ray gave this replica {len(found)} GPUs ({', '.join(found)}), and `gpus` says {options.gpus:g}: "
+            "`num_gpus` in `ray_actor_options` has to be the same"
+        )
+    return found
 
 
 def _write_secret(path: Path, secret: str) -> None:

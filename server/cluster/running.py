@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 
 from server.cluster.application import DEPLOYMENT, build_application
+from server.cluster.autoscaling import Scaling
 from server.cluster.directory import Directory, Entry
 from server.cluster.options import ReplicaOptions
 from server.contract import HEADER_TARGET_MODEL
@@ -24,19 +25,19 @@ class ClusterFailed(ValueError):
 
 
 @contextmanager
-def run_cluster(options: ReplicaOptions, own: dict[str, Any]) -> Iterator[Sequence[str]]:
+def run_cluster(options: ReplicaOptions, scaling: Scaling, own: dict[str, Any]) -> Iterator[Sequence[str]]:
     """The lines to show once all replicas serve. Raises ClusterFailed.
 
     `own`: the flags of `fleetcast cluster`. On the way out a Ray cluster that was started here ends; on an existing one
     the application is deleted, unless it is to stay (`detach`).
     """
     is_ours = not own["address"]
-    _connect(options, own, is_ours=is_ours)
+    _connect(options, scaling, own["address"])
     try:
         serve.start(http_options=HTTPOptions(host="127.0.0.1", port=own["ray_port"]))
-        application = build_application(options, own["replicas"], own["most_replicas"])
+        application = build_application(options, scaling)
         serve.run(application, name=own["name"], route_prefix="/")
-        entries = _await_replicas(own["name"], own["replicas"])
+        entries = _await_replicas(own["name"], scaling.replicas)
         yield _describe(entries, own)
         if not own["detach"]:
             serve.delete(own["name"])
@@ -46,17 +47,24 @@ def run_cluster(options: ReplicaOptions, own: dict[str, Any]) -> Iterator[Sequen
         ray.shutdown()
 
 
-def _connect(options: ReplicaOptions, own: dict[str, Any], *, is_ours: bool) -> None:
-    if is_ours:
-        most = max(own["replicas"], own["most_replicas"])
+def _connect(options: ReplicaOptions, scaling: Scaling, address: str) -> None:
+    if not address:
+        most = max(scaling.replicas, scaling.most_replicas)
         ray.init(
             num_cpus=max(1, round(most * options.cpus + 0.49)),
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=OBJECT_STORE,
         )
+        gpus, wanted = ray.cluster_resources().get("GPU", 0), scaling.replicas * options.gpus
+        if gpus < wanted:
+            ray.shutdown()
+            raise ClusterFailed(
+                f"{scaling.replicas} replicas need {wanted:g} GPUs, and Ray sees {gpus:g} on this host: compare with "
+                "`nvidia-smi -L` and CUDA_VISIBLE_DEVICES, or ask for fewer"
+            )
     else:
-        ray.init(address=own["address"], log_to_driver=False)
+        ray.init(address=address, log_to_driver=False)
 
 
 def _await_replicas(name: str, count: int) -> list[Entry]:
@@ -77,7 +85,10 @@ def _describe(entries: Sequence[Entry], own: dict[str, Any]) -> list[str]:
     lines = [f"fleetcast   {len(entries)} replicas of {own['name']} on Ray {ray.__version__}"]
     for entry in entries:
         node = entry.node
-        lines.append(f"{node.name} {node.inference}/invocations, management {node.management}, metrics {node.metrics}")
+        gpus = f", GPU {', '.join(entry.gpus)}" if entry.gpus else ""
+        lines.append(
+            f"{node.name} {node.inference}/invocations, management {node.management}, metrics {node.metrics}{gpus}"
+        )
     lines.append(f"any of them answers for all models, named by {HEADER_TARGET_MODEL}")
     lines.append(f"ray proxy   http://127.0.0.1:{own['ray_port']}/invocations")
     lines.append("ready       Ctrl-C or SIGTERM drains and stops" if not own["detach"] else "ready       it goes on")

@@ -72,9 +72,14 @@ def _share_host_tier(settings: Settings, host: Host, count: int, *, cuda: bool) 
     if settings.host_cache_bytes is not None:
         total = int(settings.host_cache_bytes)
     else:
-        total = min(HOST_TIER_BYTES, int(host.memory_bytes * HOST_TIER_SHARE)) if cuda else 0
+        total = default_host_tier(host.memory_bytes) if cuda else 0
     share = total // count
     return 1 << share.bit_length() - 1 if cuda and share else share
+
+
+def default_host_tier(memory_bytes: int) -> int:
+    """Bytes of the host memory tier in front of GPUs, where no setting says otherwise."""
+    return min(HOST_TIER_BYTES, int(memory_bytes * HOST_TIER_SHARE))
 
 
 def share_cores(cores: Sequence[int], count: int) -> list[tuple[int, ...]]:

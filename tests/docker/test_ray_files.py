@@ -62,9 +62,9 @@ def test_arguments_are_the_programs(name: str) -> None:
     """Each option and each setting is one that the program has."""
     document = read_documents(RAY / name)[-1]
     config = yaml.safe_load(document["spec"]["serveConfigV2"]) if name == "kuberay.yaml" else document
-    options, counts = read_arguments(find_arguments(config))
+    options, scaling = read_arguments(find_arguments(config))
     assert Settings.from_wire(options.settings).store == "s3://models/prices"
-    assert counts["replicas"] > 1
+    assert scaling.replicas > 1
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
@@ -86,9 +86,9 @@ def test_pods_are_rays_and_the_servers() -> None:
     have time to drain; the service finds them.
     """
     service, ray = read_documents(RAY / "kuberay.yaml")
-    options, counts = read_arguments(find_arguments(yaml.safe_load(ray["spec"]["serveConfigV2"])))
+    options, scaling = read_arguments(find_arguments(yaml.safe_load(ray["spec"]["serveConfigV2"])))
     (group,) = ray["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert group["minReplicas"] <= counts["replicas"] <= group["maxReplicas"]
+    assert group["minReplicas"] <= scaling.replicas <= group["maxReplicas"]
     for template in list_pods():
         (container,) = template["spec"]["containers"]
         assert SESSION in container["env"]

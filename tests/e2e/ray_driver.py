@@ -13,6 +13,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from server.cluster.application import build_application
+from server.cluster.autoscaling import Scaling
 from server.cluster.directory import Directory
 from server.cluster.options import parse_options
 
@@ -22,9 +23,9 @@ HEAD_CPUS = 4  #: for as many replicas
 STARTS = 3  #: a raylet ends itself where its agents take longer than 15 s to start, as on a busy machine
 
 
-def describe_node(cpus: int) -> dict[str, Any]:
+def describe_node(cpus: int, gpus: int = 0) -> dict[str, Any]:
     """A small node."""
-    return {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False}
+    return {"num_cpus": cpus, "num_gpus": gpus, "object_store_memory": STORE, "include_dashboard": False}
 
 
 class Driver:
@@ -39,11 +40,11 @@ class Driver:
         ray.init(address=self._cluster.address, log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": int(os.environ["RAY_PORT"])})
 
-    def add_node(self) -> None:
-        """One more node, with room for one replica."""
+    def add_node(self, cpus: int = 1, gpus: int = 0) -> None:
+        """One more node, with room for so many replicas. Ray takes our word for GPUs."""
         for left in reversed(range(STARTS)):
             try:
-                self._nodes.append(self._cluster.add_node(**describe_node(1)))
+                self._nodes.append(self._cluster.add_node(**describe_node(cpus, gpus)))
             except Exception:  # Ray raises no other
                 if not left:
                     raise
@@ -54,9 +55,9 @@ class Driver:
         """A node ends with all that runs on it."""
         self._cluster.remove_node(self._nodes.pop(index), allow_graceful=False)
 
-    def deploy(self, options: dict[str, Any], replicas: int) -> None:
+    def deploy(self, options: dict[str, Any], replicas: int, **scaling: Any) -> None:
         """Deploy, or deploy anew, and wait until Ray says that it runs."""
-        serve.run(build_application(parse_options(options), replicas), name=NAME)
+        serve.run(build_application(parse_options(options), Scaling(replicas, **scaling)), name=NAME)
 
     def list_nodes(self) -> list[dict[str, Any]]:
         """The replicas that live, each with its process and the Ray node that it is on."""
@@ -67,6 +68,7 @@ class Driver:
                 "metrics": f"http://{entry.node.metrics}",
                 "management": entry.node.management,
                 "pid": entry.pid,
+                "gpus": ",".join(entry.gpus),
             }
             for entry in Directory(NAME).list_living()
         ]

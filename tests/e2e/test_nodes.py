@@ -67,8 +67,8 @@ def test_each_model_lives_on_one_node_and_a_node_that_is_killed_moves_only_its_o
 
 def test_a_model_elsewhere_answers_as_one_at_home_over_tls(s3: S3Server, store: str, tmp_path: Path) -> None:
     """Two nodes that speak TLS with a certificate of no authority. Bodies and answers of many chunks, calls for many
-    models, refusals and deadlines are the same whichever is asked; a load by the Open Inference Protocol goes to the
-    owner; each series has the label `node`.
+    models, what a model is, refusals and deadlines are the same whichever is asked; a load by the Open Inference
+    Protocol goes to the owner; each series has the label `node`.
     """
     upload(s3, store, MODELS[:12])
     certificate = write_certificate(tmp_path)
@@ -83,6 +83,9 @@ def test_a_model_elsewhere_answers_as_one_at_home_over_tls(s3: S3Server, store: 
             for body in (many, large, b"{", b'{"x": 1}'):
                 said = [_ask(server, model.name, body) for server in (a, b)]
                 assert said[0] == said[1]
+            described = [http.get(f"{server.url}/v2/models/{model.name}") for server in (a, b)]
+            assert [reply.status_code for reply in described] == [200, 200], described[0].text + described[1].text
+            assert described[0].content == described[1].content
         assert _ask(a, "no/such.mar", b"{}") == _ask(b, "no/such.mar", b"{}")
         late = [server.post(MODELS[0].name, b"{}", {"X-Request-Timeout-Ms": "1"}).status_code for server in (a, b)]
         assert set(late) <= {424, 400}

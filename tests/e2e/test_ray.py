@@ -128,6 +128,7 @@ def test_replicas_nodes_settings_and_the_head_come_and_go(
     options = make_options(f"s3://{store}", disk)
     ray.do("deploy", options=options, replicas=3)
     servers = wait_for(ray, 3)
+    wait_until(lambda: _know_each_other(servers), "each front has links to all other nodes")
     client = AnyNode(disk, ray.http)
     for question in [*QUESTIONS, *QUESTIONS]:
         client.ask(question)
@@ -175,6 +176,69 @@ def test_rays_own_tools_deploy_the_file(s3: S3Server, store: str, tmp_path: Path
     assert count_loads(*servers.values(), tier="store") == 0, "all models were on the nodes' disks"
 
 
+@pytest.mark.timeout(900)
+def test_the_number_of_replicas_follows_requests_that_do_not_pass_through_ray(
+    s3: S3Server, store: str, tmp_path: Path, ray: RayCluster
+) -> None:
+    """Clients ask the nodes themselves, and Ray's proxy nothing: under their load a second replica comes, and it goes
+    after they have gone. No answer is refused or wrong meanwhile.
+    """
+    upload(s3, store, MODELS[:20])
+    options = make_options(f"s3://{store}", tmp_path / "disk")
+    bounds = {"most_replicas": 2, "requests_per_replica": 0.02, "up_after_s": 1.0, "down_after_s": 1.0}
+    ray.do("deploy", options=options, replicas=1, **bounds)
+    wait_for(ray, 1)
+    client = AnyNode(tmp_path / "disk", ray.http)
+    wait_until(client.list_addresses, "the replica has the table of nodes")
+    with Load(ray.wrap({"inference": ray.proxy}), QUESTIONS[:20], ask=client.ask, clients=4) as load:
+        wait_for(ray, 2)
+        load.more(len(MODELS))
+    wait_for(ray, 1)
+    assert client.ask(QUESTIONS[0])
+    problems = [outcome for outcome in load.outcomes if outcome.problem]
+    assert not problems, f"{len(problems)} of {len(load.outcomes)} answers: {problems[:3]}"
+
+
+@pytest.mark.timeout(900)
+def test_each_replica_has_a_gpu_of_its_own(s3: S3Server, store: str, tmp_path: Path) -> None:
+    """A node that Ray takes for one with two GPUs, which are simulated in the workers: two replicas with one each have
+    different ones, they alone are shown to their workers, and both answer right for all models. Then replicas without
+    GPUs on the same node use none of them.
+    """
+    upload(s3, store, MODELS[:6])
+    (tmp_path / "sitecustomize.py").write_text(SIMULATED)
+    sizes = {"model_cache_bytes": "16MiB", "host_cache_bytes": "1MiB"}
+    options = make_options(f"s3://{store}", tmp_path / "disk", **{**sizes, "device": "auto"})
+    with run_ray(s3, tmp_path / "ray", str(tmp_path)) as ray:
+        ray.do("add_node", cpus=2, gpus=2)
+        ray.do("deploy", options={**options, "gpus": 1}, replicas=2)
+        servers = wait_for(ray, 2)
+        assert _list_devices(servers) == {"cuda:0", "cuda:1"}
+        assert {f"cuda:{server.addresses['gpus']}" for server in servers.values()} == {"cuda:0", "cuda:1"}
+        for server in servers.values():
+            assert all(_ask(ray, server.url, question) for question in QUESTIONS[:6])
+        ray.do("deploy", options=options, replicas=2)
+        wait_until(lambda: _list_devices(wait_for(ray, 2)) == {"cpu"}, "replicas without GPUs serve")
+
+
+#: Of every process: what a worker takes for its GPU is the simulated device.
+SIMULATED = """
+import sys
+if "server.worker.main" in " ".join(sys.orig_argv):
+    import torch
+    from server.worker.engine import device
+    from tests.server.fake_device import FakeDevice
+
+    torch.version.cuda = "13.0"
+    device.CudaDevice = lambda where, precision: FakeDevice(total_bytes=2**34)
+"""
+
+
+def _list_devices(servers: dict[str, Server]) -> set[str]:
+    """Those of all their workers."""
+    return {row["device"] for server in servers.values() for row in server.processes("worker")}
+
+
 def _is_deployed(ray: RayCluster, before: dict[str, Server]) -> bool:
     """All replicas serve, none of them as it was before."""
     said = ray.run_serve("status")
@@ -189,6 +253,15 @@ def _ask(ray: RayCluster, url: str, question: Question) -> bool:
     reply = ray.http.post(f"{url}/invocations", content=question.body, headers=headers)
     assert reply.status_code == httpx.codes.OK, reply.text
     question.check(reply.content)
+    return True
+
+
+def _know_each_other(servers: dict[str, Server]) -> bool:
+    """Ray knows of a replica before the other fronts do, which meanwhile load what the new node owns."""
+    for server in servers.values():
+        nodes = server.http.get(f"{server.addresses['management']}/fleet/nodes").json()["nodes"]
+        if {node["name"] for node in nodes if node["state"] in ("here", "linked")} != servers.keys():
+            return False
     return True
 
 

@@ -25,7 +25,7 @@ DEAD_MS = 4000
 BEAT = "application/vnd.fleetcast.beat"  #: content type of a request that no model is asked by
 LOAD = "application/vnd.fleetcast.load"  #: of one that loads its model, answered with the version
 UNLOAD = "application/vnd.fleetcast.unload"
-DESCRIBE = "application/vnd.fleetcast.describe"  #: of one that asks what the node does, for a viewer elsewhere
+DESCRIBE = "application/vnd.fleetcast.describe-node"  #: of one that asks what the node does, for a viewer elsewhere
 
 
 class NodeLink(WorkerLink):

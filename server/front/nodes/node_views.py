@@ -39,11 +39,11 @@ async def _describe_node(
     if link is None:
         why = "" if is_here else "no connection to it"
     elif deadline:
-        summary, why = await _ask_node(link, deadline)
+        summary, why = await ask_node(link, deadline)
     return NodeView(node.name, state, node.inference, node.management, node.metrics, summary, why)
 
 
-async def _ask_node(link: NodeLink, deadline: float) -> tuple[bytes, str]:
+async def ask_node(link: NodeLink, deadline: float) -> tuple[bytes, str]:
     """What the node says it does; or why there is nothing to show."""
     call = link.describe(deadline)
     try:
