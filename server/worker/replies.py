@@ -82,27 +82,28 @@ class Replies:
         `found`: the answer of each, or RunFailed.
         """
         now = self._now()
-        done, bodies = list[Job](), list[Any]()
+        done, bodies, refused = list[Job](), list[Any](), list[tuple[Job, Refused]]()
         for job, body in zip(jobs, found, strict=True):
             if job.done:
                 self._release(job)
             elif isinstance(body, RunFailed):
-                self.refuse(job, Refused(Situation.MODEL_FAILED, str(body)))
+                refused.append((job, Refused(Situation.MODEL_FAILED, str(body))))
             elif job.deadline < now:
-                self.refuse(job, Refused(Situation.DEADLINE, LATE))
+                refused.append((job, Refused(Situation.DEADLINE, LATE)))
             else:
                 done.append(job)
                 bodies.append(body)
-        if not done:
-            return
-        self._scheduler.finish_all(done)
-        slots = [get_slot(job) for job in done]
-        self._note_answers(done, slots, now, began, run_s)
-        done[0].origin.answer_items(done, media, bodies, began, run_s)
-        for job in done:
-            job.slot = None
-        for slot in self._residents.cache.release_all(slots):
-            self._residents.retire(slot)
+        if done:
+            self._scheduler.finish_all(done)
+            slots = [get_slot(job) for job in done]
+            self._note_answers(done, slots, now, began, run_s)
+            done[0].origin.answer_items(done, media, bodies, began, run_s)
+            for job in done:
+                job.slot = None
+            for slot in self._residents.cache.release_all(slots):
+                self._residents.retire(slot)
+        for job, why in refused:  # at last: a refusal can end the call, which gives up what is not finished
+            self.refuse(job, why)
 
     def _note_answers(self, done: Sequence[Job], slots: Sequence[Slot], now: float, began: float, run_s: float) -> None:
         """Count items that are answered, and keep their rows of the access log and their bands' levels."""
