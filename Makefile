@@ -4,8 +4,8 @@
 # What the environment is for: cpu, or cuda (`make gpu`), which brings ONNX Runtime for GPUs.
 ACCELERATOR = cpu
 VENV = $(if $(filter cuda,$(ACCELERATOR)),.venv-cuda,.venv)
-FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
-PYTHON3 ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+FITS = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON3 ?= $(shell for p in python3.11 python3.12 python3.13 python3; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 BIN = $(VENV)/bin
 STAMP = $(VENV)/installed
 TORCH = torch==2.13.0
@@ -45,7 +45,7 @@ venv: $(READY) ## the environment .venv, made once and again when pyproject.toml
 
 $(STAMP): pyproject.toml handlers/codecs/_quick_numbers.c
 	@[ -n "$(PYTHON3)" ] && $(PYTHON3) -c '$(FITS)' || { \
-	  echo "Python 3.11 or 3.12 is needed: apt-get install python3.11 python3.11-venv, or pyenv; PYTHON3=... names one"; \
+	  echo "Python 3.11, 3.12 or 3.13 is needed: apt-get install python3.11 python3.11-venv, or pyenv; PYTHON3=... names one"; \
 	  exit 1; }
 	@$(PYTHON3) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "$(PYTHON3) has no venv module: apt-get install python3-venv (or python3.11-venv)"; exit 1; }

@@ -3,8 +3,8 @@
 import asyncio
 import hashlib
 import ssl
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -87,6 +87,22 @@ async def connect(port: int, secret: bytes, certificate: Path | None = None) -> 
     return speaker
 
 
+def close_speakers() -> None:
+    """End all connections that have been proven."""
+    while Speaker.everyone:
+        Speaker.everyone.pop().abort()
+
+
+@asynccontextmanager
+async def serving(server: asyncio.Server) -> AsyncIterator[None]:
+    """Listen meanwhile. From Python 3.12 on a server's end waits for its connections, which are closed before."""
+    async with server:
+        try:
+            yield
+        finally:
+            close_speakers()
+
+
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a coroutine function within the test's patience."""
 
@@ -94,8 +110,7 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         try:
             await asyncio.wait_for(work(), PATIENCE_S)
         finally:
-            while Speaker.everyone:
-                Speaker.everyone.pop().abort()
+            close_speakers()
             await asyncio.sleep(0.05)  # transports close in later passes of the loop
 
     asyncio.run(work_and_close())
@@ -109,7 +124,7 @@ def test_nodes_that_know_the_secret_speak(tmp_path: Path, has_tls: bool) -> None
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, certificate, made)
-        async with server:
+        async with serving(server):
             speaker = await connect(port, SECRET, certificate)
             assert await speaker.heard == b"hello"
             assert await made[0].heard == b"hello"
@@ -123,7 +138,7 @@ def test_another_secret_is_refused_by_both(tmp_path: Path) -> None:
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
-        async with server:
+        async with serving(server):
             with pytest.raises(NotProven, match="does not know this cluster's secret"):
                 await connect(port, OTHER)
         assert not made
@@ -153,7 +168,7 @@ def test_a_wrong_proof_and_other_protocols_end_the_connection(tmp_path: Path) ->
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
         hello = MAGIC + bytes(NONCE)
-        async with server:
+        async with serving(server):
             for make_proof in (lambda said: bytes(32), lambda said: said[NONCE:]):
                 assert await ask(port, hello, make_proof) == b""
             assert await ask(port, b"GET / HTTP/1.1\r\nhost: me\r\nx: yyyyyyyyyyyyy\r\n\r\n"[:HELLO], bytes) == b""
@@ -177,7 +192,7 @@ def test_connections_without_proof_are_few(tmp_path: Path) -> None:
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
-        async with server:
+        async with serving(server):
             idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MOST_UNPROVEN)]
             with pytest.raises((NotProven, ConnectionResetError)):
                 await connect(port, SECRET)
