@@ -39,13 +39,6 @@ TCN = Recipe("tcn", "tcn", 2, '{"channels": 48}', 8)
 RECIPES = (LEAR, WINDOWS, MORE_WINDOWS, LINEAR, TCN)
 FEV = tuple(Recipe(each.name, each.architecture, each.members, each.config, each.epochs, each.scaling, DECILES)
             for each in (LEAR, WINDOWS, TCN))  # fmt: skip
-MIXED = Recipe(
-    "lear:3 and ddnn:2, stacked",
-    "mixture",
-    config='{"parts": [{"architecture": "lear", "members": 3}, {"architecture": "ddnn", "members": 2}], "stack": true}',
-    levels=DECILES,
-    parts="lear:3,ddnn:2",
-)
 MEAN, WEIGHTED = "mean without the linear one", "all, weighted by their past"
 MIXTURES = {MEAN: (LEAR, WINDOWS, MORE_WINDOWS, TCN), WEIGHTED: RECIPES}
 # Power and memory were chosen by the test periods of NP and DE, fitted every 28 days; the other markets were not used.
@@ -148,6 +141,11 @@ def _score_test_period(
         median = interpolate_median(q, np.array(levels))
         measures["p_rival"] = compare_points(RIVAL, y, median, rival, HOURS).p_value
     return {measure: round(value, 4) for measure, value in measures.items()}
+
+
+def has_last_days(refits: Refits, name: str, recipe: Recipe) -> bool:
+    """Return whether `score_last_days` has been fitted."""
+    return all(refits.has(task) for task in schedule_refits(name, recipe, DAYS, DAYS - FEV_DAYS))
 
 
 def score_last_days(data: Path, refits: Refits, name: str, recipe: Recipe) -> float:

@@ -6,8 +6,9 @@ For each market of Lago et al. 2021 the commands of a user are run: `train` on t
 `backtest --refit --online --scenarios --against` over it, and `retrain` beside a fresh `train`. FOLDER has NP.csv.gz,
 NP_reference_forecasts.csv.gz and so on, as for `bench accuracy`. `--german FILE` adds the German prices of 2015 to 2020
 of Marcjasz et al. 2023 ("Distributional neural networks for electricity price forecasting"; Datasets/DE.csv of
-github.com/gmarcjasz/distributionalnn), whose test period is 2019-06-27 to 2020-12-31. A goal that is missed is said,
-and is no failure of the run.
+github.com/gmarcjasz/distributionalnn), whose test period is 2019-06-27 to 2020-12-31. The record is written after each
+market, and has all markets that runs of the same commit and options have finished: markets can be run one by one, and
+an interrupted run goes on. A goal that is missed is said, and is no failure of the run.
 """
 
 import csv
@@ -28,10 +29,11 @@ import typer
 
 from loadtest import flags, record
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
-from loadtest.benchmarks.accuracy_scores import FEV_DAYS, MIXED, RIVAL, score_last_days
-from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Refits
+from loadtest.benchmarks.accuracy_scores import DECILES, FEV_DAYS, RIVAL, has_last_days, score_last_days
+from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Recipe, Refits
 from loadtest.report.tables import ReportTable
 from loadtest.report.terminal import render_table
+from server.cli.architecture_flags import parse_architecture
 
 RMAE = {"NP": 0.505, "PJM": 0.585, "BE": 0.715, "FR": 0.635, "DE": 0.410}
 OFF_BY = 0.02  #: most that the coverage of an adaptive band may miss what it promises
@@ -71,6 +73,61 @@ class Case:
         return self.rows[-HOURS * days_before][TIME]
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What runs of one commit and these options have finished: a file for each market in the folder `keep`."""
+
+    keep: Path
+    architecture: str
+    refit: int
+    days: int
+
+    def __repr__(self) -> str:
+        return f"<Run of {self.architecture} every {self.refit} days in {self.keep}>"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same archive with deciles, which fev-bench scores."""
+        name, config = parse_architecture(self.architecture, "{}", stack="," in self.architecture)
+        parts = self.architecture if "," in self.architecture else ""
+        return Recipe(self.architecture, name, config=json.dumps(config), levels=DECILES, parts=parts)
+
+    def refits(self, data: Path) -> Refits:
+        """The fits before fev-bench's windows."""
+        return Refits(data, self.keep / "fits")
+
+    def finish(self, case: Case) -> None:
+        """Run a market that no run of this commit has finished."""
+        path = self._path(case.name, case.days)
+        if path.exists():
+            return
+        found = assess_case(case, self.architecture, self.refit)
+        path.write_text(json.dumps(found))
+        print(f"{case.name}: rMAE {found['rmae']:.3f}, MAE {found['mae']:.3f}, {found['s']} s", flush=True)
+
+    def collect(self, data: Path) -> dict[str, Any]:
+        """Collect the markets that are finished, and judge them."""
+        days = dict.fromkeys(MARKETS, self.days) | {GERMAN: GERMAN_DAYS}
+        paths = {name: self._path(name, of) for name, of in days.items()}
+        found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+        refits, wql = self.refits(data), dict[str, float]()
+        for name in MARKETS:
+            if name in found and self.days == DAYS and has_last_days(refits, name, self.recipe):
+                wql[name] = score_last_days(data, refits, name, self.recipe)
+        return {
+            "architecture": self.architecture,
+            "refit_days": self.refit,
+            "minutes": round(sum(each["s"] for each in found.values()) / 60, 1),
+            "markets": found,
+            "wql": wql,
+            "goals": [*judge_markets(found), *judge_wql(wql)],
+        }
+
+    def _path(self, name: str, days: int) -> Path:
+        mark = f"{record.find_commit()[:12]}-{self.architecture}-{self.refit}-{days}-{name}"
+        return self.keep / f"{mark.replace(' ', '_').replace(':', '')}.json"
+
+
 @app.command()
 def main(
     *,
@@ -88,26 +145,21 @@ def main(
     save: flags.SaveRecord = True,
 ) -> None:
     """Fit, forecast and score, and say which goals are reached and which are missed by how much."""
-    started, before = clock.monotonic(), record.describe_machine()
+    before = record.describe_machine()
     names = [name for name in MARKETS if name in markets.split(",")]
     if not names and german is None:
         raise typer.BadParameter(f"--markets: expected some of {', '.join(MARKETS)}, not {markets!r}")
-    cases = [read_case(data, name, days) for name in names] + ([read_german(german)] if german else [])
     keep.mkdir(parents=True, exist_ok=True)
-    found = {case.name: _run_kept(keep, case, architecture, refit) for case in cases}
-    wql = (
-        {name: score_last_days(data, Refits(data, keep / "fits"), name, MIXED) for name in names}
-        if days == DAYS
-        else {}
-    )
-    results = {
-        "architecture": architecture,
-        "refit_days": refit,
-        "minutes": round((clock.monotonic() - started) / 60, 1),
-        "markets": found,
-        "wql": wql,
-        "goals": [*judge_markets(found), *judge_wql(wql)],
-    }
+    run = Run(keep, architecture, refit, days)
+    for name in names:
+        run.finish(read_case(data, name, days))
+        if days == DAYS:
+            score_last_days(data, run.refits(data), name, run.recipe)
+        if save:
+            record.save_record("goals", 0, before, run.collect(data))
+    if german:
+        run.finish(read_german(german))
+    results = run.collect(data)
     for table in build_tables(results):
         rich.print(render_table(table))
     if save:
@@ -215,7 +267,7 @@ def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
         cells = [[name, f"{each:.4f}"] for name, each in results["wql"].items()]
         says = f"fev-bench's windows, fitted once before the last {FEV_DAYS} days"
         beside = [["beside Seasonal Naive", f"{compute_relative_wql(results['wql']):.3f}"]]
-        yield ReportTable("WQL", ["market", MIXED.name], cells + beside, says)
+        yield ReportTable("WQL", ["market", results["architecture"]], cells + beside, says)
     goals = [[each["goal"], f"{each['reached']:.4f}", each["wanted"], "reached" if each["good"] else "missed"]
              for each in results["goals"]]  # fmt: skip
     yield ReportTable("Goals", ["", "reached", "wanted", ""], goals)
@@ -235,19 +287,6 @@ def _summarise(scored: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"outside_scenarios": scored["outside_scenarios"], "windows": scored["windows"]}
     kept |= {"first": scored["first"], "last": scored["last"]}
     return kept | ({"p_rival": against["p_value"], "rival_mae": against["other_mae"]} if against else {})
-
-
-def _run_kept(keep: Path, case: Case, architecture: str, refit: int) -> dict[str, Any]:
-    """Return what an earlier run of the same commit has found, else run the market; an interrupted run continues."""
-    mark = f"{record.find_commit()[:12]}-{architecture}-{refit}-{case.days}-{case.name}"
-    path = keep / f"{mark.replace(' ', '_').replace(':', '')}.json"
-    if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
-    found = assess_case(case, architecture, refit)
-    path.write_text(json.dumps(found))
-    print(f"{case.name}: rMAE {found['rmae']:.3f}, MAE {found['mae']:.3f}, {found['s']} s", flush=True)
-    return found
 
 
 def _train(case: Case, prices: Path, store: Path, architecture: str, until: str) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from loadtest import record
 from loadtest.benchmarks import goals
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
-from loadtest.benchmarks.accuracy_scores import MIXED
 from loadtest.benchmarks.rolling_refits import MARKETS, TIME
 from server.cli.architecture_flags import parse_architecture
 
@@ -40,10 +40,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_market_passes_all_commands_and_is_not_run_again(data: Path, tmp_path: Path) -> None:
-    """Every measure of a goal is there; what is kept is used by the next run, which needs no prices for it."""
+def test_a_market_passes_all_commands_and_is_not_run_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every measure of a goal is there; what is kept is used by the next run, which needs no prices for it. The record
+    has the markets of all runs of this commit.
+    """
+    records = tmp_path / "records"
+    monkeypatch.setattr(record, "RECORDS", records)
     asked = ["--data", str(data), "--markets", "NP", "--days", str(TESTED), "--refit", "8", "--architecture", "lear"]
-    asked += ["--keep", str(tmp_path), "--no-save"]
+    asked += ["--keep", str(tmp_path)]
     result = CliRunner().invoke(goals.app, asked, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (kept,) = tmp_path.glob("*.json")
@@ -56,8 +62,13 @@ def test_a_market_passes_all_commands_and_is_not_run_again(data: Path, tmp_path:
     assert found["retrained_mae"] == pytest.approx(found["fresh_mae"], rel=goals.FRESH)
     assert 0 <= found["outside_scenarios"] <= 1
     kept.write_text(json.dumps({**found, "rmae": 0.1234}))
+    kept.with_name(kept.name.replace("-NP.json", "-PJM.json")).write_text(json.dumps(found))
     again = CliRunner().invoke(goals.app, asked, catch_exceptions=False)
     assert "0.123" in again.output
+    (saved,) = records.glob("*-goals.json")
+    results = json.loads(saved.read_text())["results"]
+    assert results["markets"] == {"NP": {**found, "rmae": 0.1234}, "PJM": found}
+    assert {goal["goal"] for goal in results["goals"]} >= {"NP: rMAE", "PJM: rMAE"}
 
 
 def test_goals_are_judged_by_what_was_reached() -> None:
@@ -92,9 +103,10 @@ def test_the_wql_is_beside_seasonal_naive_over_all_five_markets() -> None:
 
 def test_the_recipe_of_the_mixture_is_that_of_its_flags() -> None:
     """What is fitted in the process is what a user would type."""
-    assert MIXED.flags[:3] == ["--architecture", "lear:3,ddnn:2", "--stack"]
+    recipe = goals.Run(Path(), "lear:3,ddnn:2", 28, 728).recipe
+    assert recipe.flags[:3] == ["--architecture", "lear:3,ddnn:2", "--stack"]
     name, config = parse_architecture("lear:3,ddnn:2", "{}", stack=True)
-    assert (MIXED.architecture, MIXED.options) == (name, config)
+    assert (recipe.architecture, recipe.options) == (name, config)
 
 
 def test_german_prices_are_those_of_the_paper() -> None:
