@@ -29,7 +29,7 @@ import typer
 
 from loadtest import flags, record
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
-from loadtest.benchmarks.accuracy_scores import DECILES, FEV_DAYS, RIVAL, has_last_days, score_last_days
+from loadtest.benchmarks.accuracy_scores import DECILES, FEV_DAYS, RIVAL, list_last_fits, score_last_days
 from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Recipe, Refits
 from loadtest.report.tables import ReportTable
 from loadtest.report.terminal import render_table
@@ -112,8 +112,9 @@ class Run:
         found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
         refits, wql = self.refits(data), dict[str, float]()
         for name in MARKETS:
-            if name in found and self.days == DAYS and has_last_days(refits, name, self.recipe):
-                wql[name] = score_last_days(data, refits, name, self.recipe)
+            fits = list_last_fits(name, self.recipe, self.refit)
+            if name in found and self.days == DAYS and all(map(refits.has, fits)):
+                wql[name] = score_last_days(data, refits, name, self.recipe, self.refit)
         return {
             "architecture": self.architecture,
             "refit_days": self.refit,
@@ -136,7 +137,7 @@ def main(
     german: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="German prices of Marcjasz et al. 2023")
     ] = None,
-    architecture: Annotated[str, typer.Option(help="of the archive")] = "lear:3,ddnn:2",
+    architecture: Annotated[str, typer.Option(help="of the archive")] = "lear:3,ddnn,ddnn@linear",
     refit: Annotated[int, typer.Option(min=1, help="days between two fits")] = 28,
     days: Annotated[int, typer.Option(min=2, help="last days to score; 728 are the papers'")] = DAYS,
     keep: Annotated[Path, typer.Option(help="folder of the markets that are done, and of finished fits")] = Path(
@@ -154,7 +155,7 @@ def main(
     for name in names:
         run.finish(read_case(data, name, days))
         if days == DAYS:
-            score_last_days(data, run.refits(data), name, run.recipe)
+            score_last_days(data, run.refits(data), name, run.recipe, refit)
         if save:
             record.save_record("goals", 0, before, run.collect(data))
     if german:
@@ -265,7 +266,7 @@ def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
         yield ReportTable("German prices, CRPS as the paper has it", ["", "CRPS"], ours + theirs)
     if results["wql"]:
         cells = [[name, f"{each:.4f}"] for name, each in results["wql"].items()]
-        says = f"fev-bench's windows, fitted once before the last {FEV_DAYS} days"
+        says = f"fev-bench's windows, the last {FEV_DAYS} days, fitted anew at the same interval"
         beside = [["beside Seasonal Naive", f"{compute_relative_wql(results['wql']):.3f}"]]
         yield ReportTable("WQL", ["market", results["architecture"]], cells + beside, says)
     goals = [[each["goal"], f"{each['reached']:.4f}", each["wanted"], "reached" if each["good"] else "missed"]
