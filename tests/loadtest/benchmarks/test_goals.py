@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from loadtest import record
 from loadtest.benchmarks import goals
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
+from loadtest.benchmarks.accuracy_scores import list_last_fits
 from loadtest.benchmarks.rolling_refits import MARKETS, TIME
 from server.cli.architecture_flags import parse_architecture
 
@@ -99,6 +100,14 @@ def test_the_wql_is_beside_seasonal_naive_over_all_five_markets() -> None:
     assert goal["reached"] == pytest.approx(0.5)
     assert not goal["good"]
     assert list(goals.judge_wql({"NP": 0.01})) == []
+
+
+def test_the_last_days_are_fitted_as_often_as_the_rest() -> None:
+    """At the largest known interval that is no longer: 20 days have three weekly fits, and one where fits are rarer."""
+    recipe = goals.Run(Path(), "lear", 7, 728).recipe
+    fits = {every: [(task.day, task.days) for task in list_last_fits("NP", recipe, every)] for every in (7, 14, 28)}
+    weekly = [(708, 20), (715, 7), (722, 6)]
+    assert fits == {7: weekly, 14: weekly, 28: [(708, 20)]}
 
 
 def test_the_recipe_of_the_mixture_is_that_of_its_flags() -> None:
