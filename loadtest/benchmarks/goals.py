@@ -33,7 +33,6 @@ from loadtest.benchmarks.accuracy_scores import DECILES, FEV_DAYS, RIVAL, list_l
 from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Recipe, Refits
 from loadtest.report.tables import ReportTable
 from loadtest.report.terminal import render_table
-from server.cli.architecture_flags import parse_architecture
 
 RMAE = {"NP": 0.505, "PJM": 0.585, "BE": 0.715, "FR": 0.635, "DE": 0.410}
 OFF_BY = 0.02  #: most that the coverage of an adaptive band may miss what it promises
@@ -88,9 +87,12 @@ class Run:
     @property
     def recipe(self) -> Recipe:
         """The same archive with deciles, which fev-bench scores."""
-        name, config = parse_architecture(self.architecture, "{}", stack="," in self.architecture)
-        parts = self.architecture if "," in self.architecture else ""
-        return Recipe(self.architecture, name, config=json.dumps(config), levels=DECILES, parts=parts)
+        parts = [_read_part(each) for each in self.architecture.split(",")]
+        if len(parts) > 1:
+            mixed = json.dumps({"parts": parts, "stack": True})
+            return Recipe(self.architecture, "mixture", config=mixed, levels=DECILES, parts=self.architecture)
+        ((name, members),) = ((part.pop("architecture"), part.pop("members", 1)) for part in parts)
+        return Recipe(self.architecture, name, members, levels=DECILES)
 
     def refits(self, data: Path) -> Refits:
         """The fits before fev-bench's windows."""
@@ -288,6 +290,14 @@ def _summarise(scored: Mapping[str, Any]) -> dict[str, Any]:
     kept |= {"outside_scenarios": scored["outside_scenarios"], "windows": scored["windows"]}
     kept |= {"first": scored["first"], "last": scored["last"]}
     return kept | ({"p_rival": against["p_value"], "rival_mae": against["other_mae"]} if against else {})
+
+
+def _read_part(text: str) -> dict[str, Any]:
+    """Read `lear:3` or `ddnn@linear` as the config that `--architecture` makes of it."""
+    named, _, scaling = text.partition("@")
+    name, _, count = named.partition(":")
+    found: dict[str, Any] = {"architecture": name}
+    return found | ({"scaling": scaling} if scaling else {}) | ({"members": int(count)} if count else {})
 
 
 def _train(case: Case, prices: Path, store: Path, architecture: str, until: str) -> None:

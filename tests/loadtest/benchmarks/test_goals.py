@@ -110,12 +110,13 @@ def test_the_last_days_are_fitted_as_often_as_the_rest() -> None:
     assert fits == {7: weekly, 14: weekly, 28: [(708, 20)]}
 
 
-def test_the_recipe_of_the_mixture_is_that_of_its_flags() -> None:
+@pytest.mark.parametrize("text", ["lear:3,ddnn,ddnn:2@linear", "lear:3", "lear"])
+def test_the_recipe_is_that_of_its_flags(text: str) -> None:
     """What is fitted in the process is what a user would type."""
-    recipe = goals.Run(Path(), "lear:3,ddnn:2", 28, 728).recipe
-    assert recipe.flags[:3] == ["--architecture", "lear:3,ddnn:2", "--stack"]
-    name, config = parse_architecture("lear:3,ddnn:2", "{}", stack=True)
-    assert (recipe.architecture, recipe.options) == (name, config)
+    recipe, several = goals.Run(Path(), text, 28, 728).recipe, "," in text
+    assert (recipe.architecture, recipe.options) == parse_architecture(text, "{}", stack=several)
+    if several:
+        assert recipe.flags[:3] == ["--architecture", text, "--stack"]
 
 
 def test_german_prices_are_those_of_the_paper() -> None:
