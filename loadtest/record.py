@@ -50,9 +50,10 @@ def find_version(package: str) -> str:
 
 
 def find_commit(root: Path = RECORDS.parent) -> str:
-    """Return the commit of a checkout, by default this one's, with a mark if files differ from it."""
+    """Return the commit of a checkout, by default this one's, with a mark if files but records differ from it."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
+    code = ["git", "status", "--porcelain", "--", ":/", ":(exclude,top)loadtest/records"]
+    dirty = subprocess.run(code, cwd=root, capture_output=True, text=True, check=False)
     return (found.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
 
 

@@ -5,6 +5,10 @@ one input. The tensor `shares` [parts, quantiles] has a weight for every part an
 an ensemble, quantiles are averaged level by level and in network numbers (Vincent 1912). A row is the shares and then
 the rows of the parts side by side, so that a batch of mixtures takes one forward for each part, for all of its models.
 
+A part may work with prices where the archive has their inverse hyperbolic sines: then prices of other days have
+the same weight however far they lie from the usual, and forecasters that err otherwise mend each other. Its `linear`
+channels are turned into prices (in the units of the scaler) before its forward, and its answer is turned back.
+
 Parameters: those of the parts, and parts x quantiles.
 """
 
@@ -30,14 +34,19 @@ MIXTURE = "mixture"
 MOST_PARTS = 16
 SHARES = "shares"
 DEFAULT_PARTS: tuple[PartSettings, ...] = ({"architecture": "lear"}, {"architecture": "tcn"})
+SCALING, LINEAR = "scaling", "linear"
+#: fields of a part that are not its architecture's; `scaling` is what a user asks, and a fit turns it into `linear`
+OF_PART = ("architecture", "inputs", SCALING, LINEAR)
+MOST = 80.0  #: largest network number that is turned into a price: beyond it float32 has none
 SHAPE = ("features", "context_length", "prediction_length", "quantiles")  #: fields that a part has of the mixture
 
 
 class MixtureConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The config of `mixture`. x [features, context_length] -> [prediction_length, quantiles].
 
-    A part is an object: its `architecture`, the channels that it reads as `inputs` (default: all), and the fields of
-    its own config; its lengths and quantiles are the mixture's. `stack`: a fit learns the shares from what it holds
+    A part is an object: its `architecture`, the channels that it reads as `inputs` (default: all), which of these it
+    reads as prices (`linear`, places among its inputs; default: none), and the fields of its own config; its lengths
+    and quantiles are the mixture's. `stack`: a fit learns the shares from what it holds
     out; otherwise they are equal.
     """
 
@@ -54,6 +63,10 @@ class MixtureConfig(QuantileConfig, frozen=True, kw_only=True, forbid_unknown_fi
             for place in list_inputs(part, self.features):
                 if not 0 <= place < self.features:
                     raise ValueError(f"part {i} reads channel {place}, but there are {self.features}")
+            read = len(list_inputs(part, self.features))
+            for place in list_linear(part):
+                if not 0 <= place < read:
+                    raise ValueError(f"part {i} reads its channel {place} as prices, but it has {read}")
 
     def __hash__(self) -> int:
         """Hash what is compared: a dict of settings has no hash of its own."""
@@ -80,9 +93,24 @@ def list_inputs(part: PartSettings, features: int) -> Sequence[int]:
     return found
 
 
+def list_linear(part: PartSettings) -> Sequence[int]:
+    """List the places among the inputs of a part that it reads as prices. Raises ValueError."""
+    try:
+        found: list[int] = msgspec.convert(part.get(LINEAR, []), list[int])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{LINEAR} of a part: {error}") from None
+    return found
+
+
+def read_prices(x: torch.Tensor, places: torch.Tensor, axis: int) -> torch.Tensor:
+    """Turn the channels at these places of an axis from inverse hyperbolic sines into prices; in a new tensor."""
+    prices = x.index_select(axis, places).clamp(-MOST, MOST).sinh()
+    return x.index_copy(axis, places, prices)
+
+
 def make_part_config(config: MixtureConfig, part: PartSettings) -> dict[str, Any]:
     """Make the config of a part's family: its own fields, and the shape that the mixture gives it."""
-    own = {name: value for name, value in part.items() if name not in ("architecture", "inputs")}
+    own = {name: value for name, value in part.items() if name not in OF_PART}
     return own | {
         "features": len(list_inputs(part, config.features)),
         "context_length": config.context_length,
@@ -94,15 +122,20 @@ def make_part_config(config: MixtureConfig, part: PartSettings) -> dict[str, Any
 class MixtureReference(nn.Module):
     """The parts as plain networks, one after another."""
 
-    def __init__(self, parts: Sequence[Family], places: Sequence[Sequence[int]], levels: int) -> None:
+    def __init__(
+        self, parts: Sequence[Family], places: Sequence[Sequence[int]], linear: Sequence[Sequence[int]], levels: int
+    ) -> None:
         super().__init__()
-        self.places = places
+        self.places, self.linear = places, linear
         self.parts = nn.ModuleList(part.reference() for part in parts)
         self.shares = nn.Parameter(torch.rand(len(parts), levels) + 0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input x [N, features, context_length] -> [N, prediction_length, quantiles]."""
-        answers = [part(x[:, list(places)]) for part, places in zip(self.parts, self.places, strict=True)]
+        answers = []
+        for part, places, linear in zip(self.parts, self.places, self.linear, strict=True):
+            read = x[:, list(places)]
+            answers.append(part(read_prices(read, torch.tensor(linear), 1)).asinh() if linear else part(read))
         return mix_answers(torch.stack(answers, 1), self.shares)
 
 
@@ -123,6 +156,7 @@ class Mixture:
         self.key, self.config = key, config
         self.parts = tuple(starmap(self._build_part, enumerate(config.parts)))
         self.places = tuple(tuple(list_inputs(part, config.features)) for part in config.parts)
+        self.linear = tuple(tuple(list_linear(part)) for part in config.parts)
         self.input_shape: Shape = config.input_shape
         self.output_shape: Shape = config.output_shape
         self.read_shape: Shape = (config.features, max(part.read_shape[-1] for part in self.parts))
@@ -148,7 +182,7 @@ class Mixture:
 
     def reference(self) -> nn.Module:
         """The plain networks, freshly initialised, in eval mode."""
-        return MixtureReference(self.parts, self.places, self.config.quantiles).eval()
+        return MixtureReference(self.parts, self.places, self.linear, self.config.quantiles).eval()
 
     def row(self, tensors: Mapping[str, Float32]) -> Float32:
         """Make the shares and the rows of the parts side by side; see Family.row."""
@@ -166,22 +200,29 @@ class Mixture:
         return {name: tensors[f"parts.{at}.{name}"] for name in self.parts[at].parameters}
 
     def bind(self, block: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Rows [B, row_floats] -> the shares, and for each part its channels, as many marks as bindings, and these."""
+        """Rows [B, row_floats] -> the shares, and for each part its channels, those of them that it reads as prices, as
+        many marks as bindings, and these.
+        """
         end = self._shares.row_floats
         bound = [self._shares.views(block[:, :end])[SHARES]]
-        for part, places in zip(self.parts, self.places, strict=True):
+        for part, *channels in zip(self.parts, self.places, self.linear, strict=True):
             start, end = end, end + part.row_floats
             of_part = part.bind(block[:, start:end])
-            bound += [torch.tensor(places, device=block.device), block.new_empty(len(of_part)), *of_part]
+            bound += [torch.tensor(each, dtype=torch.long, device=block.device) for each in channels]
+            bound += [block.new_empty(len(of_part)), *of_part]
         return bound
 
     def forward(self, weights: Sequence[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         """Input x [B, features, context_length] -> [B, prediction_length, quantiles]; see Family.forward."""
         answers, at = [], 1
         for part in self.parts:
-            places, marks = weights[at : at + 2]
-            start, at = at + 2, at + 2 + len(marks)
-            answers.append(part.forward(weights[start:at], x.index_select(1, places)))
+            places, linear, marks = weights[at : at + 3]
+            start, at = at + 3, at + 3 + len(marks)
+            read = x.index_select(1, places)
+            if len(linear):
+                answers.append(part.forward(weights[start:at], read_prices(read, linear, 1)).asinh())
+            else:
+                answers.append(part.forward(weights[start:at], read))
         return mix_answers(torch.stack(answers, 1), weights[0])
 
 
@@ -195,6 +236,7 @@ def describe_mixture(family: Family, tensors: Mapping[str, Float32]) -> dict[str
             {
                 "architecture": part["architecture"],
                 "members": part.get("members", 1),
+                **({SCALING: LINEAR} if part.get(LINEAR) else {}),
                 "weight": round(float(of_levels.mean()), 4),
                 "weights": [round(each, 4) for each in of_levels.tolist()],
             }

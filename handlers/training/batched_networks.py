@@ -12,7 +12,7 @@ import torch
 
 from handlers.base import Family, Float32
 from handlers.forecasters import answers_paths, find_architecture, split_members
-from handlers.forecasters.mixture import SHARES, Mixture, mix_answers
+from handlers.forecasters.mixture import SHARES, Mixture, mix_answers, read_prices
 from handlers.forecasters.training_forward import Parts, TrainingForward
 
 
@@ -74,9 +74,13 @@ def get_batched_forward(family: Family) -> TrainingForward:
 def run_parts(family: Mixture, parts: Parts, x: torch.Tensor) -> torch.Tensor:
     """Run each part of a mixture on its channels of x [M, B, context, channels]: [M, B, parts, prediction, levels]."""
     answers = []
-    for i, (part, places) in enumerate(zip(family.parts, family.places, strict=True)):
+    for i, (part, places, linear) in enumerate(zip(family.parts, family.places, family.linear, strict=True)):
         read = x[:, :, -compute_reach(part) :, list(places)]
-        answers.append(get_batched_forward(part)(family.take_tensors(i, parts), read))
+        forward, tensors = get_batched_forward(part), family.take_tensors(i, parts)
+        if linear:
+            answers.append(forward(tensors, read_prices(read, torch.tensor(linear), 3)).asinh())
+        else:
+            answers.append(forward(tensors, read))
     return torch.stack(answers, 2)
 
 

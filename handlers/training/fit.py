@@ -25,7 +25,17 @@ from handlers.codecs.features import Float64, from_network, parse_step_seconds
 from handlers.forecasters import ARCHITECTURES, build_family, find_architecture, random_tensors, split_members
 from handlers.forecasters.ddnn import Ddnn
 from handlers.forecasters.lear import Lear
-from handlers.forecasters.mixture import MIXTURE, SHAPE, SHARES, Mixture, list_inputs, list_parts
+from handlers.forecasters.mixture import (
+    LINEAR,
+    MIXTURE,
+    OF_PART,
+    SCALING,
+    SHAPE,
+    SHARES,
+    Mixture,
+    list_inputs,
+    list_parts,
+)
 from handlers.training.batched_networks import (
     InputNeeds,
     compute_reach,
@@ -204,8 +214,10 @@ def _fit_parts(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fit each part to its own channels as `_fit_members` does, and learn the shares from what they hold out."""
     found = []
-    for part, places in zip(family.parts, family.places, strict=True):
+    for part, places, linear in zip(family.parts, family.places, family.linear, strict=True):
         inputs = [replace(each, inputs=tuple(each.inputs[place] for place in places)) for each in forecasts]
+        if linear:
+            inputs = [replace(each, scaler=replace(each.scaler, kind=LINEAR)) for each in inputs]
         windows = Windows(series, inputs, compute_reach(part), fitting.holdout, data.history, fitting.half_life_days)
         found.append(_fit_members(part, windows, series, inputs, fitting, pool, progress))
     even = torch.full((len(series), prod(family.parameters[SHARES])), 1 / len(family.parts))
@@ -311,7 +323,7 @@ def complete_config(architecture: str, config: Config, forecast: ForecastSpec) -
 def _complete_part(part: PartSettings, forecast: ForecastSpec) -> PartSettings:
     """Complete a part of a mixture: the channels of the forecast that it reads, and what they determine."""
     architecture = str(part["architecture"])
-    own: dict[str, Any] = {name: value for name, value in part.items() if name not in ("architecture", "inputs")}
+    own: dict[str, Any] = {name: value for name, value in part.items() if name not in OF_PART}
     if "inputs" in part:
         places = list(list_inputs(part, len(forecast.inputs)))
     else:
@@ -324,6 +336,8 @@ def _complete_part(part: PartSettings, forecast: ForecastSpec) -> PartSettings:
     read = replace(forecast, inputs=tuple(forecast.inputs[place] for place in places))
     completed = complete_config(architecture, own, read)
     found: dict[str, Any] = {name: value for name, value in completed.items() if name not in SHAPE}
+    if (part.get(SCALING) == LINEAR or part.get(LINEAR)) and forecast.scaler.kind == "asinh":
+        found[LINEAR] = [i for i, channel in enumerate(read.inputs) if channel.source == "target"]
     return {"architecture": architecture, "inputs": places, **found}
 
 

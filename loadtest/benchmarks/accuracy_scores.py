@@ -26,6 +26,7 @@ from loadtest.benchmarks.rolling_refits import (
     HOURS,
     Recipe,
     Refits,
+    Task,
     find_period_start,
     read_market,
     schedule_refits,
@@ -39,13 +40,6 @@ TCN = Recipe("tcn", "tcn", 2, '{"channels": 48}', 8)
 RECIPES = (LEAR, WINDOWS, MORE_WINDOWS, LINEAR, TCN)
 FEV = tuple(Recipe(each.name, each.architecture, each.members, each.config, each.epochs, each.scaling, DECILES)
             for each in (LEAR, WINDOWS, TCN))  # fmt: skip
-MIXED = Recipe(
-    "lear:3 and ddnn:2, stacked",
-    "mixture",
-    config='{"parts": [{"architecture": "lear", "members": 3}, {"architecture": "ddnn", "members": 2}], "stack": true}',
-    levels=DECILES,
-    parts="lear:3,ddnn:2",
-)
 MEAN, WEIGHTED = "mean without the linear one", "all, weighted by their past"
 MIXTURES = {MEAN: (LEAR, WINDOWS, MORE_WINDOWS, TCN), WEIGHTED: RECIPES}
 # Power and memory were chosen by the test periods of NP and DE, fitted every 28 days; the other markets were not used.
@@ -150,13 +144,18 @@ def _score_test_period(
     return {measure: round(value, 4) for measure, value in measures.items()}
 
 
-def score_last_days(data: Path, refits: Refits, name: str, recipe: Recipe) -> float:
-    """Fit a recipe of deciles once before the last 20 days, unless that is done, and return its WQL there."""
-    first = DAYS - FEV_DAYS
-    (task,) = schedule_refits(name, recipe, DAYS, first)
-    if not refits.has(task):
-        refits.done(task)
-    quantiles = refits.quantiles(name, recipe, DAYS, first)
+def list_last_fits(name: str, recipe: Recipe, every: int) -> list[Task]:
+    """List the fits for the last 20 days, at the largest interval of EVERY that is no longer than `every` days."""
+    return list(schedule_refits(name, recipe, max(each for each in EVERY if each <= every), DAYS - FEV_DAYS))
+
+
+def score_last_days(data: Path, refits: Refits, name: str, recipe: Recipe, every: int = DAYS) -> float:
+    """Fit a recipe of deciles for the last 20 days, as far as that is not done, and return its WQL there."""
+    for task in list_last_fits(name, recipe, every):
+        if not refits.has(task):
+            refits.done(task)
+    interval = max(each for each in EVERY if each <= every)
+    quantiles = refits.quantiles(name, recipe, interval, DAYS - FEV_DAYS)
     assert quantiles is not None, "it was just fitted"
     y = read_market(data, name).values[-FEV_DAYS * HOURS :].reshape(FEV_DAYS, HOURS)
     return round(compute_wql(y, quantiles, np.array(recipe.levels)), 4)

@@ -6,8 +6,9 @@ For each market of Lago et al. 2021 the commands of a user are run: `train` on t
 `backtest --refit --online --scenarios --against` over it, and `retrain` beside a fresh `train`. FOLDER has NP.csv.gz,
 NP_reference_forecasts.csv.gz and so on, as for `bench accuracy`. `--german FILE` adds the German prices of 2015 to 2020
 of Marcjasz et al. 2023 ("Distributional neural networks for electricity price forecasting"; Datasets/DE.csv of
-github.com/gmarcjasz/distributionalnn), whose test period is 2019-06-27 to 2020-12-31. A goal that is missed is said,
-and is no failure of the run.
+github.com/gmarcjasz/distributionalnn), whose test period is 2019-06-27 to 2020-12-31. The record is written after each
+market, and has all markets that runs of the same commit and options have finished: markets can be run one by one, and
+an interrupted run goes on. A goal that is missed is said, and is no failure of the run.
 """
 
 import csv
@@ -28,8 +29,8 @@ import typer
 
 from loadtest import flags, record
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
-from loadtest.benchmarks.accuracy_scores import FEV_DAYS, MIXED, RIVAL, score_last_days
-from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Refits
+from loadtest.benchmarks.accuracy_scores import DECILES, FEV_DAYS, RIVAL, list_last_fits, score_last_days
+from loadtest.benchmarks.rolling_refits import DAYS, HOURS, KNOWN, MARKETS, TARGET, TIME, Recipe, Refits
 from loadtest.report.tables import ReportTable
 from loadtest.report.terminal import render_table
 
@@ -71,6 +72,65 @@ class Case:
         return self.rows[-HOURS * days_before][TIME]
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What runs of one commit and these options have finished: a file for each market in the folder `keep`."""
+
+    keep: Path
+    architecture: str
+    refit: int
+    days: int
+
+    def __repr__(self) -> str:
+        return f"<Run of {self.architecture} every {self.refit} days in {self.keep}>"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same archive with deciles, which fev-bench scores."""
+        parts = [_read_part(each) for each in self.architecture.split(",")]
+        if len(parts) > 1:
+            mixed = json.dumps({"parts": parts, "stack": True})
+            return Recipe(self.architecture, "mixture", config=mixed, levels=DECILES, parts=self.architecture)
+        ((name, members),) = ((part.pop("architecture"), part.pop("members", 1)) for part in parts)
+        return Recipe(self.architecture, name, members, levels=DECILES)
+
+    def refits(self, data: Path) -> Refits:
+        """The fits before fev-bench's windows."""
+        return Refits(data, self.keep / "fits")
+
+    def finish(self, case: Case) -> None:
+        """Run a market that no run of this commit has finished."""
+        path = self._path(case.name, case.days)
+        if path.exists():
+            return
+        found = assess_case(case, self.architecture, self.refit)
+        path.write_text(json.dumps(found))
+        print(f"{case.name}: rMAE {found['rmae']:.3f}, MAE {found['mae']:.3f}, {found['s']} s", flush=True)
+
+    def collect(self, data: Path) -> dict[str, Any]:
+        """Collect the markets that are finished, and judge them."""
+        days = dict.fromkeys(MARKETS, self.days) | {GERMAN: GERMAN_DAYS}
+        paths = {name: self._path(name, of) for name, of in days.items()}
+        found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+        refits, wql = self.refits(data), dict[str, float]()
+        for name in MARKETS:
+            fits = list_last_fits(name, self.recipe, self.refit)
+            if name in found and self.days == DAYS and all(map(refits.has, fits)):
+                wql[name] = score_last_days(data, refits, name, self.recipe, self.refit)
+        return {
+            "architecture": self.architecture,
+            "refit_days": self.refit,
+            "minutes": round(sum(each["s"] for each in found.values()) / 60, 1),
+            "markets": found,
+            "wql": wql,
+            "goals": [*judge_markets(found), *judge_wql(wql)],
+        }
+
+    def _path(self, name: str, days: int) -> Path:
+        mark = f"{record.find_commit()[:12]}-{self.architecture}-{self.refit}-{days}-{name}"
+        return self.keep / f"{mark.replace(' ', '_').replace(':', '')}.json"
+
+
 @app.command()
 def main(
     *,
@@ -79,7 +139,7 @@ def main(
     german: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="German prices of Marcjasz et al. 2023")
     ] = None,
-    architecture: Annotated[str, typer.Option(help="of the archive")] = "lear:3,ddnn:2",
+    architecture: Annotated[str, typer.Option(help="of the archive")] = "lear:3,ddnn,ddnn@linear",
     refit: Annotated[int, typer.Option(min=1, help="days between two fits")] = 28,
     days: Annotated[int, typer.Option(min=2, help="last days to score; 728 are the papers'")] = DAYS,
     keep: Annotated[Path, typer.Option(help="folder of the markets that are done, and of finished fits")] = Path(
@@ -88,26 +148,21 @@ def main(
     save: flags.SaveRecord = True,
 ) -> None:
     """Fit, forecast and score, and say which goals are reached and which are missed by how much."""
-    started, before = clock.monotonic(), record.describe_machine()
+    before = record.describe_machine()
     names = [name for name in MARKETS if name in markets.split(",")]
     if not names and german is None:
         raise typer.BadParameter(f"--markets: expected some of {', '.join(MARKETS)}, not {markets!r}")
-    cases = [read_case(data, name, days) for name in names] + ([read_german(german)] if german else [])
     keep.mkdir(parents=True, exist_ok=True)
-    found = {case.name: _run_kept(keep, case, architecture, refit) for case in cases}
-    wql = (
-        {name: score_last_days(data, Refits(data, keep / "fits"), name, MIXED) for name in names}
-        if days == DAYS
-        else {}
-    )
-    results = {
-        "architecture": architecture,
-        "refit_days": refit,
-        "minutes": round((clock.monotonic() - started) / 60, 1),
-        "markets": found,
-        "wql": wql,
-        "goals": [*judge_markets(found), *judge_wql(wql)],
-    }
+    run = Run(keep, architecture, refit, days)
+    for name in names:
+        run.finish(read_case(data, name, days))
+        if days == DAYS:
+            score_last_days(data, run.refits(data), name, run.recipe, refit)
+        if save:
+            record.save_record("goals", 0, before, run.collect(data))
+    if german:
+        run.finish(read_german(german))
+    results = run.collect(data)
     for table in build_tables(results):
         rich.print(render_table(table))
     if save:
@@ -213,9 +268,9 @@ def build_tables(results: Mapping[str, Any]) -> Iterator[ReportTable]:
         yield ReportTable("German prices, CRPS as the paper has it", ["", "CRPS"], ours + theirs)
     if results["wql"]:
         cells = [[name, f"{each:.4f}"] for name, each in results["wql"].items()]
-        says = f"fev-bench's windows, fitted once before the last {FEV_DAYS} days"
+        says = f"fev-bench's windows, the last {FEV_DAYS} days, fitted anew at the same interval"
         beside = [["beside Seasonal Naive", f"{compute_relative_wql(results['wql']):.3f}"]]
-        yield ReportTable("WQL", ["market", MIXED.name], cells + beside, says)
+        yield ReportTable("WQL", ["market", results["architecture"]], cells + beside, says)
     goals = [[each["goal"], f"{each['reached']:.4f}", each["wanted"], "reached" if each["good"] else "missed"]
              for each in results["goals"]]  # fmt: skip
     yield ReportTable("Goals", ["", "reached", "wanted", ""], goals)
@@ -237,17 +292,12 @@ def _summarise(scored: Mapping[str, Any]) -> dict[str, Any]:
     return kept | ({"p_rival": against["p_value"], "rival_mae": against["other_mae"]} if against else {})
 
 
-def _run_kept(keep: Path, case: Case, architecture: str, refit: int) -> dict[str, Any]:
-    """Return what an earlier run of the same commit has found, else run the market; an interrupted run continues."""
-    mark = f"{record.find_commit()[:12]}-{architecture}-{refit}-{case.days}-{case.name}"
-    path = keep / f"{mark.replace(' ', '_').replace(':', '')}.json"
-    if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
-    found = assess_case(case, architecture, refit)
-    path.write_text(json.dumps(found))
-    print(f"{case.name}: rMAE {found['rmae']:.3f}, MAE {found['mae']:.3f}, {found['s']} s", flush=True)
-    return found
+def _read_part(text: str) -> dict[str, Any]:
+    """Read `lear:3` or `ddnn@linear` as the config that `--architecture` makes of it."""
+    named, _, scaling = text.partition("@")
+    name, _, count = named.partition(":")
+    found: dict[str, Any] = {"architecture": name}
+    return found | ({"scaling": scaling} if scaling else {}) | ({"members": int(count)} if count else {})
 
 
 def _train(case: Case, prices: Path, store: Path, architecture: str, until: str) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SHOWN = 10  #: most names of archives that were there already
 CHOSEN = "default: lear for days of steps of 15 minutes to an hour, else tcn"
-SEVERAL = "several make one archive of their weighted mean, such as lear,lear:3,tcn; lear:3 has 3 members"
+SEVERAL = "several make one archive of their weighted mean, such as lear:3,ddnn,ddnn@linear; lear:3 has 3 members"
 ARCHITECTURE_HELP = f"\b\n{CHOSEN}\n{SEVERAL}\n" + "\n".join(
     f"{name}: {summary}" for name, summary in SUMMARIES.items()
 )

@@ -107,7 +107,8 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     """What happened to a request, for the headers of its answer. Times in microseconds.
 
     `queue_us` counts from the request's arrival at the front, without the time in which its model was loaded.
-    `quality` and `warnings` are header values as `handlers.codecs.marks` has them.
+    `quality` and `warnings` are header values as `handlers.codecs.marks` has them. `archive`: what has answered for an
+    alias; empty where the request has named it.
     """
 
     cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
@@ -118,6 +119,7 @@ class InferStats(msgspec.Struct, frozen=True, gc=False):
     version: str = ""
     quality: str = ""
     warnings: str = ""
+    archive: str = ""
 
 
 class InferResponse(msgspec.Struct, frozen=True):

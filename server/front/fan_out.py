@@ -142,9 +142,12 @@ class FanOut:
                 await asyncio.gather(items, gone, return_exceptions=True)
 
     async def draw(self, joint: Joint, found: Sequence[Prediction | Refused], accept: str) -> bytes:
-        """The correlation's answer: everybody's samples. Raises Refused, its place being that among the items."""
+        """The correlation's answer: everybody's samples. It knows archives: an alias is the one that answered for it.
+
+        Raises Refused, its place being that among the items.
+        """
         answered = [
-            (item.model, cast("bytes", each.body))
+            (each.stats.archive or item.model, cast("bytes", each.body))
             for item, each in zip(self._call.items, found, strict=True)
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]

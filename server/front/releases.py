@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 from msgspec.structs import replace
 
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
 from server.access.tokens import Token
 from server.errors import Refused
 from server.front.auth.permissions import PermittedPlane
@@ -146,7 +146,7 @@ class ReleasedPlane(PlaneInFront):
         return f"<ReleasedPlane {self._releases!r} over {self._plane!r}>"
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """The answer of the arm that the request gets. Raises what the plane raises."""
+        """The answer of the arm that the request gets, whose archive it names. Raises what the plane raises."""
         route = self._releases.routes.get(request.model)
         if route is None:
             return await self._plane.infer(request)
@@ -157,7 +157,8 @@ class ReleasedPlane(PlaneInFront):
             route.count(arm, refused.stats.version if isinstance(refused, RefusedByWorker) else "", None)
             raise
         route.count(arm, response.stats.version, time.monotonic() - started)
-        return response
+        archive, _ = split_version(arm.model)
+        return replace(response, stats=replace(response.stats, archive=archive))
 
     def select_together(self, models: Sequence[ModelName]) -> list[bool]:
         """Say which of these models can be asked together: an alias chooses its arm alone."""
@@ -165,19 +166,20 @@ class ReleasedPlane(PlaneInFront):
         return [can and model not in self._releases.routes for can, model in zip(found, models, strict=True)]
 
     async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
-        """Record observed prices of what names stand for: each arm of an alias gets them. Raises what the plane raises.
+        """Record observed prices of what names stand for: each archive of an alias gets them once, whichever versions
+        its arms have. Raises what the plane raises.
 
-        The counts of an item are those of the arm that paired most.
+        The counts of an item are those of the archive that paired most.
         """
-        spread = [[replace(item, model=key) for key in self._list_keys(item.model)] for item in items]
+        spread = [[replace(item, model=archive) for archive in self._list_archives(item.model)] for item in items]
         reply = await self._plane.record_actuals([each for arms in spread for each in arms], deadline)
         counts = iter(reply.counts)
         best = [max((next(counts) for _ in arms), key=lambda each: (each.paired, each.repeated)) for arms in spread]
         return replace(reply, counts=best)
 
-    def _list_keys(self, model: str) -> list[str]:
+    def _list_archives(self, model: str) -> list[str]:
         route = self._releases.routes.get(model)
-        return [model] if route is None else [arm.model for arm in route.arms]
+        return [model] if route is None else list(dict.fromkeys(split_version(arm.model)[0] for arm in route.arms))
 
 
 def make_plane(plane: InferencePlane, token: Token | None, releases: Releases) -> InferencePlane:

@@ -1,7 +1,8 @@
 """A worker's part of adaptive bands: shifts its models' levels as the supervisor says, and keeps what was answered.
 
 On the step thread. The supervisor owns the state (`server.supervisor.actuals`); here is a copy, which it replaces, and
-a bounded buffer that it empties every second.
+a bounded buffer that it empties every second. Offsets and forecasts are of an archive, whichever version of it has
+answered: one that an alias or a rollback names is a model of its own here, and goes on with what was learnt.
 """
 
 import time
@@ -15,7 +16,7 @@ from handlers.codecs.codec import FamilyCodec
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import parse_step_seconds
 from model_store.cache.slots import Slot
-from model_store.names import ModelName
+from model_store.names import ModelName, split_version
 from server.bands.adaptive_offsets import BandShape
 from server.bands.market import MOST_FORECAST_BYTES, AnsweredForecast
 from server.ipc.operations import BandOffsets, KeptLevels
@@ -36,8 +37,8 @@ class AdaptiveBands:
         self._kept_bytes, self._dropped = 0, 0
 
     def __repr__(self) -> str:
-        """For example `<AdaptiveBands of 3 models, 7 forecasts kept>`."""
-        return f"<AdaptiveBands of {len(self._slots)} models, {len(self._kept)} forecasts kept>"
+        """For example `<AdaptiveBands of 3 archives, 7 forecasts kept>`."""
+        return f"<AdaptiveBands of {len(self._slots)} archives, {len(self._kept)} forecasts kept>"
 
     # --- models that come and go ------------------------------------------------------------------------------------
 
@@ -49,16 +50,18 @@ class AdaptiveBands:
         deepar.keeps_levels = True
         shape = find_shape(deepar)
         self._equipped[slot] = (deepar, shape)
-        self._slots.setdefault(slot.model, []).append(slot)
-        deepar.adapt(self._find_offsets(slot.model, shape))
+        archive, _ = split_version(slot.model)
+        self._slots.setdefault(archive, []).append(slot)
+        deepar.adapt(self._find_offsets(archive, shape))
 
     def forget(self, slot: Slot) -> None:
         """The slot is retired."""
         if self._equipped.pop(slot, None) is not None:
-            slots = self._slots[slot.model]
+            archive, _ = split_version(slot.model)
+            slots = self._slots[archive]
             slots.remove(slot)
             if not slots:
-                del self._slots[slot.model]
+                del self._slots[archive]
 
     def follow(self, models: dict[str, list[BandOffsets]], *, whole: bool) -> None:
         """Shift these models as told from now on, and no others where it is `whole`."""
@@ -88,9 +91,9 @@ class AdaptiveBands:
         found = self._equipped.get(slot)
         if found is None:
             return
-        shape, asked_at = found[1], int(self._now())
+        shape, asked_at, (archive, _) = found[1], int(self._now()), split_version(slot.model)
         for each in answered:
-            key = (slot.model, slot.version, each.start)
+            key = (archive, slot.version, each.start)
             before = self._kept.pop(key, None)
             self._kept_bytes += len(each.quantiles) - (0 if before is None else len(before.quantiles))
             too_long = len(each.quantiles) > MOST_FORECAST_BYTES  # the supervisor would not keep it
@@ -99,7 +102,7 @@ class AdaptiveBands:
                 self._dropped += 1
                 continue
             self._kept[key] = AnsweredForecast(
-                slot.model, slot.version, client, asked_at, shape, each.start, each.quantiles
+                archive, slot.version, client, asked_at, shape, each.start, each.quantiles
             )
 
     def take(self) -> KeptLevels:

@@ -8,8 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from handlers.evaluation.correlation import estimate_gaussian
+from handlers.kinds import ArchiveParts, pack_model
+from model_store.archives.manifest import Kind
 from server.sdk.client import Client, PairedPrices
 from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import Server, run_server
@@ -18,7 +22,7 @@ from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
-NAME, OTHER = "au/nsw1.mar", "au/vic1.mar"
+NAME, OTHER, ALIAS = "au/nsw1.mar", "au/vic1.mar", "nsw1@stable"
 FIRST = datetime.fromisoformat("2026-01-05")
 LOW, HIGH = "0.1", "0.9"
 Levels = dict[str, list[float]]
@@ -35,10 +39,10 @@ def ask_forecast(server: Server, day: int, name: str = NAME) -> Levels:
     return found
 
 
-def send_prices(server: Server, day: int, prices: list[float]) -> dict[str, Any]:
+def send_prices(server: Server, day: int, prices: list[float], name: str = NAME) -> dict[str, Any]:
     """What the server says of a day's prices."""
     stamps = [str(FIRST + timedelta(days=day, hours=hour)) for hour in range(HORIZON)]
-    call = {"actuals": [{"target_model": NAME, "stamps": stamps, "prices": prices}]}
+    call = {"actuals": [{"target_model": name, "stamps": stamps, "prices": prices}]}
     reply = server.http.post(f"{server.url}/v1/actuals", json=call)
     assert reply.is_success, reply.text
     assert reply.json()["adapted"]
@@ -108,6 +112,74 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert server.fleet("forget", NAME).json()["reset"]
         assert ask_forecast(server, 9) == before
         assert NAME not in read_accuracy(server)
+
+
+def ask_scenarios(server: Server, day: int, *names: str) -> list[list[list[float]]]:
+    """Joint scenarios of a day [N][S][T]: five, which are the levels 0.1, 0.3, 0.5, 0.7 and 0.9 in some order."""
+    start = FIRST + timedelta(days=day, hours=-HISTORY)
+    target = [60.0 + i % 24 for i in range(HISTORY)]
+    items = [{"target_model": name, "start": str(start), "target": target} for name in names]
+    drawn = {"joint": True, "correlation": "joint.mar", "num_samples": 5, "seed": 1}
+    reply = server.http.post(f"{server.url}/v1/forecasts", json={"requests": items, "configuration": drawn})
+    assert reply.is_success, reply.text
+    return [prediction["samples"] for prediction in reply.json()["predictions"]]
+
+
+def check_margin(samples: list[list[float]], levels: Levels) -> None:
+    """The scenarios of a forecast have its levels at every step."""
+    ranked = np.sort(np.array(samples), axis=0)
+    for level, row in ((LOW, 0), ("0.5", 2), (HIGH, 4)):
+        np.testing.assert_allclose(ranked[row], levels[level], rtol=1e-5)
+
+
+def manage(server: Server, path: str, body: Any = None) -> Any:
+    """A management call that succeeds."""
+    reply = server.http.post(f"{server.addresses['management']}/fleet/{path}", json=body)
+    assert reply.is_success, reply.text
+    return reply.json()
+
+
+def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
+    s3: S3Server, store: str, tmp_path: Path
+) -> None:
+    """Clients ask for joint scenarios of an alias and another archive, and send prices by the alias: scenarios, levels
+    by the alias and by the archive's own name all follow, and the other archive stays as it was. So they do when the
+    alias names a version, and a version that the archive is rolled back to goes on with what was learnt.
+    """
+    for seed, name in enumerate((NAME, OTHER)):
+        s3.put(store, name, pack_hourly(seed))
+    errors = np.random.default_rng(1).standard_normal((100, 2, HORIZON))
+    found = estimate_gaussian(errors, (NAME, OTHER))
+    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
+    s3.put(store, "joint.mar", pack_model(Kind.CORRELATION, parts, model_name="joint"))
+    with run_server(s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2, revalidate_s=600) as server:
+        before, other = ask_forecast(server, 0), ask_forecast(server, 0, OTHER)
+        version = server.fleet("load", NAME).json()["version"]
+        manage(server, f"alias/{ALIAS}", {"model": NAME})
+        prices = [b + 0.3 * (b - a) for a, b in zip(before[LOW], before[HIGH], strict=True)]
+        for day in range(8):
+            for samples, levels in zip(ask_scenarios(server, day, ALIAS, OTHER), (before, other), strict=True):
+                if day == 0:
+                    check_margin(samples, levels)
+            assert send_prices(server, day, prices, ALIAS) == {"paired": 24, "repeated": 0, "unmatched": 0}
+        after = ask_forecast(server, 8)
+        assert measure_coverage(after, prices) > 0.8
+        assert ask_forecast(server, 8, ALIAS) == after
+        ours, theirs = ask_scenarios(server, 8, ALIAS, OTHER)
+        check_margin(ours, after)
+        check_margin(theirs, other)
+        manage(server, f"alias/{ALIAS}", {"model": NAME, "version": version})
+        assert ask_forecast(server, 8, ALIAS) == after
+        check_margin(ask_scenarios(server, 8, ALIAS, OTHER)[0], after)
+        assert send_prices(server, 8, prices, ALIAS) == {"paired": 24, "repeated": 0, "unmatched": 0}
+        learnt = ask_forecast(server, 9)
+        assert learnt != after
+        s3.put(store, NAME, pack_hourly(5))
+        manage(server, f"reload/{NAME}")
+        assert ask_forecast(server, 9) != learnt, "another network"
+        assert manage(server, f"rollback/{NAME}")["version"] == version
+        assert ask_forecast(server, 9) == learnt
+        assert set(read_accuracy(server)) == {NAME, OTHER}
 
 
 def find_holders(server: Server) -> set[int]:

@@ -159,6 +159,7 @@ def test_batched_is_reference_for_any_configuration(
         ("recursive", {"context_length": 50, "hidden": 16}),
         ("ddnn", {"features": 4, "marks": 1, "members": 2}),
         ("mixture", {"parts": [{"architecture": "lear", "members": 2}, {"architecture": "tcn"}]}),
+        ("mixture", {"features": 2, "parts": [{"architecture": "lear"}, {"architecture": "mlp", "linear": [1]}]}),
     ],
 )
 def test_batched_is_reference_at_serving_sizes(architecture: str, config: dict[str, Setting], batch: int) -> None:

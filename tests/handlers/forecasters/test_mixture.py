@@ -39,15 +39,31 @@ def test_the_answer_is_the_weighted_mean_of_the_parts() -> None:
         torch.testing.assert_close(family.forward(family.bind(rows), x), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_linear_part_works_with_prices() -> None:
+    """Its channels of prices are those of a scaler without a hyperbolic sine, and its answer is one of the others."""
+    parts = [{**PARTS[0], "linear": [1]}, PARTS[1]]
+    family, plain = build_mixture(parts=parts), build_mixture()
+    tensors = random_tensors(family, 0)
+    tensors[SHARES] = np.array([[1, 1, 1], [0, 0, 0]], np.float32)
+    x = torch.randn((6, 3, 20), generator=torch.Generator().manual_seed(0))
+    prices = x.clone()
+    prices[:, 0] = x[:, 0].sinh()  # its inputs are the channels 1 and 0
+    rows = torch.from_numpy(np.stack([family.row(tensors)] * 6))
+    expected = plain.forward(plain.bind(rows), prices).asinh()
+    torch.testing.assert_close(family.forward(family.bind(rows), x), expected, atol=1e-5, rtol=1e-4)
+    x[0, 0] = 1e6  # of which no float32 has the hyperbolic sine
+    assert family.forward(family.bind(rows), x).isfinite().all()
+
+
 def test_equal_mixtures_are_one_family_and_others_are_not() -> None:
     """So that their models share a bank; the members of a part, its channels and its config tell families apart."""
     family = build_mixture()
     assert build_mixture() is family
     others = [
         build_mixture(parts=[{**PARTS[0], **change}, PARTS[1]])
-        for change in ({"members": 3}, {"inputs": [0, 1]}, {"past_blocks": [0]})
+        for change in ({"members": 3}, {"inputs": [0, 1]}, {"past_blocks": [0]}, {"linear": [0]})
     ]
-    assert len({family.key, *(each.key for each in others)}) == 4
+    assert len({family.key, *(each.key for each in others)}) == 5
 
 
 def test_the_memory_is_that_of_all_parts() -> None:
@@ -68,6 +84,9 @@ def test_the_memory_is_that_of_all_parts() -> None:
         ([{"architecture": "mlp", "inputs": [-1]}], "part 0 reads channel -1, but there are 3"),
         ([{"architecture": "mlp", "inputs": []}], "inputs of a part"),
         ([{"architecture": "mlp", "inputs": "all"}], "inputs of a part"),
+        ([{"architecture": "mlp", "inputs": [2], "linear": [1]}], "part 0 reads its channel 1 as prices, but it has 1"),
+        ([{"architecture": "mlp", "linear": [-1]}], "part 0 reads its channel -1 as prices, but it has 3"),
+        ([{"architecture": "mlp", "linear": "all"}], "linear of a part"),
         ([{"architecture": "mlp", "width": 3}], "part 0: .*width"),
         ([{"architecture": "mlp", "members": 65}], "part 0: .*members"),
         ([], "parts"),
@@ -96,3 +115,6 @@ def test_the_description_has_the_weights() -> None:
     assert first == {"architecture": "lear", "members": 2, "weight": 0.5833, "weights": [0.75, 0.5, 0.5]}
     assert (second["architecture"], second["members"], second["weights"]) == ("mlp", 1, [0.25, 0.5, 0.5])
     assert describe_mixture(family.parts[1], tensors) == {}
+    linear = build_mixture(parts=[PARTS[0], {**PARTS[1], "linear": [0]}])
+    first, second = describe_mixture(linear, tensors)["mixture"]
+    assert ("scaling" in first, second["scaling"]) == (False, "linear")

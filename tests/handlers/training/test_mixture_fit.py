@@ -1,11 +1,13 @@
 """Mixtures are fitted part by part: each part is what it would be alone, and the shares come from the holdout."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from handlers.forecasters.mixture import SHARES
-from handlers.training.fit import Fitted, fit_forecasters, suggest_inputs
+from handlers.training.fit import Fitted, ask_network, fit_forecasters, make_reference_network, suggest_inputs
 from handlers.training.time_series import Series
 from model_store.errors import ArchiveInvalid
 from tests.handlers.training.test_fit import QUICK, make_series
@@ -36,6 +38,36 @@ def test_parts_are_what_they_would_be_alone() -> None:
         assert isinstance(read, list)
         assert [mixture.forecast.inputs[place] for place in read] == list(lear.forecast.inputs)
         assert (mixture.forecast.origin, mixture.forecast.context_length) == ("00:00", 192)
+
+
+def test_a_linear_part_is_what_it_would_be_in_an_archive_of_linear_scaling() -> None:
+    """It is fitted to prices, and the mixture answers with what it forecasts; in an archive that is linear throughout,
+    it is a part as any other.
+    """
+    series = [make_series(seed, known=2) for seed in range(2)]
+    parts = [{"architecture": "lear", "scaling": "linear"}, {"architecture": "lear"}]
+    mixed = fit_mixture(series, parts=parts)
+    recipes = suggest_inputs(series, "lear", {}, scaling="linear")
+    alone = fit_forecasters(series, recipes, "lear", {}, QUICK)
+    for mixture, lear, each in zip(mixed, alone, series, strict=True):
+        np.testing.assert_allclose(mixture.tensors["parts.0.head.weight"], lear.tensors["head.weight"], atol=1e-4)
+        config: Any = mixture.config
+        assert (config["parts"][0]["linear"], "scaling" in config["parts"][0]) == ([0], False)
+        only = {**mixture.tensors, SHARES: np.array([[1.0] * 5, [0.0] * 5], np.float32)}
+        end = len(each.values) - 24
+        request = {"instances": [each.instance(end - 192, end, 24)]}
+        answers = [
+            ask_network(make_reference_network(name, config, tensors), forecast, request)["predictions"][0]["mean"]
+            for name, config, tensors, forecast in (
+                ("mixture", mixture.config, only, mixture.forecast),
+                ("lear", lear.config, lear.tensors, lear.forecast),
+            )
+        ]
+        np.testing.assert_allclose(answers[0], answers[1], rtol=1e-3)
+    of: Any = {"parts": parts}
+    linear = suggest_inputs(series, "mixture", of, scaling="linear")
+    config = fit_forecasters(series, linear, "mixture", of, QUICK)[0].config
+    assert config["parts"][0] == config["parts"][1]
 
 
 def test_shares_are_learnt_for_each_model_and_lower_its_loss() -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from loadtest import record
 from loadtest.benchmarks import goals
 from loadtest.benchmarks.accuracy import PUBLISHED_WQL
-from loadtest.benchmarks.accuracy_scores import MIXED
+from loadtest.benchmarks.accuracy_scores import list_last_fits
 from loadtest.benchmarks.rolling_refits import MARKETS, TIME
 from server.cli.architecture_flags import parse_architecture
 
@@ -40,10 +41,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_market_passes_all_commands_and_is_not_run_again(data: Path, tmp_path: Path) -> None:
-    """Every measure of a goal is there; what is kept is used by the next run, which needs no prices for it."""
+def test_a_market_passes_all_commands_and_is_not_run_again(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every measure of a goal is there; what is kept is used by the next run, which needs no prices for it. The record
+    has the markets of all runs of this commit.
+    """
+    records = tmp_path / "records"
+    monkeypatch.setattr(record, "RECORDS", records)
     asked = ["--data", str(data), "--markets", "NP", "--days", str(TESTED), "--refit", "8", "--architecture", "lear"]
-    asked += ["--keep", str(tmp_path), "--no-save"]
+    asked += ["--keep", str(tmp_path)]
     result = CliRunner().invoke(goals.app, asked, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     (kept,) = tmp_path.glob("*.json")
@@ -56,8 +63,13 @@ def test_a_market_passes_all_commands_and_is_not_run_again(data: Path, tmp_path:
     assert found["retrained_mae"] == pytest.approx(found["fresh_mae"], rel=goals.FRESH)
     assert 0 <= found["outside_scenarios"] <= 1
     kept.write_text(json.dumps({**found, "rmae": 0.1234}))
+    kept.with_name(kept.name.replace("-NP.json", "-PJM.json")).write_text(json.dumps(found))
     again = CliRunner().invoke(goals.app, asked, catch_exceptions=False)
     assert "0.123" in again.output
+    (saved,) = records.glob("*-goals.json")
+    results = json.loads(saved.read_text())["results"]
+    assert results["markets"] == {"NP": {**found, "rmae": 0.1234}, "PJM": found}
+    assert {goal["goal"] for goal in results["goals"]} >= {"NP: rMAE", "PJM: rMAE"}
 
 
 def test_goals_are_judged_by_what_was_reached() -> None:
@@ -90,11 +102,21 @@ def test_the_wql_is_beside_seasonal_naive_over_all_five_markets() -> None:
     assert list(goals.judge_wql({"NP": 0.01})) == []
 
 
-def test_the_recipe_of_the_mixture_is_that_of_its_flags() -> None:
+def test_the_last_days_are_fitted_as_often_as_the_rest() -> None:
+    """At the largest known interval that is no longer: 20 days have three weekly fits, and one where fits are rarer."""
+    recipe = goals.Run(Path(), "lear", 7, 728).recipe
+    fits = {every: [(task.day, task.days) for task in list_last_fits("NP", recipe, every)] for every in (7, 14, 28)}
+    weekly = [(708, 20), (715, 7), (722, 6)]
+    assert fits == {7: weekly, 14: weekly, 28: [(708, 20)]}
+
+
+@pytest.mark.parametrize("text", ["lear:3,ddnn,ddnn:2@linear", "lear:3", "lear"])
+def test_the_recipe_is_that_of_its_flags(text: str) -> None:
     """What is fitted in the process is what a user would type."""
-    assert MIXED.flags[:3] == ["--architecture", "lear:3,ddnn:2", "--stack"]
-    name, config = parse_architecture("lear:3,ddnn:2", "{}", stack=True)
-    assert (MIXED.architecture, MIXED.options) == (name, config)
+    recipe, several = goals.Run(Path(), text, 28, 728).recipe, "," in text
+    assert (recipe.architecture, recipe.options) == parse_architecture(text, "{}", stack=several)
+    if several:
+        assert recipe.flags[:3] == ["--architecture", text, "--stack"]
 
 
 def test_german_prices_are_those_of_the_paper() -> None:

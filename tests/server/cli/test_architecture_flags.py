@@ -33,6 +33,22 @@ from server.cli.architecture_flags import parse_architecture
                 },
             ),
         ),
+        (
+            "lear,ddnn:2@linear",
+            '{"ddnn": {"hidden": 8}}',
+            1,
+            False,
+            (
+                "mixture",
+                {
+                    "parts": [
+                        {"architecture": "lear"},
+                        {"architecture": "ddnn", "hidden": 8, "scaling": "linear", "members": 2},
+                    ],
+                    "stack": False,
+                },
+            ),
+        ),
     ],
 )
 def test_names_become_an_architecture_and_its_config(
@@ -56,6 +72,9 @@ def test_names_become_an_architecture_and_its_config(
         ("lear,tcn", '{"tcn": 8}', 1, False, "expected an object such as"),
         ("lear,tcn", '{"tcn": {"members": 2}}', 1, False, "which other options set"),
         ("lear", "{", 1, False, "--config: not JSON"),
+        ("lear@linear", "{}", 1, False, "@linear is for parts of a mixture; write --scaling linear"),
+        ("lear,ddnn@asinh", "{}", 1, False, "expected @linear or nothing after it, not @asinh"),
+        ("lear,ddnn@linear:2", "{}", 1, False, "expected @linear or nothing after it, not @linear:2"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, config: str, members: int, said: str, *, stack: bool) -> None:

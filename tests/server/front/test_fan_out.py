@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 
+from model_store.names import ModelName, at_version
 from server.errors import Refused, Situation
 from server.front.dataplane import ClientGone, DataPlane, InferStats
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
+from server.front.releases import ReleasedPlane, Releases
 from server.front.slices import ITEM, SLICE, finish_slices
+from server.ipc.operations import ReleaseArm
+from server.metrics import FrontMetrics
 from tests.server.front.answering import Asked, Worker, attach, stay_connected
 
 MIB = 1024 * 1024
@@ -206,6 +210,30 @@ def test_the_correlation_gets_the_marginals_that_are_there() -> None:
     with pytest.raises(Refused, match="odd is unknown") as caught:
         asyncio.run(scenario("gone.mar", "b.mar", "odd.mar"))
     assert caught.value.detail.instance == 2
+
+
+def test_the_correlation_gets_the_archive_that_an_alias_stands_for() -> None:
+    """It knows archives alone: neither an alias nor a version, and of a canary the archive that has answered."""
+    asked_for = list[list[str]]()
+
+    def answer(asked: Asked) -> Any:
+        if asked.model == "joint.mar":
+            asked_for.append([each["name"] for each in json.loads(asked.body)["forecasts"]])
+            return b'{"samples":[[1],[2],[3]]}'
+        return b'{"predictions":[{"marginal":{}}]}'
+
+    async def scenario() -> None:
+        plane, releases = DataPlane(256 * MIB), Releases(FrontMetrics())
+        attach(plane, Worker(answer))
+        pinned, follows = ReleaseArm(at_version(ModelName("a.mar"), "old"), "old", 1.0), ReleaseArm("b.mar", "", 1.0)
+        releases.replace({"a@stable": [pinned], "b@stable": [follows]})
+        call = finish_slices(parse_call(joint_call("a@stable", "b@stable", "c.mar"), LIMIT))
+        running = FanOut(ReleasedPlane(plane, releases), call, LIMIT, FAR, stay_connected)
+        assert call.joint is not None
+        await running.draw(call.joint, await running.infer(), "")
+
+    asyncio.run(scenario())
+    assert asked_for == [["a.mar", "b.mar", "c.mar"]]
 
 
 def test_one_array_has_no_place_for_a_failure() -> None:

@@ -11,10 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from model_store.names import ModelName, at_version
 from server.access.tokens import hash_token
+from server.bands.book import Price
 from server.errors import Situation
 from server.front.app import App
+from server.front.dataplane import InferRequest, InferResponse, PlaneInFront
 from server.front.releases import MOST_FOLLOWED, ReleasedPlane, Releases, make_plane
-from server.ipc.operations import ReleaseArm
+from server.ipc.operations import ActualsReply, ObservedPrices, PairedCounts, ReleaseArm
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.server.front.answering import Answered, Worker, ask, attach
@@ -184,3 +186,36 @@ def test_a_token_must_allow_the_alias_and_the_model(tmp_path: Path, models: Sequ
     assert house.ask(ALIAS, token="secret").status == answered
     assert len(house.worker.asked) == (answered == 200)
     assert house.ask(ALIAS, token="wrong").status == 401
+
+
+class TakenPrices(PlaneInFront):
+    """A plane that takes prices: two archives have forecasts for them."""
+
+    def __init__(self, house: House) -> None:
+        super().__init__(house.app.plane)
+        self.models = list[str]()
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """See InferencePlane."""
+        return await self._plane.infer(request)
+
+    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        """See InferencePlane."""
+        del deadline
+        self.models = [item.model for item in items]
+        paired = {NAME: PairedCounts(1, 0, 0), "au/vic1.mar": PairedCounts(0, 1, 0)}
+        return ActualsReply([paired.get(item.model, PairedCounts(0, 0, 1)) for item in items], True, [])
+
+
+def test_each_archive_of_a_name_gets_its_prices_once() -> None:
+    """Whichever versions an alias or a rollback names: they share what their archive has learnt. The count is that of
+    the archive which had a forecast.
+    """
+    canary = [ReleaseArm(OLD, "old", 0.8), ReleaseArm(NAME, "", 0.1), ReleaseArm("au/vic1.mar", "", 0.1)]
+    house = House({ALIAS: canary, **HELD})
+    taken = TakenPrices(house)
+    plane, prices = ReleasedPlane(taken, house.app.releases), [Price(0, False, 1.0)]
+    items = [ObservedPrices(name, prices) for name in (ALIAS, NAME, "de/lu.mar")]
+    reply = asyncio.run(plane.record_actuals(items, 1e9))
+    assert taken.models == [NAME, "au/vic1.mar", NAME, "de/lu.mar"]
+    assert reply.counts == [PairedCounts(1, 0, 0), PairedCounts(1, 0, 0), PairedCounts(0, 0, 1)]

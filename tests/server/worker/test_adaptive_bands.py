@@ -12,7 +12,7 @@ from handlers.kinds import RowModel
 from handlers.model import open_model
 from model_store.archives.archive import Archive, open_archive
 from model_store.cache.slots import Slot, State
-from model_store.names import ModelName
+from model_store.names import ModelName, at_version
 from server.bands.adaptive_offsets import BandShape
 from server.ipc.operations import BandOffsets
 from server.worker import adaptive_bands
@@ -31,13 +31,13 @@ OFFSETS = np.linspace(-0.4, 0.4, 72, dtype=np.float32).reshape(24, 3)
 class Loaded:
     """A model of `tests.server.markets`, loaded, and what it answers."""
 
-    def __init__(self, seed: int = 0, version: str = "v1", **changes: Any) -> None:
+    def __init__(self, seed: int = 0, version: str = "v1", name: str = "m.mar", **changes: Any) -> None:
         self.archive: Archive = open_archive(pack_market(seed, **changes), "m.mar")
         self.opened = open_model(self.archive)
         assert isinstance(self.opened.built.body, RowModel)
         self.body, self.row = self.opened.built.body, self.opened.built.row
         self.codec = self.body.codec
-        self.slot = Slot(ModelName("m.mar"), version, None, 0, 0, State.READY, 0.0)
+        self.slot = Slot(ModelName(name), version, None, 0, 0, State.READY, 0.0)
 
     def answer(self) -> tuple[Float32, list[AnsweredLevels]]:
         """The levels [steps, levels] of its answer, and what it has kept."""
@@ -74,6 +74,31 @@ def test_levels_are_shifted_as_told_until_told_otherwise() -> None:
     np.testing.assert_allclose(loaded.answer()[0], shifted)  # a retired slot is left alone
 
 
+def test_a_version_that_an_alias_or_a_rollback_names_has_its_archives_offsets() -> None:
+    """It is a model of its own in the worker, and one archive with the version that follows the store: both are shifted
+    as told of the archive, and what either answers is the archive's forecast.
+    """
+    newest, held = Loaded(version="v2"), Loaded(name=at_version(ModelName("m.mar"), "v1"))
+    plain, bands = held.answer()[0], AdaptiveBands(now=lambda: 7.0)
+    shape = find_shape(newest.codec.adaptable)  # type: ignore[arg-type]
+    bands.equip(newest.slot, newest.codec)
+    bands.follow(tell(shape), whole=False)
+    shifted = newest.answer()[0]
+    assert (shifted != plain).any()
+    bands.equip(held.slot, held.codec)  # loaded later
+    np.testing.assert_array_equal(held.answer()[0], shifted)
+    bands.follow({"m.mar": []}, whole=False)
+    np.testing.assert_array_equal(held.answer()[0], plain)
+    for loaded in (newest, held):
+        bands.keep(loaded.slot, "", [AnsweredLevels(0, bytes(12))])
+    assert [(each.model, each.version) for each in bands.take().forecasts] == [("m.mar", "v2"), ("m.mar", "v1")]
+    bands.forget(newest.slot)
+    bands.follow(tell(shape), whole=True)
+    np.testing.assert_array_equal(held.answer()[0], shifted)
+    bands.forget(held.slot)
+    assert repr(bands) == "<AdaptiveBands of 0 archives, 0 forecasts kept>"
+
+
 def test_another_shape_is_not_shifted() -> None:
     """Offsets of another step, or of a size that does not fit, are not this archive's."""
     loaded, bands = Loaded(), AdaptiveBands()
@@ -107,4 +132,4 @@ def test_archives_without_bands_are_left_alone() -> None:
     loaded, bands = Loaded(quantile_levels=(0.5,)), AdaptiveBands()
     bands.equip(loaded.slot, loaded.codec)
     assert loaded.answer()[1] == []
-    assert repr(bands) == "<AdaptiveBands of 0 models, 0 forecasts kept>"
+    assert repr(bands) == "<AdaptiveBands of 0 archives, 0 forecasts kept>"
