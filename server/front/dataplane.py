@@ -408,6 +408,7 @@ class DataPlane:
         self.background, self.finished_jobs, self.token_name = BackgroundJobs(), FinishedJobs(None), ""
         self._was_up, self._up = False, asyncio.Event()  # whether a worker ever was up; set when the next comes up
         self._waiting = 0  # requests that wait for a worker to come up
+        self.is_abandoned = False  #: whether no worker will come up any more
         self._watched: dict[WorkerCall, tuple[float, ClientWatch | None, WorkerLink]] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -544,6 +545,11 @@ class DataPlane:
         self._up.set()
         self._up = asyncio.Event()
 
+    def abandon(self) -> None:
+        """The supervisor has died: requests that wait for a worker are refused now, or asked of another node."""
+        self.is_abandoned = True
+        self._up.set()
+
     def note_loss(self, worker: int) -> None:
         """The worker has died or fallen silent: the models that it runs are suspects.
 
@@ -585,6 +591,8 @@ class DataPlane:
         """The lane for a request. Where all workers have died, some requests wait for one to come up again."""
         until = min(request.deadline, time.monotonic() + RESTART_S)
         while (lane := self._find_lane(request.model, lost)) is None:
+            if self.is_abandoned:
+                raise Refused(Situation.NOT_READY, "the server is stopping; try again")
             if not self._was_up:
                 raise Refused(Situation.NOT_READY, "no worker is up yet; try again")
             if self._waiting >= MOST_WAITING:

@@ -213,6 +213,7 @@ async def main(control_fd: int, listen_fd: int, node_fd: int = -1) -> None:
     member.serve(front.handle)
     await asyncio.wait([serving, member.released], return_when=asyncio.FIRST_COMPLETED)
     if not serving.done():
+        app.plane.abandon()
         server.stop(ORPHAN_S)
         await serving
     for link in app.plane.links.values():

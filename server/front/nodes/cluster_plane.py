@@ -98,7 +98,13 @@ class ClusterPlane(DataPlane):
             lane = self.router.route(request.model, now, lost) or self.router.route(request.model, now)
             assert lane is not None, "this node is always one of them"
             if lane.worker == self.here:
-                return await self._infer_here(lane, request, now)
+                try:
+                    return await self._infer_here(lane, request, now)
+                except Refused as error:
+                    if not self._local.is_abandoned or error.situation is not Situation.NOT_READY:
+                        raise
+                    lost = self.here  # this node's workers are gone, and its front answers what it has taken
+                    continue
             try:
                 with self.held.hold(size):
                     response = await self._ask(lane, request, now)

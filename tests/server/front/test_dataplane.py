@@ -144,6 +144,26 @@ def test_requests_wait_for_the_next_worker_where_all_have_died(monkeypatch: pyte
     asyncio.run(scenario())
 
 
+def test_no_request_waits_for_a_worker_where_the_supervisor_has_died() -> None:
+    """Nobody would start one: who waits already and who comes is refused at once."""
+
+    async def scenario() -> None:
+        made = make_plane()
+        made.note_up(0)
+        made.router.worker_down(0)
+        waiting = asyncio.ensure_future(made.infer(make_request(b"x")))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        made.abandon()
+        async with asyncio.timeout(dataplane.RESTART_S / 2):
+            with pytest.raises(Refused, match="the server is stopping") as caught:
+                await waiting
+            assert caught.value.situation is Situation.NOT_READY
+            assert (await catch_refusal(made)).situation is Situation.NOT_READY
+
+    asyncio.run(scenario())
+
+
 def test_a_suspect_runs_alone_and_an_answer_clears_it(tmp_path: Path) -> None:
     """The model that ran when the worker died is marked in its request, until it has been answered; others are not."""
 
