@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -25,12 +25,15 @@ def serve_distant(folder: Path, delay_s: float) -> Iterator[str]:
     loop = asyncio.new_event_loop()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
+        try:
             while True:
                 method, path, _ = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)
                 await asyncio.sleep(delay_s)
                 writer.write(make_answer(folder, method.decode(), path.decode()))
-        writer.close()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:  # also when the store ends, and the task is cancelled
+            writer.close()
 
     server = loop.run_until_complete(asyncio.start_server(answer, "127.0.0.1", 0, backlog=1024))
     thread = threading.Thread(target=loop.run_forever, daemon=True)
@@ -41,9 +44,11 @@ def serve_distant(folder: Path, delay_s: float) -> Iterator[str]:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         server.close()
-        for task in asyncio.all_tasks(loop):
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
+        loop.run_until_complete(asyncio.wait(tasks) if tasks else asyncio.sleep(0))
+        loop.run_until_complete(asyncio.sleep(0))  # connections close in the loop's next turn
         loop.close()
 
 
