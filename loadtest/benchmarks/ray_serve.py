@@ -200,7 +200,7 @@ class Run:
 
 def measure_contender(server: PeerServer, models: Models, folder: Path, seconds: int) -> Found:
     """Measure one that runs, once what it does at its start is over."""
-    settle(server)
+    settle_server(server)
     body = server.dialect.tensor_body(models.x)
     check_answers(server, models, body)
     found: Found = {"memory_mb": server.tree.memory() / 1e6, "warm": measure_warm(server, models, folder, seconds)}
@@ -238,7 +238,7 @@ def put_bare_in_place(trigger: Path, server: PeerServer) -> None:
         time.sleep(0.1)
 
 
-def settle(server: PeerServer) -> None:
+def settle_server(server: PeerServer) -> None:
     """Wait until its processes do little by themselves, or have had time enough for it."""
     until, before = time.monotonic() + SETTLE_S, server.tree.cpu_s()
     while time.monotonic() < until:
@@ -261,7 +261,7 @@ def measure_distant(models: Models) -> Found:
                 else partial(start_cluster, f"s3://{BUCKET}", by_proxy=False, environment=address)
             )
             with starter() as server:
-                settle(server)
+                settle_server(server)
                 cuts = [models.names[each * COLD_MODELS :][:COLD_MODELS] for each in range(1 + DISTANT_BURSTS)]
                 check_answers(server, models, server.dialect.tensor_body(models.x))
                 bursts[name] = [ask_models(server, models, cut, COLD_MODELS) for cut in cuts[1:]]

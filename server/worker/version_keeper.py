@@ -1,7 +1,8 @@
 """Notes the versions that this worker serves, so that the disk tier keeps them. On a thread of its own.
 
-Each note is a file, which a load must not wait for and a burst of loads has no processor time for: so notes wait until
-no model has been loaded for a moment. A worker that ends before loses them, and with them a rollback to a version
+Each note is a file, which a load must not wait for and a burst of loads has no processor time for: so where several
+wait, they do so until no model has been loaded for a moment. A few are written at once, for a rollback may follow a
+deployment within a moment. A worker that ends before loses them, and with them a rollback to a version
 that had just begun to serve.
 """
 
@@ -19,6 +20,7 @@ from server.worker.model_loader import LoadedModel
 from server.worker.thread_priority import yield_to_others
 
 MOST_WAITING = 8192  #: versions that wait for the disk; beyond it none is noted
+FEW = 4  #: versions that are no burst
 HURRY_FROM = MOST_WAITING // 2  #: so many are noted at once
 LULL_S = 0.25  #: seconds without a load after which notes are written
 LONGEST_S = 5.0  #: for which a note waits at most
@@ -54,9 +56,9 @@ class VersionKeeper:
             self._thread.submit(self._keep_all)
 
     def _keep_all(self) -> None:
-        """Keep all that waits, after a lull. INVARIANT: what is noted from then on begins another round."""
+        """Keep all that waits, of a burst after a lull. INVARIANT: what is noted from then on begins another round."""
         latest = time.monotonic() + LONGEST_S
-        while (until := min(self._noted_at + LULL_S, latest)) > (now := time.monotonic()):
+        while len(self._waiting) > FEW and (until := min(self._noted_at + LULL_S, latest)) > (now := time.monotonic()):
             if self._hurry.wait(until - now):
                 break
         self._hurry.clear()

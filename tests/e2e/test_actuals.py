@@ -132,7 +132,7 @@ def check_margin(samples: list[list[float]], levels: Levels) -> None:
         np.testing.assert_allclose(ranked[row], levels[level], rtol=1e-5)
 
 
-def manage(server: Server, path: str, body: Any = None) -> Any:
+def manage_server(server: Server, path: str, body: Any = None) -> Any:
     """A management call that succeeds."""
     reply = server.http.post(f"{server.addresses['management']}/fleet/{path}", json=body)
     assert reply.is_success, reply.text
@@ -155,7 +155,7 @@ def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
     with run_server(s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2, revalidate_s=600) as server:
         before, other = ask_forecast(server, 0), ask_forecast(server, 0, OTHER)
         version = server.fleet("load", NAME).json()["version"]
-        manage(server, f"alias/{ALIAS}", {"model": NAME})
+        manage_server(server, f"alias/{ALIAS}", {"model": NAME})
         prices = [b + 0.3 * (b - a) for a, b in zip(before[LOW], before[HIGH], strict=True)]
         for day in range(8):
             for samples, levels in zip(ask_scenarios(server, day, ALIAS, OTHER), (before, other), strict=True):
@@ -168,16 +168,16 @@ def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
         ours, theirs = ask_scenarios(server, 8, ALIAS, OTHER)
         check_margin(ours, after)
         check_margin(theirs, other)
-        manage(server, f"alias/{ALIAS}", {"model": NAME, "version": version})
+        manage_server(server, f"alias/{ALIAS}", {"model": NAME, "version": version})
         assert ask_forecast(server, 8, ALIAS) == after
         check_margin(ask_scenarios(server, 8, ALIAS, OTHER)[0], after)
         assert send_prices(server, 8, prices, ALIAS) == {"paired": 24, "repeated": 0, "unmatched": 0}
         learnt = ask_forecast(server, 9)
         assert learnt != after
         s3.put(store, NAME, pack_hourly(5))
-        manage(server, f"reload/{NAME}")
+        manage_server(server, f"reload/{NAME}")
         assert ask_forecast(server, 9) != learnt, "another network"
-        assert manage(server, f"rollback/{NAME}")["version"] == version
+        assert manage_server(server, f"rollback/{NAME}")["version"] == version
         assert ask_forecast(server, 9) == learnt
         assert set(read_accuracy(server)) == {NAME, OTHER}
 

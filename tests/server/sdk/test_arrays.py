@@ -35,7 +35,7 @@ def read_rows(body: bytes) -> list[tuple[str, str, list[float]]]:
     return found
 
 
-def recast(fields: Any) -> Any:
+def recast_fields(fields: Any) -> Any:
     """The rows with those fields."""
     rows = np.zeros(len(ROWS), fields)
     for name in rows.dtype.names or ():
@@ -49,10 +49,10 @@ def recast(fields: Any) -> Any:
         (ROWS, None),
         (ROWS.view(np.recarray), None),
         (ROWS[::-1][::-1], None),
-        (recast(FIELDS[:2]), START),
-        (recast([("model", "S5"), ("target", "f4", (2,)), ("start", "M8[ns]")]), None),
-        (recast([("model", ">U5"), ("target", ">f8", (2,)), ("start", ">M8[h]")]), None),
-        (recast(np.dtype(FIELDS, align=True)), None),
+        (recast_fields(FIELDS[:2]), START),
+        (recast_fields([("model", "S5"), ("target", "f4", (2,)), ("start", "M8[ns]")]), None),
+        (recast_fields([("model", ">U5"), ("target", ">f8", (2,)), ("start", ">M8[h]")]), None),
+        (recast_fields(np.dtype(FIELDS, align=True)), None),
     ],
 )
 def test_rows_with_fields_are_a_call(rows: Any, start: str | None) -> None:

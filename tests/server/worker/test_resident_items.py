@@ -103,22 +103,22 @@ class World:
         }
 
 
-def quarantine(world: World) -> None:
+def quarantine_model(world: World) -> None:
     """One of the resident models is refused, and the list of them has been replaced since the worker began."""
     world.steps.quarantine.replace({"a/1": "it killed a worker"})
 
 
-def bring(world: World) -> None:
+def prefetch_model(world: World) -> None:
     """One of them was prefetched."""
     world.foresight.brought.add(ModelName("a/1"))
 
 
-def pin(world: World) -> None:
+def pin_model(world: World) -> None:
     """One of them is pinned."""
     world.steps.pin(ModelName("a/1"))
 
 
-def busy(world: World) -> None:
+def ask_model(world: World) -> None:
     """One of them has a request already."""
     world.submit(["a/1"], at_once=False)
 
@@ -131,10 +131,10 @@ PLAIN = ["a/0", "b/0", "a/1", "a/2"]
     [
         (PLAIN, None, (), False),
         (["a/0", "c/missing", "a/1", "a/0"], None, (), False),
-        (PLAIN, quarantine, (), False),
-        (PLAIN, bring, (), False),
-        (PLAIN, pin, (), False),
-        (PLAIN, busy, (1,), False),
+        (PLAIN, quarantine_model, (), False),
+        (PLAIN, prefetch_model, (), False),
+        (PLAIN, pin_model, (), False),
+        (PLAIN, ask_model, (1,), False),
         (["a/0", "a/0", "a/0", "a/1"], None, (2,), False),
         (PLAIN, None, (5, 3), False),
         (PLAIN, None, (), True),

@@ -77,6 +77,7 @@ def test_notes_wait_for_a_lull_and_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     """While models are loaded none is written, so that a burst has the processor; then all are, in order, and a failure
     costs one. From HURRY_FROM notes on they are written at once, and beyond MOST_WAITING none is taken.
     """
+    monkeypatch.setattr(version_keeper, "FEW", 0)
     monkeypatch.setattr(version_keeper, "LULL_S", 1000.0)
     monkeypatch.setattr(version_keeper, "LONGEST_S", 1000.0)
     monkeypatch.setattr(version_keeper, "MOST_WAITING", 5)
@@ -97,6 +98,17 @@ def test_notes_wait_for_a_lull_and_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     keeper.note(make_loaded(NAME, "v5"))
     keeper._thread.shutdown()
     assert store.kept[-1] == (NAME, "v5", True)
+
+
+def test_a_few_notes_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version before is on disk when the next one is deployed, and a rollback to it follows at once."""
+    monkeypatch.setattr(version_keeper, "LULL_S", 1000.0)
+    monkeypatch.setattr(version_keeper, "LONGEST_S", 1000.0)
+    store = Noting()
+    keeper = VersionKeeper(cast("ModelStore", store))
+    for version in ("v0", "v1"):
+        keeper.note(make_loaded(NAME, version))
+    wait_until(lambda: [kept for _, kept, _ in store.kept] == ["v0", "v1"], "both are kept")
 
 
 def test_what_is_noted_while_others_are_written_is_written_too() -> None:

@@ -38,7 +38,7 @@ FIELDS = [("model", "U5"), ("start", "M8[s]"), ("target", "f8", (2,))]
 ROWS = np.array([("a.mar", START, [1.0, 2.5]), ("b.mar", START, [3.0, np.nan])], FIELDS)
 
 
-def lay(fields: Any) -> Any:
+def lay_rows(fields: Any) -> Any:
     """The same rows with fields of other types, or in another order."""
     rows = np.zeros(len(ROWS), fields)
     for name in ROWS.dtype.names or ():
@@ -46,7 +46,7 @@ def lay(fields: Any) -> Any:
     return rows
 
 
-def save(array: Any, *, fortran: bool = False) -> bytes:
+def save_one(array: Any, *, fortran: bool = False) -> bytes:
     """An array as a .npy file, with pickles where it has objects."""
     file = io.BytesIO()
     np.save(file, np.asfortranarray(array) if fortran else array, allow_pickle=True)
@@ -79,11 +79,11 @@ def read_items(body: bytes, limit: int = 10**6) -> list[Any]:
 @pytest.mark.parametrize(
     "body",
     [
-        save(ROWS),
-        save(ROWS[::-1][::-1]),
-        save(lay(np.dtype(FIELDS, align=True))),
-        save(lay([("target", "f4", (2,)), ("model", "S9"), ("start", "M8[m]")])),
-        save(lay([*FIELDS[:1], ("start", "M8[ns]"), FIELDS[2]])),
+        save_one(ROWS),
+        save_one(ROWS[::-1][::-1]),
+        save_one(lay_rows(np.dtype(FIELDS, align=True))),
+        save_one(lay_rows([("target", "f4", (2,)), ("model", "S9"), ("start", "M8[m]")])),
+        save_one(lay_rows([*FIELDS[:1], ("start", "M8[ns]"), FIELDS[2]])),
         save_all(),
         save_all({**MEMBERS, "model": MODELS.astype("S")}),
         save_all({**MEMBERS, "target": np.asfortranarray(TARGET)}),
@@ -118,7 +118,7 @@ def test_covariates_categories_and_what_is_shared() -> None:
     assert second == {"target": [3.0, None], "dynamic_feat": features[1], "cat": [-8], **named}
     fields = [*FIELDS, ("load", "f8", (3,)), ("region", "i8")]
     rows = np.array([("a.mar", START, [1.0, 2.5], [1, 2, 3], 7)], fields)
-    ((_, found),) = read_items(save(rows))
+    ((_, found),) = read_items(save_one(rows))
     expected = {"dynamic_feat": [[1.0, 2.0, 3.0]], "cat": [7], "names": ["load", "region"]}
     assert found == {"start": START, "target": [1.0, 2.5], **expected}
 
@@ -149,7 +149,7 @@ def test_files_and_arrow_say_the_same(numbers: Any, models: list[str], is_fortra
     expected = [
         (each[0], json.loads(each[1])) if isinstance(each, tuple) else str(each) for each in read_arrow_items(table)
     ]
-    for body in (save(rows), save_all(members)):
+    for body in (save_one(rows), save_all(members)):
         assert [each if isinstance(each, tuple) else str(each) for each in read_items(body)] == expected
 
 
@@ -157,10 +157,10 @@ def test_a_row_that_is_wrong_is_refused_alone() -> None:
     """Empty and bad names, and a start that is no time: errors of their rows."""
     rows = np.array([("a.mar", START, [1.0, 2.0]), ("", START, [1.0, 2.0]), ("../x", START, [1.0, 2.0]),
                      ("d.mar", "NaT", [1.0, 2.0])], FIELDS)  # fmt: skip
-    good, *wrong = read_items(save(rows))
+    good, *wrong = read_items(save_one(rows))
     assert good[0] == "a.mar"
     assert [each.detail.field for each in wrong] == ["model", "model", "start"]
-    assert all("max_body_bytes" in str(each) for each in read_items(save(rows[:1]), 10))
+    assert all("max_body_bytes" in str(each) for each in read_items(save_one(rows[:1]), 10))
 
 
 def zip_of(members: Mapping[str, bytes], **options: Any) -> bytes:
@@ -184,7 +184,7 @@ def make_bomb() -> bytes:
     return file.getvalue()
 
 
-def cut(body: bytes, at: int) -> bytes:
+def cut_body(body: bytes, at: int) -> bytes:
     """The first bytes of a file."""
     return body[:at]
 
@@ -192,30 +192,30 @@ def cut(body: bytes, at: int) -> bytes:
 HOSTILE: Sequence[tuple[Callable[[], bytes], str]] = [
     (lambda: b"", "neither a .npy nor"),
     (lambda: pickle.dumps([1.0]), "without pickles"),
-    (lambda: save(np.array([("a.mar", [1.0])], object)), "objects are pickled"),
+    (lambda: save_one(np.array([("a.mar", [1.0])], object)), "objects are pickled"),
     (lambda: save_all({**MEMBERS, "model": MODELS.astype(object)}), "member 'model'.*objects are pickled"),
     (lambda: save_all({**MEMBERS, "target": np.array([[1.0], [2.0, 3.0]], object)}), "never read"),
-    (lambda: save(np.array([("a.mar", START, None)], [*FIELDS[:2], ("target", object)])), "'target' is of objects"),
+    (lambda: save_one(np.array([("a.mar", START, None)], [*FIELDS[:2], ("target", object)])), "'target' is of objects"),
     (lambda: b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31), "longer than the file"),
     (lambda: with_header("{" + " " * MOST_HEADER), "a header of"),
     (lambda: b"\x93NUMPY\x07\x00" + bytes(64), "version 7"),
     (lambda: b"\x93NUMPY", "does not begin"),
-    (lambda: cut(save(ROWS), 40), "longer than the file"),
-    (lambda: cut(save(ROWS), -1), "bytes of numbers, and"),
-    (lambda: save(ROWS) + b"x", "bytes of numbers, and"),
-    (lambda: cut(save_all(), -1), "ends early"),
+    (lambda: cut_body(save_one(ROWS), 40), "longer than the file"),
+    (lambda: cut_body(save_one(ROWS), -1), "bytes of numbers, and"),
+    (lambda: save_one(ROWS) + b"x", "bytes of numbers, and"),
+    (lambda: cut_body(save_all(), -1), "ends early"),
     (lambda: save_all() + b"x", "ends early"),
-    (lambda: cut(save_all(), 60), "ends early"),
+    (lambda: cut_body(save_all(), 60), "ends early"),
     (make_bomb, "np.savez: HTTP has Content-Encoding"),
     (lambda: zip_of({"model.npy": bytes(10**6)}, compression=zipfile.ZIP_DEFLATED), "Content-Encoding"),
     (lambda: zip_of({f"c{i}.npy": b"" for i in range(100)}), "100 members, 66 are the most"),
     (lambda: zip_of({"readme.txt": b""}), "is no .npy file"),
-    (lambda: zip_of({"x" * 101 + ".npy": save(MODELS)}), "longer than 100"),
-    (lambda: save(lay([*FIELDS[:2], ("target", ">f8", (2,))])), r"'target' is big-endian.*newbyteorder"),
+    (lambda: zip_of({"x" * 101 + ".npy": save_one(MODELS)}), "longer than 100"),
+    (lambda: save_one(lay_rows([*FIELDS[:2], ("target", ">f8", (2,))])), r"'target' is big-endian.*newbyteorder"),
     (lambda: save_all({**MEMBERS, "model": MODELS.astype(">U5")}), "member 'model'.*big-endian"),
-    (lambda: save(TARGET), "has no rows with fields"),
-    (lambda: save(ROWS[0]), "has no rows with fields"),
-    (lambda: save(ROWS.reshape(1, 2)), "has no rows with fields"),
+    (lambda: save_one(TARGET), "has no rows with fields"),
+    (lambda: save_one(ROWS[0]), "has no rows with fields"),
+    (lambda: save_one(ROWS.reshape(1, 2)), "has no rows with fields"),
     (lambda: save_all({"rows": ROWS}), "send that array alone"),
     (lambda: save_all({**MEMBERS, "target": TARGET[:1]}), "'target' has 1 rows, 'model' has 2"),
     (lambda: save_all({**MEMBERS, "load": TARGET[0]}), r"'load' is of float64; a series is \[rows, numbers\]"),
@@ -237,13 +237,13 @@ HOSTILE: Sequence[tuple[Callable[[], bytes], str]] = [
     (lambda: save_all({"model": MODELS, "start": np.array(START)}), "target: the table has no such column"),
     (lambda: save_all({"model": MODELS, "target": TARGET}), "start: the table has no such column.*npz"),
     (lambda: save_all({"start": np.array(START)}), "0 columns"),
-    (lambda: save(np.zeros(1, [(f"c{i}", "i8") for i in range(65)])), "65 columns"),
-    (lambda: save(ROWS[:0]), "1 to 10000 rows, not 0"),
-    (lambda: save(np.zeros(MAX_ITEMS + 1, FIELDS)), f"1 to {MAX_ITEMS} rows"),
-    (lambda: save(np.zeros(1, [*FIELDS[:2], ("target", "f8", (2, 3))])), "a row has one series"),
-    (lambda: save(np.zeros(1, [*FIELDS, ("more", [("x", "f8")])])), "has fields of its own"),
-    (lambda: save(np.zeros(1, [*FIELDS, (("title", "more"), "f8")])), "a title beside it"),
-    (lambda: save(np.zeros(1, [*FIELDS[:2], ("target", "i8", (MOST_INTS + 1,))])), "whole numbers"),
+    (lambda: save_one(np.zeros(1, [(f"c{i}", "i8") for i in range(65)])), "65 columns"),
+    (lambda: save_one(ROWS[:0]), "1 to 10000 rows, not 0"),
+    (lambda: save_one(np.zeros(MAX_ITEMS + 1, FIELDS)), f"1 to {MAX_ITEMS} rows"),
+    (lambda: save_one(np.zeros(1, [*FIELDS[:2], ("target", "f8", (2, 3))])), "a row has one series"),
+    (lambda: save_one(np.zeros(1, [*FIELDS, ("more", [("x", "f8")])])), "has fields of its own"),
+    (lambda: save_one(np.zeros(1, [*FIELDS, (("title", "more"), "f8")])), "a title beside it"),
+    (lambda: save_one(np.zeros(1, [*FIELDS[:2], ("target", "i8", (MOST_INTS + 1,))])), "whole numbers"),
     (lambda: save_all({**MEMBERS, "target": np.zeros((2, MOST_GATHERED + 1), np.float32, "F")}), "ascontiguousarray"),
     (lambda: with_header("{'descr': '<f8', 'fortran_order': False, 'shape': (2,), 'more': 1}"), "other keys"),
     (lambda: with_header("{'descr': '<f8', 'fortran_order': 2, 'shape': (2,)}"), "neither True nor False"),
@@ -288,7 +288,7 @@ def test_hostile_files_are_refused_or_read_within_bounds() -> None:
     """Files that were cut, changed and spliced: refused or read, no other exception, and memory of a few bodies."""
     rng = random.Random(7)
     members = {**MEMBERS, "load": np.asfortranarray([[1, 2], [3, 4]]), "region": np.array([1, 3])}
-    bodies = [save(ROWS), save_all(members), save_all({**MEMBERS, "start": np.array([START] * 2, "M8[us]")})]
+    bodies = [save_one(ROWS), save_all(members), save_all({**MEMBERS, "start": np.array([START] * 2, "M8[us]")})]
     outcomes, unexpected = {True: 0, False: 0}, 0
     tracemalloc.start()
     try:

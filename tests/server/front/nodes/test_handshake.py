@@ -94,7 +94,7 @@ def close_speakers() -> None:
 
 
 @asynccontextmanager
-async def serving(server: asyncio.Server) -> AsyncIterator[None]:
+async def keep_serving(server: asyncio.Server) -> AsyncIterator[None]:
     """Listen meanwhile. From Python 3.12 on a server's end waits for its connections, which are closed before."""
     async with server:
         try:
@@ -124,7 +124,7 @@ def test_nodes_that_know_the_secret_speak(tmp_path: Path, has_tls: bool) -> None
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, certificate, made)
-        async with serving(server):
+        async with keep_serving(server):
             speaker = await connect(port, SECRET, certificate)
             assert await speaker.heard == b"hello"
             assert await made[0].heard == b"hello"
@@ -138,7 +138,7 @@ def test_another_secret_is_refused_by_both(tmp_path: Path) -> None:
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
-        async with serving(server):
+        async with keep_serving(server):
             with pytest.raises(NotProven, match="does not know this cluster's secret"):
                 await connect(port, OTHER)
         assert not made
@@ -168,7 +168,7 @@ def test_a_wrong_proof_and_other_protocols_end_the_connection(tmp_path: Path) ->
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
         hello = MAGIC + bytes(NONCE)
-        async with serving(server):
+        async with keep_serving(server):
             for make_proof in (lambda said: bytes(32), lambda said: said[NONCE:]):
                 assert await ask(port, hello, make_proof) == b""
             assert await ask(port, b"GET / HTTP/1.1\r\nhost: me\r\nx: yyyyyyyyyyyyy\r\n\r\n"[:HELLO], bytes) == b""
@@ -192,7 +192,7 @@ def test_connections_without_proof_are_few(tmp_path: Path) -> None:
     async def work() -> None:
         made: list[Speaker] = []
         server, port = await listen(SECRET, None, made)
-        async with serving(server):
+        async with keep_serving(server):
             idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(MOST_UNPROVEN)]
             with pytest.raises((NotProven, ConnectionResetError)):
                 await connect(port, SECRET)
