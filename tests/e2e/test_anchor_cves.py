@@ -25,6 +25,7 @@ from tests.e2e.models import pack_forecaster
 from tests.e2e.server import Server, run_server
 from tests.http_servers import serve_on_thread
 from tests.patience import PATIENCE_S
+from tests.processes import list_descriptors
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -176,8 +177,7 @@ def test_by_default_nothing_listens_beyond_loopback(house: Server) -> None:
 
 def list_listeners(pid: int) -> Iterator[tuple[str, str]]:
     """Address and port of every listening TCP socket, IPv4 or IPv6, that the process holds."""
-    links = (str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
-    held = {found[1] for link in links if (found := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    held = {found[1] for _, target in list_descriptors(pid) if (found := re.fullmatch(r"socket:\[(\d+)\]", target))}
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             _, local, _, state, *_, inode = line.split()[:10]

@@ -28,6 +28,7 @@ from tests.e2e.canary import Canary
 from tests.e2e.models import FORECAST_TCN, LEVELS, pack_forecaster
 from tests.e2e.server import Server, is_answered, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
+from tests.processes import list_descriptors
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -223,9 +224,9 @@ def is_replaced(server: Server, pid: int) -> bool:
 
 def runs_loop(pid: int) -> bool:
     """Whether this worker notes that it runs loop.mar."""
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-            if "fleetcast-pulse" in str(link.readlink()):
+    for link, target in list_descriptors(pid):
+        if "fleetcast-pulse" in target:
+            with contextlib.suppress(FileNotFoundError):  # the worker has ended since it was listed
                 return RunningModel("loop.mar", "alone") in PulseReader(str(link)).running()
     return False
 

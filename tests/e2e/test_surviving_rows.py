@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tests.e2e.models import pack_fleet
 from tests.e2e.server import Load, Server, upload
 from tests.e2e.test_deaths import is_up
 from tests.patience import wait_until
+from tests.processes import list_descriptors
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -71,12 +71,7 @@ def kill_worker(server: Server, incarnation: int) -> None:
 
 def list_rows(pid: int) -> list[Path]:
     """The process's descriptors of memory for rows."""
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # it was closed meanwhile
-            if "fleetcast-rows-" in str(link.readlink()):
-                found.append(link)
-    return found
+    return [link for link, target in list_descriptors(pid) if "fleetcast-rows-" in target]
 
 
 def is_closed_on_exec(link: Path) -> bool:

@@ -22,6 +22,7 @@ from server.worker.load_lane import Lane, LoadRun, StepEnd
 from server.worker.model_loader import LoadedModel, ModelLoader, StartCode
 from server.worker.thread_priority import NICENESS, keep_ordinary_threads, yield_to_others
 from tests.e2e.models import pack_forecaster, pack_identity
+from tests.processes import list_threads
 from tests.server.worker.loads import make_load, run_load
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a niceness for each thread")
@@ -37,14 +38,6 @@ def run_yielding(call: Callable[[], T]) -> T:
 def read_niceness() -> int:
     """That of the calling thread."""
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-def list_threads() -> dict[int, int]:
-    """The niceness of each thread of this process."""
-    return {
-        int(task.name): int(task.joinpath("stat").read_text().rpartition(")")[2].split()[16])
-        for task in Path("/proc/self/task").iterdir()
-    }
 
 
 def make_loader(folder: Path) -> ModelLoader:
