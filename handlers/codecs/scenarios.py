@@ -11,12 +11,14 @@ floors, caps and atoms. There are two sources of scores:
 
 Random numbers are counter-based, with a stream for each seed and product name. So the scenario of a product depends
 only on seed, S and archive, not on other products in the call, on their order, or on the worker. 45 products x 300
-steps x 100 scenarios take some 60 ms of one core.
+steps x 100 scenarios take some 30 ms of one core.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,10 @@ from model_store.errors import ArchiveInvalid
 LEAST_SAMPLES = 2  #: a single sample of every margin is its median, which is not a scenario
 MAX_FLOPS = 10_000_000_000  #: most operations for the scores of one call, some seconds of a core
 NOISE_FLOPS = 20  #: operations that a random number counts as
+BLOCK_STEPS = 50  #: steps of a score that are computed together; half of a factor's zeros are left out thereby
+NOISE_NUMBERS = 1 << 21  #: most normal numbers that are kept at once, 16 MB
+NORMALS = 1 << 16  #: different normal numbers, as many as 16 bits count
+BITS_PLACES = 4  #: numbers of 16 bits in one of 64
 UNIT = 1e-4  #: largest deviation of the rows of a factor from unit length
 TEMPLATES = "\0templates"  #: name of the stream that picks templates, which no product has
 
@@ -60,8 +66,11 @@ class Marginal:
         above = np.minimum(above, len(self.levels) - 1)  # a single level is an atom
         gap = self.levels[above] - self.levels[below]
         weight = np.divide(inside - self.levels[below], gap, out=np.zeros(len(u)), where=gap > 0)
-        low, high = self.values[:, below], self.values[:, above]
-        found = np.minimum(low + weight * (high - low), high)
+        low, high = self.values.take(below, axis=1), self.values.take(above, axis=1)
+        found = high - low
+        found *= weight
+        found += low
+        np.minimum(found, high, out=found)
         return (found if self.tails is None else self._extend(found, u, self.tails)).astype(np.float32)
 
     def _extend(self, found: Float64, u: Float64, tails: ExponentialTails) -> Float64:
@@ -75,7 +84,12 @@ class Marginal:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gaussian:
-    """Lower Cholesky factors of two correlation matrices: of N products and of T steps."""
+    """Lower Cholesky factors of two correlation matrices: of N products and of T steps.
+
+    INVARIANT: every product of matrices has a shape that only the archive and the number of samples decide: blocks of
+    `BLOCK_STEPS` steps, whole also where a forecast ends within one, and groups of as many sources as `NOISE_NUMBERS`
+    allows. So not even rounding depends on what else is wanted, or on how long it is.
+    """
 
     product_factor: Float64  #: [N, N]
     time_factor: Float64  #: [T, T]
@@ -85,20 +99,42 @@ class Gaussian:
     ) -> Iterator[Float64]:
         """For each wanted (product, steps) its scores [steps, samples].
 
-        A shorter forecast has the leading block of a longer one. Sums run product by product in one order, so that not
-        even rounding depends on what else is wanted.
+        A shorter forecast has the leading block of a longer one.
         """
-        mixed = [np.zeros((steps, samples)) for _, steps in wanted]
-        longest = max(steps for _, steps in wanted)
-        scratch = np.empty((longest, samples))
-        for source in range(1 + max(product for product, _ in wanted)):
-            noise = make_random_stream(seed, names[source]).standard_normal((longest, samples))
-            for total, (product, steps) in zip(mixed, wanted, strict=True):
-                if source <= product:
-                    part = np.multiply(noise[:steps], self.product_factor[product, source], out=scratch[:steps])
-                    np.add(total, part, out=total)
+        mixed = self._mix(names, wanted, samples, seed)
         for total, (_, steps) in zip(mixed, wanted, strict=True):
-            yield self.time_factor[:steps, :steps] @ total
+            found = np.empty_like(total)
+            for block in self._cut_blocks(steps):
+                np.matmul(self.time_factor[block, : block.stop], total[: block.stop], out=found[block])
+            yield found[:steps]
+
+    def count_steps(self, steps: int) -> int:
+        """Count the steps of whole blocks that so many steps take."""
+        return min(-(-steps // BLOCK_STEPS) * BLOCK_STEPS, len(self.time_factor))
+
+    def _cut_blocks(self, steps: int) -> Iterator[slice]:
+        """Yield the blocks of steps in which the first so many lie, each whole."""
+        for start in range(0, steps, BLOCK_STEPS):
+            yield slice(start, self.count_steps(start + BLOCK_STEPS))
+
+    def _mix(
+        self, names: Sequence[str], wanted: Sequence[tuple[int, int]], samples: int, seed: int
+    ) -> Sequence[Float64]:
+        """Return for each wanted (product, steps) its noise [steps of whole blocks, samples], correlated by product."""
+        sources = 1 + max(product for product, _ in wanted)
+        streams = [make_random_bits(seed, name) for name in names[:sources]]
+        mixed = [np.empty((self.count_steps(steps), samples)) for _, steps in wanted]
+        together = max(1, NOISE_NUMBERS // (BLOCK_STEPS * samples))
+        for block in self._cut_blocks(max(steps for _, steps in wanted)):
+            for first in range(0, sources, together):
+                noise = _draw_normals(streams[first : first + together], (block.stop - block.start) * samples)
+                for total, (product, steps) in zip(mixed, wanted, strict=True):
+                    if product >= first and steps > block.start:
+                        weights = self.product_factor[product, first : min(first + together, product + 1)]
+                        part = weights @ noise[: len(weights)]
+                        into = total[block].reshape(-1)
+                        np.copyto(into, part) if not first else np.add(into, part, out=into)
+        return mixed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,9 +184,10 @@ class CorrelationModel:
         numbers = samples * sum(steps for _, steps in wanted)
         if isinstance(self.dependence, Templates):
             return NOISE_FLOPS * numbers
-        longest = max(steps for _, steps in wanted)
-        noise = NOISE_FLOPS * (1 + max(product for product, _ in wanted)) * longest * samples
-        mixing = sum(2 * (product + 1) * steps + 2 * steps * steps for product, steps in wanted)
+        whole = [(product, self.dependence.count_steps(steps)) for product, steps in wanted]
+        longest = max(steps for _, steps in whole)
+        noise = NOISE_FLOPS * (1 + max(product for product, _ in whole)) * longest * samples
+        mixing = sum(2 * (product + 1) * steps + 2 * steps * steps for product, steps in whole)
         return noise + mixing * samples
 
     def place(self, marginal: Marginal, instance: int) -> tuple[int, int]:
@@ -208,10 +245,15 @@ def draw_scenarios_each(
     return [np.ascontiguousarray(block.T) for block in _draw_blocks(marginals, correlation, wanted, samples, seed)]
 
 
-def make_random_stream(seed: int, name: str) -> np.random.Generator:
-    """Make the random numbers of a seed and a product: Philox (Salmon et al. 2011), keyed by both."""
+def make_random_bits(seed: int, name: str) -> np.random.Philox:
+    """Make the random bits of a seed and a product: Philox (Salmon et al. 2011), keyed by both."""
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))
+    return np.random.Philox(key=np.array([seed, key], np.uint64))
+
+
+def make_random_stream(seed: int, name: str) -> np.random.Generator:
+    """Make the random numbers of a seed and a product, see `make_random_bits`."""
+    return np.random.Generator(make_random_bits(seed, name))
 
 
 def compute_midpoints(samples: int) -> Float64:
@@ -272,8 +314,32 @@ def _draw_blocks(
         score = every[marginal.first :]
         block = np.empty(score.shape, np.float32)
         order: npt.NDArray[np.intp] = np.argsort(score, axis=1)
-        np.put_along_axis(block, order, marginal.quantiles(u), axis=1)
+        order += np.arange(0, score.size, samples)[:, None]  # places in the whole block
+        block.reshape(-1)[order] = marginal.quantiles(u)
         yield block
+
+
+def _draw_normals(streams: Sequence[np.random.Philox], numbers: int) -> Float64:
+    """Draw so many normal numbers of each stream: [streams, numbers].
+
+    A normal number is one of `NORMALS` quantiles at the midpoints of equal parts of (0, 1), four of each 64 bits.
+    """
+    found = np.empty((len(streams), numbers))
+    words = -(-numbers // BITS_PLACES)
+    for row, stream in zip(found, streams, strict=True):
+        bits = stream.random_raw(words).astype("<u8", copy=False).view("<u2")[:numbers]
+        _list_normals().take(bits, out=row, mode="wrap")  # all are in range, which other modes look for first
+    return found
+
+
+@lru_cache(maxsize=1)
+def _list_normals() -> Float64:
+    """List the `NORMALS` quantiles of the normal distribution, rising."""
+    invert = NormalDist().inv_cdf
+    lower = np.array([invert((place + 0.5) / NORMALS) for place in range(NORMALS // 2)])
+    found: Float64 = np.concatenate([lower, -lower[::-1]])
+    found.setflags(write=False)
+    return found
 
 
 def _check_factor(name: str, stored: Float32) -> Float64:

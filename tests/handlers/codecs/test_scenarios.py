@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import scoringrules
 from handlers.codecs.features import Float64
 from handlers.codecs.scenarios import (
     CorrelationModel,
+    Gaussian,
     Marginal,
     compute_midpoints,
     draw_scenarios,
@@ -160,6 +162,53 @@ def test_a_shorter_forecast_has_the_leading_block() -> None:
     mixed = draw_scenarios_each([short[0], long[1]], FOUR, 40, 2)
     np.testing.assert_array_equal(mixed[0], found[:, 0, :4])
     np.testing.assert_array_equal(mixed[1], found[:, 1])
+
+
+LONG = gaussian_of(make_ar1(0.8, 5), make_ar1(0.95, 130))  #: three blocks of steps, the last of 30
+
+
+def list_scores(wanted: Sequence[tuple[int, int]], samples: int, seed: int = 6) -> list[Float64]:
+    """The scores of `LONG` for (product, steps)."""
+    return list(LONG.dependence.scores(LONG.products, wanted, samples, seed))
+
+
+@pytest.mark.parametrize("samples", [2, 7, 100, 9001])  # of 9001, four sources' noise is kept at once
+def test_scores_do_not_depend_on_what_else_is_wanted(samples: int) -> None:
+    """Not even in the last bit: alone or beside others, in any order, and of whatever length."""
+    whole = list_scores([(product, 130) for product in range(5)], samples)
+    lengths = (1, 49, 50, 51, 99, 100, 101, 130)
+    for product in (0, 3, 4):
+        for steps in lengths[:: 1 if samples < 1000 else 3]:
+            (alone,) = list_scores([(product, steps)], samples)
+            np.testing.assert_array_equal(alone, whole[product][:steps], strict=True)
+    mixed = list_scores([(4, 51), (1, 130), (2, 3)], samples)
+    for found, (product, steps) in zip(mixed, [(4, 51), (1, 130), (2, 3)], strict=True):
+        np.testing.assert_array_equal(found, whole[product][:steps], strict=True)
+
+
+def test_scores_are_the_product_of_both_factors_and_noise() -> None:
+    """Blocks and groups change rounding alone. Unit factors show the noise."""
+    samples = 9001
+    plain = gaussian_of(np.eye(5), np.eye(130), LONG.products)
+    noise = np.stack(list(plain.dependence.scores(LONG.products, [(each, 130) for each in range(5)], samples, 6)))
+    factors = LONG.dependence
+    assert isinstance(factors, Gaussian)
+    expected = np.einsum("nm,tu,mus->nts", factors.product_factor, factors.time_factor, noise, optimize=True)
+    found = np.stack(list_scores([(each, 130) for each in range(5)], samples))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_noise_is_normal_and_independent() -> None:
+    """Its quantiles are those of the normal distribution, as far as so many numbers can tell."""
+    plain = gaussian_of(np.eye(3), np.eye(60))
+    noise = np.stack(list(plain.dependence.scores(plain.products, [(each, 60) for each in range(3)], 4001, 9)))
+    flat = np.sort(noise.ravel())
+    u = (np.arange(flat.size) + 0.5) / flat.size
+    expected = np.vectorize(NormalDist().cdf)(flat[::97])
+    assert np.abs(expected - u[::97]).max() < 1.95 / flat.size**0.5  # Kolmogorov: passed by one in a thousand
+    assert abs(flat.std() - 1) < 0.005
+    rows = np.corrcoef(noise.reshape(180, -1)) - np.eye(180)
+    assert np.abs(rows).max() < 0.09
 
 
 @pytest.mark.slow
