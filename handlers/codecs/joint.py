@@ -10,16 +10,19 @@ each forecast, [S][D][T] of one of several products; as npy it is one array [S, 
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from functools import cache
+from typing import Annotated, Any, Generic, TypeVar
 
 import msgspec
 import numpy as np
+import simdjson
 from msgspec import Meta, Struct
 
 from handlers.base import Float32
 from handlers.codecs import open_inference
 from handlers.codecs.codec import JSON, LINES, NPY, NUMBER_S, Encoded, negotiate_media
 from handlers.codecs.deepar_schema import NumSamples, Seed, parse_start
+from handlers.codecs.features import Float64
 from handlers.codecs.scenarios import (
     CorrelationModel,
     Marginal,
@@ -38,6 +41,11 @@ MAX_FORECASTS = 10_000
 MAX_JUMPS = 100  #: most changes of a clock within one forecast
 PAIRED = "configuration.joint"  #: the field of a fault that lies between forecasts
 FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
+NUMBER_TEXT = b"0123456789+-.eE \t\n\r"  #: what numbers are written with, and what lies between them
+
+Values = TypeVar("Values")
+#: As they are sent. An array of float64 [D, T, levels] stands for them where they are plain.
+Lists = Annotated[list[Annotated[list[list[float]], Meta(min_length=1)]], Meta(min_length=1)]
 
 
 class MarginTails(Struct, forbid_unknown_fields=True):
@@ -50,7 +58,7 @@ class MarginTails(Struct, forbid_unknown_fields=True):
     cap: float | None = None
 
 
-class Margins(Struct, forbid_unknown_fields=True):
+class Margins(Struct, Generic[Values], forbid_unknown_fields=True):
     """A forecast's quantiles: `values` [D][T][levels] of its D products, whose names are left out if it has one.
 
     Forecasts are paired by time: `start` is the instant of the first step, with an offset. Without any, all start at
@@ -58,7 +66,7 @@ class Margins(Struct, forbid_unknown_fields=True):
     """
 
     levels: Annotated[list[float], Meta(min_length=1, max_length=1000)]
-    values: Annotated[list[Annotated[list[list[float]], Meta(min_length=1)]], Meta(min_length=1)]
+    values: Values
     products: list[str] = []
     start: str | None = None
     step_s: Annotated[int, Meta(ge=1)] = 0
@@ -66,17 +74,17 @@ class Margins(Struct, forbid_unknown_fields=True):
     tails: MarginTails | None = None
 
 
-class MarginalForecast(Struct, forbid_unknown_fields=True):
+class MarginalForecast(Struct, Generic[Values], forbid_unknown_fields=True):
     """One model's forecast: `name` is its name in the correlation, `name#product` for several products."""
 
     name: str
-    marginal: Margins
+    marginal: Margins[Values]
 
 
-class JointBody(Struct, forbid_unknown_fields=True):
+class JointBody(Struct, Generic[Values], forbid_unknown_fields=True):
     """The body of a request."""
 
-    forecasts: Annotated[list[MarginalForecast], Meta(min_length=1, max_length=MAX_FORECASTS)]
+    forecasts: Annotated[list[MarginalForecast[Values]], Meta(min_length=1, max_length=MAX_FORECASTS)]
     num_samples: NumSamples = 100
     seed: Seed | None = None
 
@@ -145,11 +153,11 @@ class JointModel:
 class JointCodec:
     """Reads requests for one correlation archive."""
 
-    quick_bytes = 2**16  #: every quantile becomes an object of Python
+    quick_bytes = 2**16  #: of a body that is not plain every quantile becomes an object of Python
 
     def __init__(self, correlation: CorrelationModel) -> None:
         self._correlation = correlation
-        self._decoder = msgspec.json.Decoder(JointBody)
+        self._decoder, self._quick_decoder = _make_decoders()
         products = {"products": correlation.products}
         self._description = open_inference.describe_tensors(open_inference.Signature({}, {}), correlation=products)
 
@@ -163,10 +171,7 @@ class JointCodec:
         sent, wanted = negotiate_media(content_type, accept)
         if sent != JSON or wanted == LINES:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
-        try:
-            request = self._decoder.decode(body)
-        except FAULTS as error:
-            raise RequestError(f"not a request for joint scenarios: {explain_fault(error)}") from error
+        request = self._read(body)
         refuse_repeated(_names(request))  # before work is done for ten thousand
         marginals, owners = list[Marginal](), list[int]()
         for i, (forecast, first) in enumerate(zip(request.forecasts, pair_starts(request.forecasts), strict=True)):
@@ -182,15 +187,61 @@ class JointCodec:
         asked = JointRequest(marginals, widths, request.num_samples, seed, wanted)
         return JointCall(asked, flops=self._correlation.flops(places, request.num_samples))
 
+    def _read(self, body: bytes | memoryview) -> JointBody[Any]:
+        """Read a body; the values of a forecast are arrays if all are plain. Raises RequestError."""
+        try:
+            quick: JointBody[Any] = self._quick_decoder.decode(body)
+            arrays = [_read_plain(each.marginal) for each in quick.forecasts]
+            if not any(each is None for each in arrays):
+                for forecast, values in zip(quick.forecasts, arrays, strict=True):
+                    forecast.marginal.values = values
+                return quick
+            return self._decoder.decode(body)
+        except FAULTS as error:
+            raise RequestError(f"not a request for joint scenarios: {explain_fault(error)}") from error
 
-def _names(request: JointBody) -> Iterator[tuple[int, str]]:
+
+@cache
+def _make_decoders() -> tuple[msgspec.json.Decoder[JointBody[Lists]], msgspec.json.Decoder[JointBody[msgspec.Raw]]]:
+    """Make the decoder of any body, and the one that leaves the values of forecasts as they are."""
+    return msgspec.json.Decoder(JointBody[Lists]), msgspec.json.Decoder(JointBody[msgspec.Raw])
+
+
+def _read_plain(margins: Margins[msgspec.Raw]) -> Float64 | None:
+    """Read values as an array [D, T, levels] without an object for each; None for those that are not as plain as that.
+
+    Without its numbers, the text of an array is brackets and commas that follow from its shape.
+    """
+    text, products, levels = bytes(margins.values), max(1, len(margins.products)), len(margins.levels)
+    try:
+        found = simdjson.Parser().parse(text)
+        if not isinstance(found, simdjson.Array):
+            return None
+        numbers = np.frombuffer(found.as_buffer(of_type="d"), np.float64)
+    except (ValueError, TypeError, RuntimeError):
+        return None
+    steps, rest = divmod(len(numbers), products * levels)
+    if rest or not steps or text.translate(None, NUMBER_TEXT) != _list_borders(products, steps, levels):
+        return None
+    return numbers.reshape(products, steps, levels)
+
+
+def _list_borders(*shape: int) -> bytes:
+    """The brackets and commas of an array of this shape."""
+    inner = b""
+    for size in reversed(shape):
+        inner = b"[" + b",".join([inner] * size) + b"]"
+    return inner
+
+
+def _names(request: JointBody[Any]) -> Iterator[tuple[int, str]]:
     """Yield the name of each product, with the index of its forecast."""
     for i, forecast in enumerate(request.forecasts):
         for product in forecast.marginal.products or [""]:
             yield i, f"{forecast.name}#{product}" if forecast.marginal.products else forecast.name
 
 
-def pair_starts(forecasts: Sequence[MarginalForecast]) -> list[int]:
+def pair_starts(forecasts: Sequence[MarginalForecast[Any]]) -> list[int]:
     """Return the step of the call at which each forecast starts: 0 for the earliest.
 
     Raises RequestError for steps of different lengths or times, and for forecasts that do not overlap; it names the
@@ -219,7 +270,7 @@ def pair_starts(forecasts: Sequence[MarginalForecast]) -> list[int]:
     return found
 
 
-def _refuse_other_jumps(forecasts: Sequence[MarginalForecast], firsts: Sequence[int]) -> None:
+def _refuse_other_jumps(forecasts: Sequence[MarginalForecast[Any]], firsts: Sequence[int]) -> None:
     """Refuse forecasts between which a clock changes for one alone: after it, equal steps are at different times.
 
     This is a forecast in slots beside one in real steps, or beside one in a zone whose clock does not change then.
@@ -243,7 +294,7 @@ def _refuse_other_jumps(forecasts: Sequence[MarginalForecast], firsts: Sequence[
             )
 
 
-def _parse_instant(i: int, forecast: MarginalForecast) -> int:
+def _parse_instant(i: int, forecast: MarginalForecast[Any]) -> int:
     """Parse the start of a forecast into seconds since 1970. Raises RequestError."""
     start = forecast.marginal.start
     if start is None:
@@ -258,15 +309,15 @@ def _parse_instant(i: int, forecast: MarginalForecast) -> int:
     return round(moment.timestamp())
 
 
-def _name_start(forecast: MarginalForecast) -> str:
+def _name_start(forecast: MarginalForecast[Any]) -> str:
     return f"{forecast.name} from {forecast.marginal.start} ({_count_steps(forecast)} steps)"
 
 
-def _count_steps(forecast: MarginalForecast) -> int:
+def _count_steps(forecast: MarginalForecast[Any]) -> int:
     return len(forecast.marginal.values[0])
 
 
-def _parse_marginals(i: int, forecast: MarginalForecast, first: int) -> Iterator[Marginal]:
+def _parse_marginals(i: int, forecast: MarginalForecast[Any], first: int) -> Iterator[Marginal]:
     """Parse the products of a forecast. Raises RequestError for numbers that are not quantiles."""
     found = forecast.marginal
     names = [f"{forecast.name}#{product}" for product in found.products] or [forecast.name]
@@ -278,16 +329,19 @@ def _parse_marginals(i: int, forecast: MarginalForecast, first: int) -> Iterator
         raise RequestError("levels must rise within 0 and 1", instance=i, field="marginal.levels")
     tails = _parse_tails(i, found)
     for name, rows in zip(names, found.values, strict=True):
-        if any(len(row) != len(levels) for row in rows):
+        if not isinstance(rows, np.ndarray) and any(len(row) != len(levels) for row in rows):
             what = f"every step of {name} must have {len(levels)} values, one for each level"
             raise RequestError(what, instance=i, field="marginal.values")
-        values = np.array(rows)
+        if len(rows) != len(found.values[0]):
+            what = f"{name} has {len(rows)} steps and {names[0]} {len(found.values[0])}; products have equal steps"
+            raise RequestError(what, instance=i, field="marginal.values")
+        values = np.asarray(rows)
         if not (np.abs(values) <= np.finfo(np.float32).max).all() or (np.diff(values) < 0).any():
             raise RequestError(f"values of {name} must be finite and sorted", instance=i, field="marginal.values")
         yield Marginal(name, levels, values, first, tails)
 
 
-def _parse_tails(i: int, found: Margins) -> ExponentialTails | None:
+def _parse_tails(i: int, found: Margins[Any]) -> ExponentialTails | None:
     """Parse the tail rule of a forecast; None for flat tails. Raises RequestError."""
     tails = found.tails
     if tails is None:

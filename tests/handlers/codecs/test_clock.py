@@ -27,7 +27,7 @@ from handlers.codecs.clock import (
     resolve_wall_clock,
 )
 from handlers.codecs.codec import FamilyCodec
-from handlers.codecs.joint import MarginalForecast, pair_starts
+from handlers.codecs.joint import Lists, MarginalForecast, pair_starts
 from handlers.errors import RequestError
 from model_store.archives.manifest import ForecastSpec, InputChannel, Scaler
 from tests.handlers.codecs.test_deepar_contract import ContractFamily
@@ -287,7 +287,7 @@ def test_slots_and_real_steps_are_not_paired_on_a_day_when_the_clock_changes(day
     slots, real = ask_marginal("de.mar", before), ask_marginal("fr.mar", f"{before} 00:00{offset}")
     london = ask_marginal("gb.mar", before, "Europe/London")
     utc = ask_marginal("is.mar", before, "Atlantic/Reykjavik")
-    read = msgspec.json.Decoder(list[MarginalForecast]).decode
+    read = msgspec.json.Decoder(list[MarginalForecast[Lists]]).decode
     assert pair_starts(read(json.dumps([slots, {**slots, "name": "at.mar"}]))) == [0, 0]
     assert pair_starts(read(json.dumps([slots, london]))) == [0, 1]  # both clocks change at one instant
     for pair in ([slots, real], [real, slots], [slots, utc], [utc, london]):

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handlers.codecs import joint
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.codecs.scenarios import load_correlation
 from handlers.errors import RequestError, UnsupportedMedia
@@ -154,6 +155,16 @@ def test_forecasts_that_do_not_meet_are_refused(other: dict[str, Any], message: 
         ({"forecasts": [{"name": "a", "marginal": {**make_marginal(), "levels": [0.5]}}]}, "must have 1 values", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.1, 0.5], "values": [[[2, 1]]]}}]}, "sorted", 0),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[[1e39]]]}}]}, "finite", 0),
+        (
+            {"forecasts": [{"name": "a", "marginal": {"levels": [0.1, 0.5], "values": [[[1, 2], [3, 4, 5], [6]]]}}]},
+            "must have 2 values",
+            0,
+        ),
+        (
+            {"forecasts": [{"name": "b", "marginal": {**make_marginal(2), "values": [[[1, 2, 3]] * 3, [[1, 2, 3]]]}}]},
+            "b#y has 1 steps and b#x 3",
+            0,
+        ),
         ({"forecasts": [{"name": "a", "marginal": {"levels": [0.5], "values": [[]]}}]}, "at least 1", None),
     ],
 )
@@ -170,6 +181,20 @@ def test_other_media_are_refused(content_type: str, accept: str) -> None:
     """Marginals are JSON."""
     with pytest.raises(UnsupportedMedia):
         CODEC.decode(json.dumps(make_body()).encode(), content_type, accept)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_plain_values_are_read_as_careful_ones(indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same bits, whatever lies between the numbers and however they are written."""
+    request = make_body()
+    request["forecasts"][0]["marginal"]["values"] = [[[-1.5e-300, 0.1, 7], [-3, 1 / 3, 2.0000000000000004]] * 2]
+    body = json.dumps(request, indent=indent).encode()
+    quick = CODEC.decode(body, JSON, "").feeds
+    monkeypatch.setattr(joint, "_read_plain", lambda _: None)
+    careful = CODEC.decode(body, JSON, "").feeds
+    for one, other in zip(quick.marginals, careful.marginals, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one.values, other.values, strict=True)
 
 
 SCRAPS = st.recursive(
