@@ -4,7 +4,9 @@ Imports no torch.
 
 A body is `{"forecasts": [{"name", "marginal"}, ...], "num_samples"?, "seed"?}`: a front collects it from the models'
 answers to `output_types: ["marginal"]`, and any client may send one. The answer is `{"samples": [...]}` with [S][T] of
-each forecast, [S][D][T] of one of several products; as npy it is one array [S, N, T] of all products in order.
+each forecast, [S][D][T] of one of several products; as npy it is one array [S, N, T] of all products in order. With
+`"sizes": true` the JSON begins with `"sizes"`, the bytes of the samples of each forecast, between which there is one
+comma: a front cuts the answer there and need not read it.
 """
 
 import secrets
@@ -87,6 +89,7 @@ class JointBody(Struct, Generic[Values], forbid_unknown_fields=True):
     forecasts: Annotated[list[MarginalForecast[Values]], Meta(min_length=1, max_length=MAX_FORECASTS)]
     num_samples: NumSamples = 100
     seed: Seed | None = None
+    sizes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class JointRequest:
     samples: int
     seed: int
     media: str
+    sizes: bool = False  #: whether the bytes of each forecast's samples are wanted ahead of them
     description: bytes = b""  #: the answer itself, where it was asked what the archive is
 
 
@@ -146,8 +150,11 @@ class JointModel:
         if asked.media == NPY:
             return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
         found = iter(draw_scenarios_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        samples = [encode_in_blocks(_split_products(found, width) if width else next(found)) for width in asked.widths]
-        return write_json({"samples": samples}), JSON
+        arrays = (_split_products(found, width) if width else next(found) for width in asked.widths)
+        samples = [write_json(encode_in_blocks(each)) for each in arrays]  # each by itself: it holds the lock meanwhile
+        sizes = b'"sizes":%b,' % write_json([len(each) for each in samples]) if asked.sizes else b""
+        parts = [part for each in samples for part in (b",", each)][1:]
+        return b"".join([b"{", sizes, b'"samples":[', *parts, b"]}"]), JSON
 
 
 class JointCodec:
@@ -167,7 +174,7 @@ class JointCodec:
     def decode(self, body: bytes | memoryview, content_type: str, accept: str) -> JointCall:
         """Decode body and headers (empty if absent) of a request. Raises RequestError that names instance and field."""
         if content_type == open_inference.DESCRIBE:
-            return JointCall(JointRequest((), (), 0, 0, JSON, self._description))
+            return JointCall(JointRequest((), (), 0, 0, JSON, description=self._description))
         sent, wanted = negotiate_media(content_type, accept)
         if sent != JSON or wanted == LINES:
             raise UnsupportedMedia(f"marginals are sent as {JSON}, scenarios asked as {JSON} or {NPY}", field="accept")
@@ -184,7 +191,7 @@ class JointCodec:
             raise RequestError(bad.message, instance=owner, field=bad.field) from None
         widths = [len(forecast.marginal.products) for forecast in request.forecasts]
         seed = secrets.randbits(53) if request.seed is None else request.seed
-        asked = JointRequest(marginals, widths, request.num_samples, seed, wanted)
+        asked = JointRequest(marginals, widths, request.num_samples, seed, wanted, request.sizes)
         return JointCall(asked, flops=self._correlation.flops(places, request.num_samples))
 
     def _read(self, body: bytes | memoryview) -> JointBody[Any]:

@@ -87,6 +87,13 @@ class Prediction(msgspec.Struct, frozen=True, gc=False):
     stats: InferStats
 
 
+class JointPrediction(msgspec.Struct, frozen=True, gc=False):
+    """A prediction with its samples, in parts: these may be a hundred times what the rest is, and are copied once."""
+
+    parts: Sequence[bytes | memoryview]
+    stats: InferStats
+
+
 class FanOut:
     """The items of one call under way. `limit` bounds their configurations together, and their answers together.
 
@@ -307,14 +314,14 @@ def require_all(found: Sequence[Prediction | Refused]) -> None:
             raise Refused(each.situation, each.detail.message, i, each.detail.field, each.detail.retry_ms)
 
 
-def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slices[list[Prediction | Refused]]:
+def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slices[list[JointPrediction | Refused]]:
     """The predictions with their samples from the correlation's answer in the place of their marginals."""
     samples = iter((yield from split_samples(scenarios)))
-    done: list[Prediction | Refused] = []
+    done: list[JointPrediction | Refused] = []
     for each in found:
         if isinstance(each, Prediction):
-            body = yield from replace_marginal(cast("bytes", each.body), next(samples))
-            done.append(Prediction(body, each.stats))
+            parts = yield from replace_marginal(cast("bytes", each.body), next(samples))
+            done.append(JointPrediction(parts, each.stats))
         else:
             done.append(each)
     return done

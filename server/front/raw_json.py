@@ -4,14 +4,15 @@ An instance's bytes become the one instance of a request to its model, and the p
 into the common answer as it is.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import cast
+from typing import Final, cast
 
 import msgspec
 
 from server.errors import Refused, Situation
 from server.front.json_cutter import NotJson, cut_fields, cut_items
-from server.front.slices import AT_ONCE, Slices, join_parts
+from server.front.slices import AT_ONCE, ITEM, Slices, join_parts
 
 MAX_ITEMS = 10_000  #: of one call
 
@@ -20,6 +21,8 @@ class _PredictionAnswer(msgspec.Struct):
     predictions: list[msgspec.Raw]
 
 
+#: How the answer of a correlation archive begins that was asked for sizes: `handlers.codecs.joint`.
+_SIZES: Final = re.compile(rb'\{"sizes":(\[[0-9,]{1,200000}\]),"samples":\[')
 _ANSWER = msgspec.json.Decoder(_PredictionAnswer)
 
 
@@ -56,20 +59,42 @@ def build_correlation_request(
         parts += (comma + b'{"name":' + msgspec.json.encode(name) + b',"marginal":', memoryview(marginal), b"}")
     parts.append(b"]")
     parts += (part for name, value in drawn.items() for part in (b",", *_write_field(name, value)))
-    return (yield from join_parts([*parts, b"}"]))
+    return (yield from join_parts([*parts, b',"sizes":true}']))
 
 
 def split_samples(answer: bytes) -> Slices[list[msgspec.Raw]]:
-    """The samples of each forecast in a correlation archive's answer."""
-    return (yield from cut_items((yield from cut_fields(answer))["samples"], MAX_ITEMS))
+    """The samples of each forecast in a correlation archive's answer, cut at its sizes where it has them."""
+    found = yield from _cut_at_sizes(memoryview(answer))
+    if found is None:
+        found = yield from cut_items((yield from cut_fields(answer))["samples"], MAX_ITEMS)
+    return found
 
 
-def replace_marginal(prediction: bytes, samples: msgspec.Raw) -> Slices[bytes]:
-    """The prediction with its samples in the place of its marginal."""
+def _cut_at_sizes(answer: memoryview) -> Slices[list[msgspec.Raw] | None]:
+    """The samples as the sizes ahead of them say; None for an answer without any, or with no brackets at these places.
+
+    Only our own codec answers so, and a wrong size could only misplace what this answer has.
+    """
+    head = _SIZES.match(answer)
+    if head is None:
+        return None
+    found, at = list[msgspec.Raw](), head.end()
+    for size in msgspec.json.decode(head[1], type=list[int]):
+        until = at + size
+        if bytes(answer[at - 1 : at + 1]) != (b",[" if found else b"[[") or bytes(answer[until - 1 : until]) != b"]":
+            return None
+        found.append(msgspec.Raw(answer[at:until]))
+        at = until + 1
+        yield ITEM
+    return found if bytes(answer[at - 1 : at + 2]) == b"]}" else None
+
+
+def replace_marginal(prediction: bytes, samples: msgspec.Raw) -> Slices[list[bytes | memoryview]]:
+    """The parts of the prediction with its samples in the place of its marginal."""
     fields = yield from cut_fields(prediction)
     del fields["marginal"]
     parts = [b"{", *(part for name, value in fields.items() for part in (*_write_field(name, value), b","))]
-    return (yield from join_parts([*parts, *_write_field("samples", samples), b"}"]))
+    return [*parts, *_write_field("samples", samples), b"}"]
 
 
 def _write_field(name: str, value: msgspec.Raw) -> Iterator[bytes | memoryview]:

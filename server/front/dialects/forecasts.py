@@ -20,7 +20,16 @@ from server.front.columns.npy_writer import write_npy
 from server.front.columns.table_calls import choose_answer, find_table, read_table_call, replace_numbers
 from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
-from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples, require_all
+from server.front.fan_out import (
+    FanOut,
+    Item,
+    Joint,
+    JointPrediction,
+    MultiModelCall,
+    Prediction,
+    put_samples,
+    require_all,
+)
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.marks import add_marks
 from server.front.raw_json import MAX_ITEMS
@@ -118,8 +127,10 @@ class Forecasts:
             scenarios = await fan_out.draw(call.joint, found, accept)
             if accept == NPY:
                 return HttpReply(OK, NPY, scenarios, stats=stats, counted=counted)
-            found = await pacer.run(put_samples(found, scenarios))
-        return HttpReply(OK, JSON, await pacer.run(build_answer(found)), stats=stats, counted=counted)
+            body = await pacer.run(build_answer(await pacer.run(put_samples(found, scenarios))))
+        else:
+            body = await pacer.run(build_answer(found))
+        return HttpReply(OK, JSON, body, stats=stats, counted=counted)
 
     async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer, wanted: str) -> HttpReply:
         """One table of all answers; an item that failed has a row with its error."""
@@ -246,18 +257,23 @@ def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
         return Refused(Situation.BAD_REQUEST, message, field="target_model")
 
 
-def build_answer(found: Sequence[Prediction | Refused]) -> Slices[bytes]:
+def build_answer(found: Sequence[Prediction | JointPrediction | Refused]) -> Slices[bytes]:
     """The whole answer."""
     failed = sum(isinstance(each, Refused) for each in found)
     return (yield from join_parts(_write_answer(found, failed)))
 
 
-def _write_answer(found: Sequence[Prediction | Refused], failed: int) -> Iterator[bytes]:
+def _write_answer(found: Sequence[Prediction | JointPrediction | Refused], failed: int) -> Iterator[bytes | memoryview]:
     yield b'{"predictions":['
     for i, each in enumerate(found):
         if i:
             yield b","
-        yield build_error(each) if isinstance(each, Refused) else cast("bytes", each.body)
+        if isinstance(each, Refused):
+            yield build_error(each)
+        elif isinstance(each, JointPrediction):
+            yield from each.parts
+        else:
+            yield cast("bytes", each.body)
     yield FORECASTS_END % failed
 
 

@@ -23,7 +23,7 @@ from server.front.forecasting.recipes import (
     unite_recipes,
 )
 from server.front.marks import add_marks
-from server.front.slices import ITEM, Pacer
+from server.front.slices import ITEM, Pacer, join_parts
 
 AT_ONCE = 64  #: models that are asked at once what they are
 MOST_FORECASTERS = 10_000  #: names that a front remembers
@@ -180,7 +180,12 @@ class ForecastCall:
             self._note_marks(predictions)
             if joint is not None and any(isinstance(each, Prediction) for each in predictions):
                 scenarios = await fan_out.draw(joint, predictions, JSON)
-                predictions = await pacer.run(put_samples(predictions, scenarios))
+                predictions = [
+                    each
+                    if isinstance(each, Refused)
+                    else Prediction(await pacer.run(join_parts(each.parts)), each.stats)
+                    for each in await pacer.run(put_samples(predictions, scenarios))
+                ]
             for prediction in predictions:
                 found.append(_read(prediction))
                 await pacer.spend(

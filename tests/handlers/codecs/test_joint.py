@@ -55,6 +55,19 @@ def test_scenarios_of_one_product_and_of_several() -> None:
     )
 
 
+def test_sizes_say_where_the_samples_of_each_forecast_end() -> None:
+    """In bytes, ahead of the samples; the rest of the answer is as it is without them."""
+    plain, sized = answer(make_body())[0], answer(make_body(sizes=True))[0]
+    sizes = json.loads(sized)["sizes"]
+    head = b'{"sizes":%b,' % json.dumps(sizes, separators=(",", ":")).encode()
+    assert sized == head + plain[1:]
+    at = len(b'{"samples":[')
+    for size, samples in zip(sizes, json.loads(plain)["samples"], strict=True):
+        assert json.loads(plain[at : at + size]) == samples
+        at += size + 1
+    assert plain[at - 1 :] == b"]}"
+
+
 def test_a_product_that_is_named_twice_is_refused() -> None:
     """The message names the product, the error its second forecast: 10,000 of one took 46 s."""
     again = make_body()

@@ -13,7 +13,15 @@ from server.errors import Refused, Situation
 from server.front.dataplane import ClientGone, DataPlane, InferStats
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
-from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
+from server.front.fan_out import (
+    MAX_UNDER_WAY,
+    MIN_WINDOW,
+    FanOut,
+    JointPrediction,
+    Prediction,
+    put_samples,
+    require_all,
+)
 from server.front.releases import ReleasedPlane, Releases
 from server.front.slices import ITEM, SLICE, finish_slices
 from server.ipc.operations import ReleaseArm
@@ -196,17 +204,18 @@ def test_the_correlation_gets_the_marginals_that_are_there() -> None:
             return Situation.NOT_FOUND, b'{"message":"no"}'
         return b'{"predictions":[{"mean":[1.50],"marginal":{}}]}'
 
-    async def scenario(*models: str) -> list[Prediction | Refused]:
+    async def scenario(*models: str) -> list[JointPrediction | Refused]:
         running = fan_out(joint_call(*models), Worker(answer))
         found = await running.infer()
         assert running._call.joint is not None
         return finish_slices(put_samples(found, await running.draw(running._call.joint, found, "")))
 
     first, gone, last = asyncio.run(scenario("a.mar", "gone.mar", "c.mar"))
-    assert isinstance(first, Prediction)
+    assert isinstance(first, JointPrediction)
     assert isinstance(gone, Refused)
-    assert isinstance(last, Prediction)
-    assert (first.body, last.body) == (b'{"mean":[1.50],"samples":[1]}', b'{"mean":[1.50],"samples":[2.50]}')
+    assert isinstance(last, JointPrediction)
+    bodies = [b"".join(each.parts) for each in (first, last)]
+    assert bodies == [b'{"mean":[1.50],"samples":[1]}', b'{"mean":[1.50],"samples":[2.50]}']
     with pytest.raises(Refused, match="odd is unknown") as caught:
         asyncio.run(scenario("gone.mar", "b.mar", "odd.mar"))
     assert caught.value.detail.instance == 2

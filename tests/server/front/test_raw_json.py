@@ -49,6 +49,29 @@ def test_marginals_become_samples() -> None:
     prediction = b'{"mean":[1.50],"marginal":{"levels":[0.5],"values":[[[1]]]}}'
     asked = finish_slices(build_correlation_request([("a.mar", prediction)], {"seed": msgspec.Raw(b"3")}))
     marginal = {"levels": [0.5], "values": [[[1]]]}
-    assert json.loads(asked) == {"forecasts": [{"name": "a.mar", "marginal": marginal}], "seed": 3}
+    assert json.loads(asked) == {
+        "forecasts": [{"name": "a.mar", "marginal": marginal}],
+        "seed": 3,
+        "sizes": True,
+    }
     (samples,) = finish_slices(split_samples(b'{"samples":[[[1.25],[2.50]]]}'))
-    assert finish_slices(replace_marginal(prediction, samples)) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
+    parts = finish_slices(replace_marginal(prediction, samples))
+    assert b"".join(parts) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
+
+
+PIECES = [b"[[1.25],[2.50]]", b"[[[3]]]", b"[]"]
+
+
+def test_samples_are_cut_at_their_sizes() -> None:
+    """As they are cut where nothing says how long they are; what lies in them is not read."""
+    plain = b'{"samples":[%b]}' % b",".join(PIECES)
+    sized = b'{"sizes":[%b],' % b",".join(b"%d" % len(each) for each in PIECES) + plain[1:]
+    for text in (plain, sized):
+        assert [bytes(each) for each in finish_slices(split_samples(text))] == PIECES
+
+
+@pytest.mark.parametrize("sizes", [[15, 7], [15, 7, 3], [14, 8, 2], [0, 23, 2], [25], [99, 7, 2], [], [15, 7, 2, 2]])
+def test_sizes_that_are_not_those_of_the_samples_are_left_aside(sizes: list[int]) -> None:
+    """Then the text itself says where its values end."""
+    text = b'{"sizes":%b,"samples":[%b]}' % (msgspec.json.encode(sizes), b",".join(PIECES))
+    assert [bytes(each) for each in finish_slices(split_samples(text))] == PIECES
