@@ -10,10 +10,10 @@ comma: a front cuts the answer there and need not read it.
 """
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ MAX_FORECASTS = 10_000
 MAX_JUMPS = 100  #: most changes of a clock within one forecast
 PAIRED = "configuration.joint"  #: the field of a fault that lies between forecasts
 FLOPS_PER_S = 1e9  #: assumed speed of the scores, computed one product after another
+ROOM_SPARED = 1.05  #: how much longer the text of later samples may be than that of the first ones without a new copy
 NUMBER_TEXT = b"0123456789+-.eE \t\n\r"  #: what numbers are written with, and what lies between them
 
 Values = TypeVar("Values")
@@ -150,11 +151,8 @@ class JointModel:
         if asked.media == NPY:
             return write_npy(draw_scenarios(asked.marginals, self.correlation, asked.samples, asked.seed)), NPY
         found = iter(draw_scenarios_each(asked.marginals, self.correlation, asked.samples, asked.seed))
-        arrays = (_split_products(found, width) if width else next(found) for width in asked.widths)
-        samples = [write_json(encode_in_blocks(each)) for each in arrays]  # each by itself: it holds the lock meanwhile
-        sizes = b'"sizes":%b,' % write_json([len(each) for each in samples]) if asked.sizes else b""
-        parts = [part for each in samples for part in (b",", each)][1:]
-        return b"".join([b"{", sizes, b'"samples":[', *parts, b"]}"]), JSON
+        samples = (_split_products(found, width) if width else next(found) for width in asked.widths)
+        return _write_samples(samples, asked), JSON
 
 
 class JointCodec:
@@ -359,6 +357,31 @@ def _parse_tails(i: int, found: Margins[Any]) -> ExponentialTails | None:
     if tails.floor is not None and tails.cap is not None and tails.floor > tails.cap:
         raise RequestError("floor lies above cap", instance=i, field="marginal.tails.floor")
     return ExponentialTails(tails.low, tails.high, tails.band, tails.floor, tails.cap)
+
+
+def _write_samples(samples: Iterable[Float32], asked: JointRequest) -> bytes:
+    """Write the samples of each forecast, and their sizes ahead of them if they are asked for.
+
+    They are written into memory of about the size that the first ones let expect. What is joined afterwards takes twice
+    the memory, which the system would have to clear with each request.
+    """
+    numbers, sizes = sum(len(each.values) for each in asked.marginals) * asked.samples, list[int]()
+    room = b",".join([b"%10d" % 0] * len(asked.widths))  # of sizes that are known when all is written
+    head = b'{"sizes":[%b],"samples":[' % room if asked.sizes else b'{"samples":['
+    body, at = bytearray(), 0
+    for each in samples:
+        text = write_json(encode_in_blocks(each))
+        sizes.append(len(text))
+        if not at:
+            at = len(head)
+            body = bytearray(at + int(len(text) * (numbers / each.size) * ROOM_SPARED) + len(asked.widths) + 2)
+        body[at : at + len(text) + 1] = b"%b," % text
+        at += len(text) + 1
+    if asked.sizes:
+        head = head.replace(room, b",".join([b"%10d" % size for size in sizes]))
+    body[: len(head)] = head
+    body[at - 1 :] = b"]}"
+    return cast("bytes", body)  # not copied: all that send it take any buffer
 
 
 def _split_products(found: Iterator[Float32], width: int) -> Float32:

@@ -22,7 +22,7 @@ class _PredictionAnswer(msgspec.Struct):
 
 
 #: How the answer of a correlation archive begins that was asked for sizes: `handlers.codecs.joint`.
-_SIZES: Final = re.compile(rb'\{"sizes":(\[[0-9,]{1,200000}\]),"samples":\[')
+_SIZES: Final = re.compile(rb'\{"sizes":(\[[0-9, ]{1,200000}\]),"samples":\[')
 _ANSWER = msgspec.json.Decoder(_PredictionAnswer)
 
 

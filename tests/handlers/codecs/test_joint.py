@@ -59,8 +59,7 @@ def test_sizes_say_where_the_samples_of_each_forecast_end() -> None:
     """In bytes, ahead of the samples; the rest of the answer is as it is without them."""
     plain, sized = answer(make_body())[0], answer(make_body(sizes=True))[0]
     sizes = json.loads(sized)["sizes"]
-    head = b'{"sizes":%b,' % json.dumps(sizes, separators=(",", ":")).encode()
-    assert sized == head + plain[1:]
+    assert sized[sized.index(b'"samples"') :] == plain[1:]
     at = len(b'{"samples":[')
     for size, samples in zip(sizes, json.loads(plain)["samples"], strict=True):
         assert json.loads(plain[at : at + size]) == samples
