@@ -8,6 +8,7 @@ however large a configuration.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Self, cast
 
 import msgspec
@@ -29,8 +30,10 @@ from server.front.dataplane import (
 )
 from server.front.exchange import Limit
 from server.front.raw_json import (
+    Fields,
     build_correlation_request,
     build_request,
+    cut_prediction,
     extract_prediction,
     replace_marginal,
     split_samples,
@@ -81,10 +84,14 @@ class MultiModelCall:
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
-    """What came of an item: the prediction as JSON or as numbers, and what happened on the way."""
+    """What came of an item: the prediction as JSON or as numbers, and what happened on the way.
+
+    `fields`: those of the prediction in a joint call, in the place of its body.
+    """
 
     body: bytes | BlockRow
     stats: InferStats
+    fields: Fields = MappingProxyType({})
 
 
 class JointPrediction(msgspec.Struct, frozen=True, gc=False):
@@ -154,7 +161,7 @@ class FanOut:
         Raises Refused, its place being that among the items.
         """
         answered = [
-            (each.stats.archive or item.model, cast("bytes", each.body))
+            (each.stats.archive or item.model, each.fields)
             for item, each in zip(self._call.items, found, strict=True)
             if isinstance(item, Item) and isinstance(each, Prediction)
         ]
@@ -278,7 +285,9 @@ class FanOut:
 
     async def _read_prediction(self, answer: bytes, stats: InferStats) -> Prediction:
         """The prediction in a model's answer, packed where that is wanted. Raises Refused."""
-        body = await self._pacer.run(extract_prediction(answer, marginal=self._call.joint is not None))
+        if self._call.joint is not None:
+            return Prediction(b"", stats, await self._pacer.run(cut_prediction(answer)))
+        body = await self._pacer.run(extract_prediction(answer))
         if not self._call.numbers:
             return Prediction(body, stats)
         try:
@@ -320,8 +329,8 @@ def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slic
     done: list[JointPrediction | Refused] = []
     for each in found:
         if isinstance(each, Prediction):
-            parts = yield from replace_marginal(cast("bytes", each.body), next(samples))
-            done.append(JointPrediction(parts, each.stats))
+            yield ITEM
+            done.append(JointPrediction(replace_marginal(each.fields, next(samples)), each.stats))
         else:
             done.append(each)
     return done

@@ -21,9 +21,17 @@ class _PredictionAnswer(msgspec.Struct):
     predictions: list[msgspec.Raw]
 
 
+class _CutAnswer(msgspec.Struct):
+    predictions: list[dict[str, msgspec.Raw]]
+
+
 #: How the answer of a correlation archive begins that was asked for sizes: `handlers.codecs.joint`.
 _SIZES: Final = re.compile(rb'\{"sizes":(\[[0-9, ]{1,200000}\]),"samples":\[')
-_ANSWER = msgspec.json.Decoder(_PredictionAnswer)
+_ANSWER, _CUT_ANSWER = msgspec.json.Decoder(_PredictionAnswer), msgspec.json.Decoder(_CutAnswer)
+_NO_FORECAST = (msgspec.MsgspecError, NotJson, KeyError, ValueError)
+NO_FORECAST = "the model answers tensors, not a forecast"
+
+Fields = Mapping[str, msgspec.Raw]  #: of a prediction
 
 
 def build_request(instance: msgspec.Raw | bytes, configuration: bytes) -> bytes:
@@ -31,32 +39,45 @@ def build_request(instance: msgspec.Raw | bytes, configuration: bytes) -> bytes:
     return b"".join((b'{"instances":[', instance, b'],"configuration":', configuration, b"}"))
 
 
-def extract_prediction(answer: bytes, *, marginal: bool = False) -> Slices[bytes]:
-    """The one prediction in a model's answer, with a marginal where that is needed. Raises Refused without one."""
+def extract_prediction(answer: bytes) -> Slices[bytes]:
+    """The one prediction in a model's answer. Raises Refused without one."""
     try:
         if len(answer) <= AT_ONCE:
             yield len(answer)
             (found,) = _ANSWER.decode(answer).predictions
         else:
             (found,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
-        if marginal and "marginal" not in (yield from cut_fields(found)):
-            raise Refused(Situation.MODEL_FAILED, "the model answers no marginal, which joint scenarios are made of")
-    except (msgspec.MsgspecError, NotJson, KeyError, ValueError):
-        raise Refused(Situation.MODEL_FAILED, "the model answers tensors, not a forecast") from None
+    except _NO_FORECAST:
+        raise Refused(Situation.MODEL_FAILED, NO_FORECAST) from None
     view = memoryview(found)
     # The copy of a small one lets its answer go; a large one is not copied, and all that read it take any buffer.
     return bytes(view) if len(view) <= AT_ONCE else cast("bytes", view)
 
 
+def cut_prediction(answer: bytes) -> Slices[Fields]:
+    """The fields of the one prediction in a model's answer, with a marginal. Raises Refused without one."""
+    try:
+        if len(answer) <= AT_ONCE:
+            yield len(answer)
+            (found,) = _CUT_ANSWER.decode(answer).predictions
+        else:
+            (whole,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
+            found = yield from cut_fields(whole)
+    except _NO_FORECAST:
+        raise Refused(Situation.MODEL_FAILED, NO_FORECAST) from None
+    if "marginal" not in found:
+        raise Refused(Situation.MODEL_FAILED, "the model answers no marginal, which joint scenarios are made of")
+    return found
+
+
 def build_correlation_request(
-    predictions: Iterable[tuple[str, bytes]], drawn: Mapping[str, msgspec.Raw]
+    predictions: Iterable[tuple[str, Fields]], drawn: Mapping[str, msgspec.Raw]
 ) -> Slices[bytes]:
     """The request to a correlation archive: the predictions' marginals by model name, and how samples are drawn."""
     parts: list[bytes | memoryview] = [b'{"forecasts":[']
-    for name, prediction in predictions:
-        marginal = (yield from cut_fields(prediction))["marginal"]
-        comma = b"," if len(parts) > 1 else b""
-        parts += (comma + b'{"name":' + msgspec.json.encode(name) + b',"marginal":', memoryview(marginal), b"}")
+    for name, fields in predictions:
+        comma, marginal = b"," if len(parts) > 1 else b"", memoryview(fields["marginal"])
+        parts += (comma + b'{"name":' + msgspec.json.encode(name) + b',"marginal":', marginal, b"}")
     parts.append(b"]")
     parts += (part for name, value in drawn.items() for part in (b",", *_write_field(name, value)))
     return (yield from join_parts([*parts, b',"sizes":true}']))
@@ -89,11 +110,10 @@ def _cut_at_sizes(answer: memoryview) -> Slices[list[msgspec.Raw] | None]:
     return found if bytes(answer[at - 1 : at + 2]) == b"]}" else None
 
 
-def replace_marginal(prediction: bytes, samples: msgspec.Raw) -> Slices[list[bytes | memoryview]]:
+def replace_marginal(fields: Fields, samples: msgspec.Raw) -> list[bytes | memoryview]:
     """The parts of the prediction with its samples in the place of its marginal."""
-    fields = yield from cut_fields(prediction)
-    del fields["marginal"]
-    parts = [b"{", *(part for name, value in fields.items() for part in (*_write_field(name, value), b","))]
+    kept = [(name, value) for name, value in fields.items() if name != "marginal"]
+    parts = [b"{", *(part for name, value in kept for part in (*_write_field(name, value), b","))]
     return [*parts, *_write_field("samples", samples), b"}"]
 
 

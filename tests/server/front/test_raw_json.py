@@ -9,11 +9,12 @@ from server.errors import Refused
 from server.front.raw_json import (
     build_correlation_request,
     build_request,
+    cut_prediction,
     extract_prediction,
     replace_marginal,
     split_samples,
 )
-from server.front.slices import finish_slices
+from server.front.slices import AT_ONCE, finish_slices
 
 
 def test_a_request_is_its_parts() -> None:
@@ -35,19 +36,28 @@ def test_an_answer_that_is_no_forecast(answer: bytes) -> None:
     """A model that answers something else is refused."""
     with pytest.raises(Refused, match="not a forecast"):
         finish_slices(extract_prediction(answer))
+    with pytest.raises(Refused, match="not a forecast"):
+        finish_slices(cut_prediction(answer))
 
 
 def test_joint_scenarios_need_marginals() -> None:
     """A prediction without one is refused."""
     with pytest.raises(Refused, match="no marginal"):
-        finish_slices(extract_prediction(b'{"predictions":[{"mean":[1]}]}', marginal=True))
-    assert finish_slices(extract_prediction(b'{"predictions":[{"marginal":{}}]}', marginal=True)) == b'{"marginal":{}}'
+        finish_slices(cut_prediction(b'{"predictions":[{"mean":[1]}]}'))
+    for size in (1, AT_ONCE):
+        answer = b'{"predictions":[{"a":"%b", "marginal": {}}]}' % (b"x" * size)
+        fields = finish_slices(cut_prediction(answer))
+        assert {name: bytes(value) for name, value in fields.items()} == {
+            "a": b'"%b"' % (b"x" * size),
+            "marginal": b"{}",
+        }
 
 
 def test_marginals_become_samples() -> None:
     """The correlation gets names and marginals; its samples take their place, all other fields stay."""
     prediction = b'{"mean":[1.50],"marginal":{"levels":[0.5],"values":[[[1]]]}}'
-    asked = finish_slices(build_correlation_request([("a.mar", prediction)], {"seed": msgspec.Raw(b"3")}))
+    fields = finish_slices(cut_prediction(b'{"predictions":[%b]}' % prediction))
+    asked = finish_slices(build_correlation_request([("a.mar", fields)], {"seed": msgspec.Raw(b"3")}))
     marginal = {"levels": [0.5], "values": [[[1]]]}
     assert json.loads(asked) == {
         "forecasts": [{"name": "a.mar", "marginal": marginal}],
@@ -55,8 +65,7 @@ def test_marginals_become_samples() -> None:
         "sizes": True,
     }
     (samples,) = finish_slices(split_samples(b'{"samples":[[[1.25],[2.50]]]}'))
-    parts = finish_slices(replace_marginal(prediction, samples))
-    assert b"".join(parts) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
+    assert b"".join(replace_marginal(fields, samples)) == b'{"mean":[1.50],"samples":[[1.25],[2.50]]}'
 
 
 PIECES = [b"[[1.25],[2.50]]", b"[[[3]]]", b"[]"]
