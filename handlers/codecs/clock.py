@@ -156,7 +156,7 @@ def add_offset(stamp: str, zone: str) -> str:
     return moment.isoformat(sep=" ", timespec="seconds")
 
 
-def find_jumps(stamp: str, zone: str, step_s: int, steps: int) -> list[tuple[int, int]]:
+def find_jumps(stamp: str, zone: str, step_s: int, steps: int) -> tuple[tuple[int, int], ...]:
     """Find where the zone's clock changes within a forecast in slots: the step, and by how many seconds it jumps.
 
     From there on the slots lie at other instants than as many real steps. A stamp with an offset, a forecast of days
@@ -164,15 +164,18 @@ def find_jumps(stamp: str, zone: str, step_s: int, steps: int) -> list[tuple[int
     """
     moment = datetime.fromisoformat(stamp)
     if moment.tzinfo is not None or step_s >= DAY:
-        return []
+        return ()
     try:
-        clock = find_zone(zone)
-        first = round(moment.replace(tzinfo=clock).timestamp())
-        offsets = compute_offsets(clock, first + step_s * np.arange(steps))
+        return _keep_jumps(find_zone(zone), moment, step_s, steps)
     except (ValueError, OverflowError):  # ZoneUnknown, or a moment at an end of the calendar
-        return []
-    jumps = np.diff(offsets)
-    return [(int(at) + 1, int(jumps[at])) for at in jumps.nonzero()[0]]
+        return ()
+
+
+@lru_cache(maxsize=256)  # a market's models forecast from one start
+def _keep_jumps(clock: ZoneInfo, moment: datetime, step_s: int, steps: int) -> tuple[tuple[int, int], ...]:
+    first = round(moment.replace(tzinfo=clock).timestamp())
+    jumps = np.diff(compute_offsets(clock, first + step_s * np.arange(steps)))
+    return tuple((int(at) + 1, int(jumps[at])) for at in jumps.nonzero()[0])
 
 
 def resolve_wall_clock(zone: ZoneInfo, stamps: Sequence[datetime], step_s: int) -> Int64 | None:

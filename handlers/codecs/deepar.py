@@ -313,11 +313,11 @@ class DeepAr:
         prices = np.sort(drawn, axis=-1)
         answered += self._keep_levels(prices, asked)
         configuration, levels = asked[0].configuration, asked[0].levels
-        kinds, means = configuration.output_types, self._average(prices)
-        quantiles = (
-            levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
-        )  # [n, asked, D?, prediction]
-        samples = None
+        kinds, means, quantiles, samples = configuration.output_types, None, None, None
+        if "mean" in kinds:
+            means = self._average(prices)
+        if "quantiles" in kinds:  # [n, asked, D?, prediction]
+            quantiles = levels.of(prices).transpose(self._by_level).astype(np.float32, order="C")
         if "samples" in kinds and self._forecast.paths:
             samples = drawn[..., : configuration.num_samples].transpose(0, 2, 1).astype(np.float32, order="C")
         elif "samples" in kinds:
@@ -325,19 +325,16 @@ class DeepAr:
         predictions: list[Prediction] = []
         for i, one in enumerate(asked):
             answer = self._label(one)
-            mean, by_level, price = means[i], quantiles[i], prices[i]
-            drawn_samples = None if samples is None else samples[i]
-            if (real := one.first.steps) is not None:  # a clock change repeats steps or leaves some out
-                mean, by_level = (np.take(each, real, -1) for each in (mean, by_level))
-                price = price[..., real, :]
-                drawn_samples = None if drawn_samples is None else np.take(drawn_samples, real, -1)
-            if "mean" in kinds:
+            real = one.first.steps  # a clock change repeats steps or leaves some out
+            mean, by_level, drawn_samples = (_select_steps(each, i, real) for each in (means, quantiles, samples))
+            if mean is not None:
                 answer["mean"] = mean
-            if "quantiles" in kinds:
+            if by_level is not None:
                 answer["quantiles"] = dict(zip(levels.names, by_level, strict=True))
             if drawn_samples is not None:
                 answer["samples"] = encode_in_blocks(drawn_samples)
             if "marginal" in kinds:
+                price = prices[i] if real is None else prices[i][..., real, :]
                 answer["marginal"] = self._marginal(price, one.first)
             predictions.append(answer)
         return predictions
@@ -457,6 +454,13 @@ def compute_mean_weights(levels: Float64) -> Float64:
     weights[0] += gaps[0] / 2
     weights[-1] += gaps[-1] / 2
     return weights
+
+
+def _select_steps(numbers: Float32 | None, at: int, real: npt.NDArray[np.intp] | None) -> Float32 | None:
+    """The numbers [..., prediction] of one instance, of its real steps alone where a clock has changed."""
+    if numbers is None or real is None:
+        return None if numbers is None else numbers[at]
+    return np.take(numbers[at], real, -1)
 
 
 def _numbers_a_step(asked: InstanceRequest) -> int:
