@@ -375,8 +375,9 @@ def _write_samples(samples: Iterable[Float32], asked: JointRequest) -> bytes:
         if not at:
             at = len(head)
             body = bytearray(at + int(len(text) * (numbers / each.size) * ROOM_SPARED) + len(asked.widths) + 2)
-        body[at : at + len(text) + 1] = b"%b," % text
+        body[at : at + len(text)] = text
         at += len(text) + 1
+        body[at - 1 : at] = b","
     if asked.sizes:
         head = head.replace(room, b",".join([b"%10d" % size for size in sizes]))
     body[: len(head)] = head
