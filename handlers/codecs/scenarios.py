@@ -127,7 +127,7 @@ class Gaussian:
         together = max(1, NOISE_NUMBERS // (BLOCK_STEPS * samples))
         for block in self._cut_blocks(max(steps for _, steps in wanted)):
             for first in range(0, sources, together):
-                noise = _draw_normals(streams[first : first + together], (block.stop - block.start) * samples)
+                noise = draw_normals(streams[first : first + together], (block.stop - block.start) * samples)
                 for total, (product, steps) in zip(mixed, wanted, strict=True):
                     if product >= first and steps > block.start:
                         weights = self.product_factor[product, first : min(first + together, product + 1)]
@@ -256,6 +256,19 @@ def make_random_stream(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(make_random_bits(seed, name))
 
 
+def draw_normals(streams: Sequence[np.random.Philox], numbers: int) -> Float64:
+    """Draw so many normal numbers of each stream: [streams, numbers].
+
+    A normal number is one of `NORMALS` quantiles at the midpoints of equal parts of (0, 1), four of each 64 bits.
+    """
+    found = np.empty((len(streams), numbers))
+    words = -(-numbers // BITS_PLACES)
+    for row, stream in zip(found, streams, strict=True):
+        bits = stream.random_raw(words).astype("<u8", copy=False).view("<u2")[:numbers]
+        _list_normals().take(bits, out=row, mode="wrap")  # all are in range, which other modes look for first
+    return found
+
+
 def compute_midpoints(samples: int) -> Float64:
     """Return the probabilities [S] at which every margin is sampled."""
     found: Float64 = (np.arange(samples) + 0.5) / samples
@@ -317,19 +330,6 @@ def _draw_blocks(
         order += np.arange(0, score.size, samples)[:, None]  # places in the whole block
         block.reshape(-1)[order] = marginal.quantiles(u)
         yield block
-
-
-def _draw_normals(streams: Sequence[np.random.Philox], numbers: int) -> Float64:
-    """Draw so many normal numbers of each stream: [streams, numbers].
-
-    A normal number is one of `NORMALS` quantiles at the midpoints of equal parts of (0, 1), four of each 64 bits.
-    """
-    found = np.empty((len(streams), numbers))
-    words = -(-numbers // BITS_PLACES)
-    for row, stream in zip(found, streams, strict=True):
-        bits = stream.random_raw(words).astype("<u8", copy=False).view("<u2")[:numbers]
-        _list_normals().take(bits, out=row, mode="wrap")  # all are in range, which other modes look for first
-    return found
 
 
 @lru_cache(maxsize=1)

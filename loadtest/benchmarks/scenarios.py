@@ -16,7 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from handlers.codecs.scenarios import CorrelationModel, Marginal, draw_scenarios, load_correlation, make_random_stream
+from handlers.codecs.scenarios import (
+    CorrelationModel,
+    Marginal,
+    draw_normals,
+    draw_scenarios,
+    load_correlation,
+    make_random_bits,
+)
 from handlers.codecs.tensors import write_npy
 from handlers.evaluation.correlation import estimate_gaussian, estimate_schaake
 from loadtest import flags, record
@@ -113,4 +120,4 @@ def _make_marginals(products: int, steps: int) -> list[Marginal]:
 def _draw_normals(products: int, steps: int, samples: int) -> None:
     """Draw as many normal numbers as the scenarios need."""
     for i in range(products):
-        make_random_stream(SEED, str(i)).standard_normal((steps, samples))
+        draw_normals([make_random_bits(SEED, str(i))], steps * samples)
