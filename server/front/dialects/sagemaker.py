@@ -230,6 +230,8 @@ async def add_code_headers(headers: Headers, response: InferResponse) -> Headers
         message = said or response.head.reason or f"the handler answered with status {status}"
         raise Refused(Situation.MODEL_FAILED, message, status=status)
     given = list_code_headers(response)
+    if not given:  # as it mostly is
+        return headers
     names = {name.lower() for name, _ in given}
     return [*(each for each in headers if each[0] not in names), *given]
 
