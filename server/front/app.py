@@ -24,11 +24,12 @@ from server.front.asynchronous.journal import Journal
 from server.front.auth.permissions import open_permissions
 from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
-from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
 from server.front.dialects.health import Health
 from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
+from server.front.inference import ClientGone, InferStats, RefusedByWorker
+from server.front.inference_plane import InferencePlane
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
 from server.front.tracing.descriptions import describe_http

@@ -10,10 +10,11 @@ import pytest
 
 from model_store.names import ModelName, at_version
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, DataPlane, InferStats
+from server.front.dataplane import DataPlane
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import MAX_UNDER_WAY, MIN_WINDOW, FanOut, Prediction, put_samples, require_all
+from server.front.inference import ClientGone, InferStats
 from server.front.releases import ReleasedPlane, Releases
 from server.front.slices import ITEM, SLICE, finish_slices
 from server.ipc.operations import ReleaseArm
