@@ -24,11 +24,12 @@ from server.front.asynchronous.journal import Journal
 from server.front.auth.permissions import open_permissions
 from server.front.chunks import CLIENT_GONE, PIECE_BYTES, Chunks, list_statuses
 from server.front.content_coding import find_coding, unpack
-from server.front.dataplane import ClientGone, InferencePlane, InferStats, RefusedByWorker
 from server.front.dialects import MakeDialect, choose_dialects
 from server.front.dialects.health import Health
 from server.front.dialects.sagemaker_streams import SageMakerStreams
 from server.front.exchange import Dialect, Headers, HttpReply, HttpRequest, Limit
+from server.front.inference import ClientGone, InferStats, RefusedByWorker
+from server.front.inference_plane import InferencePlane
 from server.front.plane_settings import open_plane
 from server.front.releases import Releases, make_plane
 from server.front.tracing.descriptions import describe_http
@@ -372,12 +373,13 @@ def _add_marks(head: Headers, stats: InferStats | None) -> None:
 
 def _add_stats(head: Headers, stats: InferStats) -> None:
     """Headers that say what happened: cache, version, times in milliseconds."""
-    times = f"queue;dur={stats.queue_us / 1e3:.3f}, "
-    if stats.load_us is not None:
-        times += f"load;dur={stats.load_us / 1e3:.3f}"
-        times += f';desc="{stats.tier}", ' if stats.tier else ", "
-    times += f"inference;dur={stats.inference_us / 1e3:.3f}"
-    head.append((_SERVER_TIMING, times.encode()))
+    if stats.load_us is None:
+        times = b"queue;dur=%.3f, inference;dur=%.3f" % (stats.queue_us / 1e3, stats.inference_us / 1e3)
+    else:
+        tier = b';desc="%b"' % stats.tier.encode() if stats.tier else b""
+        spent = (stats.queue_us / 1e3, stats.load_us / 1e3, tier, stats.inference_us / 1e3)
+        times = b"queue;dur=%.3f, load;dur=%.3f%b, inference;dur=%.3f" % spent
+    head.append((_SERVER_TIMING, times))
     if stats.cache is not None:
         head.append((_CACHE, stats.cache.encode()))
     if stats.version:

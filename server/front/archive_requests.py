@@ -12,9 +12,10 @@ from urllib.parse import parse_qsl
 from model_store.name_table import NameTable
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
 from server.front.exchange import HttpRequest
 from server.front.handler_calls import CallDetails
+from server.front.inference import InferRequest, InferResponse
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.registrations import Served
 
 SUFFIX = ".mar"

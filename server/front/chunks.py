@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 import structlog
 
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, ClientWatch, HeldBytes
+from server.front.inference import ClientGone, ClientWatch
+from server.front.inference_plane import HeldBytes
 
 log = structlog.get_logger()
 

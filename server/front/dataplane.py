@@ -4,30 +4,37 @@ It knows no transport and no dialect: an `InferRequest` comes in, an `InferRespo
 """
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain, zip_longest
-from typing import Protocol, cast
 
-import msgspec
 import structlog
 
 from model_store.names import ModelName
 from server.contract import QUEUE_PER_MODEL, QUEUE_PER_WORKER
-from server.errors import Detail, Refused, Situation
+from server.errors import Refused, Situation
 from server.front.background import BackgroundJobs
 from server.front.backlog import Bounds, NoAdmission
 from server.front.finished_jobs import FinishedJobs
-from server.front.handler_calls import CallDetails, CodeCalls
+from server.front.handler_calls import CodeCalls
+from server.front.inference import (
+    ClientGone,
+    ClientWatch,
+    InferRequest,
+    InferResponse,
+    InferStats,
+    TogetherAnswer,
+    TogetherRequest,
+    refuse_by_worker,
+)
+from server.front.inference_plane import HeldBytes
 from server.front.near_names import find_near_names
 from server.front.registrations import Registrations
 from server.front.suspects import Suspects
-from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.control import ChannelClosed, ControlChannel, ControlError
-from server.ipc.frames import CacheResult, Partial, Response, Tier
-from server.ipc.handler_calls import AnswerHead, decode_head
+from server.ipc.frames import CacheResult, Partial, Tier
+from server.ipc.handler_calls import decode_head
 from server.ipc.operations import (
     ActualsReply,
     DescribeNode,
@@ -42,7 +49,6 @@ from server.ipc.operations import (
     Reply,
     UnloadForClient,
 )
-from server.ipc.packed import BlockRow, Instance
 from server.ipc.pulse import SILENT_S, PulseReader
 from server.routing import Router, WorkerLoad
 
@@ -61,7 +67,6 @@ CONTROL_REFUSED = (
     "clients of this listener may not load or unload models: the operator allows it by repository_control, or by a "
     "token with the scopes invoke and manage"
 )
-HALF_ANSWER = "the worker died with half of the answer; try again"
 CACHE_NAMES: Mapping[int, str | None] = {
     CacheResult.NONE: None,
     CacheResult.HIT: "hit",
@@ -71,318 +76,6 @@ CACHE_NAMES: Mapping[int, str | None] = {
 #: Situations of answers that only a worker that holds the model can give.
 HOLDS = (Situation.OK, Situation.BAD_REQUEST, Situation.MODEL_FAILED)
 TIER_NAMES: Mapping[int, str] = {Tier.NONE: "", Tier.HOST: "host", Tier.DISK: "disk", Tier.STORE: "store"}
-
-#: Returns an awaitable that is done once the client has left; one wait at a time.
-ClientWatch = Callable[[], Awaitable[object]]
-
-
-class ClientGone(Exception):
-    """The connection ends before the answer: the client left or does not read, or only half an answer is there."""
-
-
-class InferRequest(msgspec.Struct, frozen=True):
-    """A request to one model. `deadline`, and `arrived` (0: now), are on the monotonic clock (s).
-
-    `client`: the name of its token, access key or certificate. Clients take turns where they are known. Empty where the
-    server is open to all: then there is one.
-    `call`: what an archive's code is told of it; None where the server runs no code, or the dialect tells nothing.
-    `question`: of a traced request; None for all others.
-    """
-
-    model: ModelName
-    body: bytes
-    content_type: str
-    accept: str
-    deadline: float
-    client_gone: ClientWatch | None = None  #: None: the caller watches its client itself
-    arrived: float = 0.0
-    request_id: bytes = b""  #: as its client knows it
-    client: str = ""
-    call: CallDetails | None = None
-    told: bytes = b""  #: the same as another node's front has encoded it
-    question: Question | None = None
-
-
-class InferStats(msgspec.Struct, frozen=True, gc=False):
-    """What happened to a request, for the headers of its answer. Times in microseconds.
-
-    `queue_us` counts from the request's arrival at the front, without the time in which its model was loaded.
-    `quality` and `warnings` are header values as `handlers.codecs.marks` has them. `archive`: what has answered for an
-    alias; empty where the request has named it.
-    """
-
-    cache: str | None  #: hit, miss or coalesced; None when the request was refused before the cache was asked
-    queue_us: int
-    load_us: int | None
-    inference_us: int
-    tier: str = ""
-    version: str = ""
-    quality: str = ""
-    warnings: str = ""
-    archive: str = ""
-
-
-class InferResponse(msgspec.Struct, frozen=True):
-    """A model's answer: `body` is all of its `body_bytes` or the first part; `parts` yields the others.
-
-    `head`: what an archive's code said of it, for a request with a `call`. Its status may be any from 200 to 599; the
-    body is the handler's own.
-    A handler may send its answer while it makes it, for a request whose `call` says that this is wanted: then `body` is
-    the first part, and `stream` yields all of them.
-    """
-
-    content_type: str
-    body: bytes
-    body_bytes: int
-    stats: InferStats
-    link: WorkerLink
-    call: WorkerCall
-    head: AnswerHead | None = None
-
-    @property
-    def unread(self) -> int:
-        """Bytes of the answer that `parts` has not yielded yet."""
-        return self.call.unread
-
-    def parts(self) -> AsyncIterator[bytes]:
-        """The parts after the first, as fast as they are taken. Raises WorkerLost."""
-        return self.link.rest(self.call)
-
-    async def read(self) -> bytes:
-        """The body to its end. Raises Refused when the worker dies before."""
-        if not self.call.unread:
-            return self.body
-        try:
-            body = bytearray(self.body)  # it grows: to make a large one from its parts takes the loop's time
-            async for part in self.parts():
-                body += part
-        except WorkerLost:
-            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
-        finally:
-            self.cancel()
-        return cast("bytes", body)  # not copied: all that read it take any buffer
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the answer is sent while it is made: `stream` yields all of it."""
-        return self.call.later is not None
-
-    async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The parts of a streamed answer, the first of them too, each when it is there. Raises Refused."""
-        later, part = self.call.later, self.body
-        assert later is not None, "the answer has parts"
-        try:
-            while True:
-                if part:
-                    yield part
-                    self.link.note_taken(self.call, len(part))
-                found = await later.get()
-                if found is None:
-                    raise Refused(Situation.WORKER_LOST, HALF_ANSWER)
-                part = found.body
-                if isinstance(found, Response):
-                    break
-            async for each in self._end_stream(found):
-                yield each
-        finally:
-            self.link.cancel(self.call)
-
-    async def _end_stream(self, last: Response) -> AsyncIterator[bytes]:
-        """The last part, or why there is none."""
-        if last.situation:
-            whole = last.body + b"".join([part async for part in self.parts()])
-            raise _refused_by_worker(Situation(last.situation), whole, self.stats, 0.0)
-        if last.body:
-            yield last.body
-        try:
-            async for part in self.parts():
-                yield part
-        except WorkerLost:
-            raise Refused(Situation.WORKER_LOST, HALF_ANSWER) from None
-
-    def cancel(self) -> None:
-        """Give up what has not been read; nothing to do when all has."""
-        if self.call.unread or self.call.later is not None:
-            self.link.cancel(self.call)
-
-
-class TogetherItem(msgspec.Struct, frozen=True, gc=False):
-    """One forecast of a call for many models: which model to ask, and the instance that it is asked with."""
-
-    model: ModelName
-    instance: Instance
-
-
-class TogetherRequest(msgspec.Struct, frozen=True):
-    """Items that may be asked together. `hold` is told of each answer before it is read; it may raise Refused.
-
-    `most_bytes`: of all answers together. `numbers`: predictions are wanted as rows of blocks. `deadline` and `arrived`
-    are on the monotonic clock (s).
-    """
-
-    items: Sequence[TogetherItem]
-    configuration: bytes
-    most_bytes: int
-    deadline: float
-    arrived: float
-    client: str
-    hold: Callable[[InferResponse], None]
-    numbers: bool = False
-
-
-class TogetherAnswer(msgspec.Struct, frozen=True, gc=False):
-    """One item's answer: its bytes, which type they have, and what happened on the way."""
-
-    content_type: str
-    body: memoryview | BlockRow
-    stats: InferStats
-
-
-class RefusedByWorker(Refused):
-    """The worker's refusal, with what happened until then."""
-
-    def __init__(self, situation: Situation, detail: Detail, stats: InferStats) -> None:
-        super().__init__(situation, *msgspec.structs.astuple(detail))
-        self.stats = stats
-
-
-class HeldBytes:
-    """The bytes of request bodies and answers that a front holds, at most `limit`.
-
-    Whatever receives or builds a body adds to `size` for as long as it is there.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.size = 0
-        self._limit = limit
-
-    def __repr__(self) -> str:
-        """For example `<HeldBytes 12000 of 1000000>`."""
-        return f"<HeldBytes {self.size} of {self._limit}>"
-
-    @property
-    def has_room(self) -> bool:
-        """Whether more may be held."""
-        return self.size <= self._limit
-
-    def check(self) -> None:
-        """Raises Refused while there are too many."""
-        if not self.has_room:
-            raise Refused(Situation.OVERLOADED, "this front holds max_inflight_bytes of requests and answers already")
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Count a body as held in a `with` block. Raises Refused when there is no room for it."""
-        self.size += size
-        try:
-            self.check()
-            yield
-        finally:
-            self.size -= size
-
-
-class InferencePlane(Protocol):
-    """What a dialect has of the data plane: the models that its client may ask, and the bytes that are held.
-
-    `registrations`: what clients have named by TorchServe's and Multi Model Server's management APIs.
-    `forecasters`: models that have said of themselves that they forecast, a bounded number of names.
-    """
-
-    held: HeldBytes
-    background: BackgroundJobs
-    finished_jobs: FinishedJobs
-    registrations: Registrations
-    forecasters: "dict[ModelName, None]"
-    token_name: str  #: of the token that the client has shown; empty where it showed none
-
-    @property
-    def expected(self) -> int:
-        """How many workers the server has, up or not."""
-
-    @property
-    def workers(self) -> Mapping[int, PulseReader | None]:
-        """The workers that are up, and what is seen of each."""
-
-    async def infer(self, request: InferRequest) -> InferResponse:
-        """The model's answer. Raises Refused, and ClientGone when the client is watched and leaves."""
-
-    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
-        """Say which of these models can be asked together with others, by `infer_together`."""
-
-    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
-        """What came of each item of models that were selected; None for one that has to be asked by `infer`.
-
-        Raises Refused for the whole call.
-        """
-
-    def permits(self, model: ModelName) -> bool:
-        """Whether the client may ask this model."""
-
-    def list_near(self, model: ModelName) -> list[str]:
-        """A few names of models that the client may have meant by one that is not there; none where it asks often."""
-
-    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
-        """The models that the workers know, of those that the client may ask. Raises Refused."""
-
-    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
-        """Load or unload a model, where the operator allows it or the client is `permitted` to. Raises Refused."""
-
-    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
-        """The supervisor's answer to who manages models on this listener. Raises Refused."""
-
-    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
-        """Record observed prices, all of them or none. Raises Refused."""
-
-
-class PlaneInFront:
-    """What stands in front of a plane and has its own `infer`: all else is the plane's."""
-
-    def __init__(self, plane: InferencePlane) -> None:
-        self.held, self.registrations, self.forecasters = plane.held, plane.registrations, plane.forecasters
-        self.background, self.finished_jobs, self.token_name = plane.background, plane.finished_jobs, plane.token_name
-        self._plane = plane
-
-    @property
-    def expected(self) -> int:
-        """How many workers the server has, up or not."""
-        return self._plane.expected
-
-    @property
-    def workers(self) -> Mapping[int, PulseReader | None]:
-        """The workers that are up, and what is seen of each."""
-        return self._plane.workers
-
-    def select_together(self, models: Sequence[ModelName]) -> list[bool]:
-        """Say which of these models can be asked together with others."""
-        return self._plane.select_together(models)
-
-    async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
-        """What came of each item. Raises what the plane raises."""
-        return await self._plane.infer_together(request)
-
-    def permits(self, model: ModelName) -> bool:
-        """Whether the client may ask this model."""
-        return self._plane.permits(model)
-
-    def list_near(self, model: ModelName) -> list[str]:
-        """A few names of models that the client may have meant."""
-        return self._plane.list_near(model)
-
-    async def list_known(self, asked: ListKnownModels, deadline: float) -> list[KnownModel]:
-        """The models that the workers know. Raises Refused."""
-        return await self._plane.list_known(asked, deadline)
-
-    async def control(self, asked: LoadForClient | UnloadForClient, deadline: float, *, permitted: bool = False) -> str:
-        """Load or unload a model. Raises Refused."""
-        return await self._plane.control(asked, deadline, permitted=permitted)
-
-    async def manage(self, request: ManageModels, deadline: float) -> ManagementReply:
-        """The supervisor's answer. Raises Refused."""
-        return await self._plane.manage(request, deadline)
-
-    async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
-        """Record observed prices. Raises Refused."""
-        return await self._plane.record_actuals(items, deadline)
 
 
 class DataPlane:
@@ -671,7 +364,7 @@ class DataPlane:
         if head.situation:
             # A variable here would be held by the exception's own traceback, and with it the request's body, until the
             # collector's next full run.
-            raise _refused_by_worker(
+            raise refuse_by_worker(
                 Situation(head.situation), await response.read(), stats, backlog.expected_s(ahead, ended)
             )
         if ended > request.deadline:
@@ -699,21 +392,6 @@ class DataPlane:
 def holds_model(situation: Situation) -> bool:
     """Whether only a worker that holds the model answers so."""
     return situation in HOLDS
-
-
-def _refused_by_worker(situation: Situation, body: bytes, stats: InferStats, expected_s: float) -> RefusedByWorker:
-    """The worker's refusal. `expected_s`: in how many seconds another try may succeed, where load is the reason."""
-    refused = RefusedByWorker(situation, msgspec.json.decode(body, type=Detail), stats)
-    if situation in (Situation.OVERLOADED, Situation.DEADLINE):
-        refused.advise(expected_s)
-    return refused
-
-
-def add_near_names(refused: Refused, model: ModelName, plane: InferencePlane) -> None:
-    """Where there is no such model, say the names of some that the client may have meant."""
-    if refused.situation is Situation.NOT_FOUND and (near := plane.list_near(model)):
-        message = f"{refused.detail.message}; names that are like it: {', '.join(near)}"
-        refused.detail = msgspec.structs.replace(refused.detail, message=message)
 
 
 def explain_overload(refusal: NoAdmission) -> Refused:

@@ -8,7 +8,8 @@ import msgspec
 
 from server.errors import Refused, Situation
 from server.front.chunks import Chunks
-from server.front.dataplane import ClientWatch, InferencePlane, InferResponse, InferStats
+from server.front.inference import ClientWatch, InferResponse, InferStats
+from server.front.inference_plane import InferencePlane
 from server.front.tracing.request_trace import RequestTrace
 from server.routes.record import Protocol as Routes
 

@@ -16,19 +16,18 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import (
+from server.front.exchange import Limit
+from server.front.inference import (
     ClientGone,
     ClientWatch,
-    InferencePlane,
     InferRequest,
     InferResponse,
     InferStats,
     TogetherAnswer,
     TogetherItem,
     TogetherRequest,
-    add_near_names,
 )
-from server.front.exchange import Limit
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.raw_json import (
     Fields,
     build_correlation_request,

@@ -15,7 +15,8 @@ from model_store.names import ModelName, split_version
 from server.access.tokens import Token
 from server.errors import Refused
 from server.front.auth.permissions import PermittedPlane
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse, PlaneInFront, RefusedByWorker
+from server.front.inference import InferRequest, InferResponse, RefusedByWorker
+from server.front.inference_plane import InferencePlane, PlaneInFront
 from server.ipc.operations import ActualsReply, ObservedPrices, ReleaseArm
 from server.metrics import FrontMetrics, ReleaseSeries
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from server.front.dataplane import ClientWatch
+from server.front.inference import ClientWatch
 
 
 class SharedWatch:

@@ -14,18 +14,8 @@ import msgspec
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
-from server.front.dataplane import (
-    CACHE_NAMES,
-    HOLDS,
-    TIER_NAMES,
-    DataPlane,
-    InferResponse,
-    InferStats,
-    TogetherAnswer,
-    TogetherItem,
-    TogetherRequest,
-    explain_overload,
-)
+from server.front.dataplane import CACHE_NAMES, HOLDS, TIER_NAMES, DataPlane, explain_overload
+from server.front.inference import InferResponse, InferStats, TogetherAnswer, TogetherItem, TogetherRequest
 from server.front.worker_client import WorkerLost
 from server.ipc.frames import CacheResult, Response
 from server.ipc.packed import BlockRow, TableRow, measure_instance

@@ -17,7 +17,8 @@ from server.front.asynchronous.bucket import Bucket
 from server.front.asynchronous.calls import AsyncCall
 from server.front.asynchronous.journal import Entry, JobRecord, Journal, Outcome
 from server.front.background import BackgroundJobs
-from server.front.dataplane import InferencePlane, InferRequest
+from server.front.inference import InferRequest
+from server.front.inference_plane import InferencePlane
 from server.metrics import AsyncSeries
 from server.settings import Settings
 

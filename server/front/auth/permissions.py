@@ -12,14 +12,8 @@ from model_store.names import ModelName
 from server.access.tokens import Forbidden, Scope, Token, TokenFile, Unauthorized
 from server.errors import Refused, Situation
 from server.front.auth.sigv4 import Signatures
-from server.front.dataplane import (
-    InferencePlane,
-    InferRequest,
-    InferResponse,
-    PlaneInFront,
-    TogetherAnswer,
-    TogetherRequest,
-)
+from server.front.inference import InferRequest, InferResponse, TogetherAnswer, TogetherRequest
+from server.front.inference_plane import InferencePlane, PlaneInFront
 from server.ipc.operations import (
     ActualsReply,
     KnownModel,

@@ -17,9 +17,9 @@ from model_store.names import InvalidModelName, parse_model_name
 from server.bands.book import Price
 from server.contract import ACTUALS_PATH, JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane
 from server.front.dialects.forecasts import RETRY_AFTER, STATUS, build_error
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
+from server.front.inference_plane import InferencePlane
 from server.ipc.operations import ActualsReply, ObservedPrices
 from server.routes.inference import ACTUALS
 from server.settings import Settings

@@ -18,7 +18,6 @@ from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.arrow_reader import ARROW
 from server.front.columns.npy_writer import write_npy
 from server.front.columns.table_calls import choose_answer, find_table, read_table_call, replace_numbers
-from server.front.dataplane import InferencePlane, InferStats
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import (
     FanOut,
@@ -30,6 +29,8 @@ from server.front.fan_out import (
     put_samples,
     require_all,
 )
+from server.front.inference import InferStats
+from server.front.inference_plane import InferencePlane
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.marks import add_marks
 from server.front.raw_json import MAX_ITEMS

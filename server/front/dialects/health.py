@@ -4,8 +4,8 @@ import msgspec
 
 from server import contract
 from server.errors import Refused
-from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest
+from server.front.inference_plane import InferencePlane
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.model_server_api.bodies import NO_CACHE, encode_pretty
 from server.routes.inference import HEALTH

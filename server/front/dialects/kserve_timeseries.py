@@ -17,13 +17,13 @@ from msgspec import Meta
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.front.fan_out import Joint
 from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, list_known, parse_model
 from server.front.forecasting.misspelt_keys import cut_keys, refuse_misspelt
 from server.front.forecasting.recipes import NO_CLOCK, Recipe, check_frequency, check_horizon
+from server.front.inference_plane import InferencePlane
 from server.front.raw_json import MAX_ITEMS
 from server.front.statuses import USUAL_STATUS
 from server.routes.inference import KSERVE

@@ -11,11 +11,11 @@ import msgspec
 
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.forecasting.bodies import say_place
 from server.front.forecasting.calls import parse_model
 from server.front.forecasting.scoring import Scoring
+from server.front.inference_plane import InferencePlane
 from server.front.statuses import USUAL_STATUS
 from server.routes.inference import MLFLOW
 from server.sdk import __version__

@@ -15,9 +15,10 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
-from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
+from server.front.inference import InferResponse
+from server.front.inference_plane import InferencePlane
 from server.front.registrations import find_version, key_of
 from server.ipc.operations import ManageModels
 from server.model_server_api.bodies import NO_CACHE, NO_SUCH_METHOD, NO_SUCH_PATH, encode_error, encode_pretty

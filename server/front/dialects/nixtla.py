@@ -15,7 +15,6 @@ import msgspec
 
 from server.contract import JSON
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.front.finished_jobs import KEEP_S
 from server.front.forecasting.bodies import decode_body, say_place
@@ -25,6 +24,7 @@ from server.front.forecasting.nixtla_answers import ANSWERS, CUTS
 from server.front.forecasting.nixtla_series import OLD_CLIENT, SIMULATE, NixtlaRequest, Plan, Series
 from server.front.forecasting.nixtla_simulation import NoPaths, simulate_paths
 from server.front.forecasting.recipes import check_frequency
+from server.front.inference_plane import InferencePlane
 from server.front.statuses import USUAL_STATUS
 from server.routes.inference import NIXTLA
 from server.settings import Settings

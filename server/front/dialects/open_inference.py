@@ -19,7 +19,6 @@ from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.content_coding import choose_coding, pack
-from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.dialects.open_inference_models import (
     MOST_LISTED,
     PLATFORM,
@@ -29,6 +28,8 @@ from server.front.dialects.open_inference_models import (
 )
 from server.front.dialects.open_inference_repository import control_model, list_index
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.front.inference import InferRequest, InferStats
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.statuses import USUAL_STATUS
 from server.ipc.operations import KnownModel, ListKnownModels
 from server.ipc.readiness import describe_workers, stuck_after_s

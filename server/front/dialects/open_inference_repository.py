@@ -11,9 +11,9 @@ import msgspec
 from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import ModelName
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane
 from server.front.dialects.open_inference_models import MOST_LISTED, make_index
 from server.front.exchange import HttpRequest
+from server.front.inference_plane import InferencePlane
 from server.ipc.operations import ListKnownModels, LoadForClient, UnloadForClient
 
 BROWSERS = (b"origin", b"sec-fetch-site")  #: headers that browsers send, and no other client

@@ -12,7 +12,6 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse, add_near_names
 from server.front.dialects.mlflow import name_error
 from server.front.exchange import (
     DialectOperation,
@@ -26,6 +25,8 @@ from server.front.exchange import (
 from server.front.forecasting.calls import parse_model
 from server.front.forecasting.scoring import Scoring
 from server.front.handler_calls import CallDetails
+from server.front.inference import InferRequest, InferResponse
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.routes.inference import SAGEMAKER
 from server.settings import Settings
 
@@ -230,6 +231,8 @@ async def add_code_headers(headers: Headers, response: InferResponse) -> Headers
         message = said or response.head.reason or f"the handler answered with status {status}"
         raise Refused(Situation.MODEL_FAILED, message, status=status)
     given = list_code_headers(response)
+    if not given:  # as it mostly is
+        return headers
     names = {name.lower() for name, _ in given}
     return [*(each for each in headers if each[0] not in names), *given]
 

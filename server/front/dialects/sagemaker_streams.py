@@ -25,20 +25,14 @@ from server.front.asynchronous.calls import MOST_BODY_BYTES, read_call
 from server.front.asynchronous.jobs import AsyncJobs
 from server.front.asynchronous.journal import JobRecord, Journal
 from server.front.chunks import Chunks, Ending
-from server.front.dataplane import (
-    HALF_ANSWER,
-    InferencePlane,
-    InferRequest,
-    InferResponse,
-    InferStats,
-    add_near_names,
-)
 from server.front.dialects.sagemaker import SageMaker, add_code_headers
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.forecasting.calls import ForecastCall
 from server.front.forecasting.event_stream import MEDIA, EventWriter, write_exception
 from server.front.forecasting.line_calls import LINES, LineCalls, cut_instances, split_lines
 from server.front.handler_calls import CallDetails
+from server.front.inference import HALF_ANSWER, InferRequest, InferResponse, InferStats
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.slices import Pacer
 from server.front.worker_client import WorkerLost
 from server.metrics import FrontMetrics

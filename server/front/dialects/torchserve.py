@@ -17,9 +17,10 @@ from server.contract import raw_header
 from server.errors import Refused, Situation
 from server.front.archive_requests import AskedArchive, StoreNames, ask_archive, parse_parameters
 from server.front.chunks import Chunks, Ending
-from server.front.dataplane import InferencePlane, InferResponse
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit, list_code_headers
 from server.front.handler_calls import CallDetails
+from server.front.inference import InferResponse
+from server.front.inference_plane import InferencePlane
 from server.front.registrations import RegisteredPath, find_version, key_of
 from server.front.shared_watch import SharedWatch
 from server.ipc.operations import ServedVersion

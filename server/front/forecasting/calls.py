@@ -10,7 +10,6 @@ import msgspec
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.contract import JSON, OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.exchange import HttpRequest, Limit
 from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
 from server.front.forecasting.recipes import (
@@ -22,6 +21,8 @@ from server.front.forecasting.recipes import (
     split_member,
     unite_recipes,
 )
+from server.front.inference import InferRequest, InferStats
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.marks import add_marks
 from server.front.slices import ITEM, Pacer, join_parts
 

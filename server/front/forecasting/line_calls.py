@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 import msgspec
 
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferResponse
+from server.front.inference import InferRequest, InferResponse
+from server.front.inference_plane import InferencePlane
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.slices import ITEM, Slices
 

@@ -13,7 +13,6 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON, NPY
 from server.errors import Refused, Situation
-from server.front.dataplane import InferencePlane, InferRequest, InferStats, add_near_names
 from server.front.exchange import HttpReply, HttpRequest, Limit
 from server.front.forecasting.bodies import decode_body, require_few
 from server.front.forecasting.calls import Asked, Forecast, ForecastCall, require_forecasts
@@ -31,6 +30,8 @@ from server.front.forecasting.misspelt_keys import refuse_misspelt
 from server.front.forecasting.parquet import MEDIA as PARQUET
 from server.front.forecasting.parquet import read_parquet
 from server.front.forecasting.recipes import check_horizon
+from server.front.inference import InferRequest, InferStats
+from server.front.inference_plane import InferencePlane, add_near_names
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.slices import Pacer
 

@@ -27,9 +27,11 @@ from server.errors import Refused, Situation
 from server.front.app import MAX_HEADER, parse_timeout
 from server.front.auth.permissions import open_permissions
 from server.front.chunks import CLIENT_GONE
-from server.front.dataplane import DataPlane, InferencePlane, InferStats, RefusedByWorker
+from server.front.dataplane import DataPlane
 from server.front.dialects.open_inference import STATUS as COUNTED
 from server.front.grpc.statuses import AnsweredBadly, choose_statuses, describe_refusal, list_advice
+from server.front.inference import InferStats, RefusedByWorker
+from server.front.inference_plane import InferencePlane
 from server.front.releases import Releases, make_plane
 from server.front.tracing.descriptions import describe_rpc
 from server.front.tracing.request_trace import RequestTrace

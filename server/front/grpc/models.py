@@ -10,9 +10,9 @@ from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server import contract
 from server.contract import raw_header
 from server.errors import Refused, Situation
-from server.front.dataplane import InferRequest, InferResponse
 from server.front.dialects.open_inference_models import VERSION
 from server.front.grpc.calls import Call
+from server.front.inference import InferRequest, InferResponse
 
 TARGETS = (b"target-model", raw_header(contract.HEADER_TARGET_MODEL))  #: metadata that names a model before the message
 

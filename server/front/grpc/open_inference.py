@@ -17,7 +17,6 @@ from model_store.names import ModelName
 from server import contract
 from server.errors import Refused, Situation
 from server.front.chunks import CLIENT_GONE
-from server.front.dataplane import InferencePlane
 from server.front.dialects.open_inference import EXTENSIONS, STATUS
 from server.front.dialects.open_inference_models import PLATFORM, VERSION, make_config
 from server.front.grpc.calls import LATE, OK, SERVER_FAILED, Call, Method, Send
@@ -27,6 +26,7 @@ from server.front.grpc.repository import list_repository_methods
 from server.front.grpc.statuses import describe_refusal
 from server.front.grpc.streams import answer_all
 from server.front.grpc.tensors import read_answer, write_body
+from server.front.inference_plane import InferencePlane
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.sdk import __version__
 from server.settings import Settings

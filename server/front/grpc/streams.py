@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from server.errors import Refused
-from server.front.dataplane import HeldBytes
 from server.front.grpc.calls import Send
+from server.front.inference_plane import HeldBytes
 
 MOST_AHEAD = 16  #: messages of one stream that are answered at a time; the others wait in the client
 

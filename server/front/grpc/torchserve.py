@@ -18,13 +18,14 @@ from grpc import StatusCode
 
 from server.errors import Refused, Situation
 from server.front.chunks import CLIENT_GONE
-from server.front.dataplane import ClientWatch, InferencePlane, InferResponse
 from server.front.dialects.torchserve import ERRORS, OK, TorchServe
 from server.front.exchange import HttpRequest
 from server.front.grpc.calls import SERVER_FAILED, Call, Method, Send
 from server.front.grpc.messages import find_message
 from server.front.grpc.statuses import STATUS, AnsweredBadly, describe_refusal
 from server.front.grpc.streams import answer_all
+from server.front.inference import ClientWatch, InferResponse
+from server.front.inference_plane import InferencePlane
 from server.front.registrations import find_version, key_of
 from server.ipc.readiness import describe_workers, stuck_after_s
 from server.settings import Settings

@@ -17,18 +17,9 @@ from model_store.names import ModelName
 from server.access.tls import Tls, open_tls
 from server.errors import Refused, Situation
 from server.front.backlog import Bounds
-from server.front.dataplane import (
-    CONTROL_REFUSED,
-    MOST_TRIES,
-    DataPlane,
-    InferRequest,
-    InferResponse,
-    RefusedByWorker,
-    TogetherAnswer,
-    TogetherRequest,
-    holds_model,
-)
+from server.front.dataplane import CONTROL_REFUSED, MOST_TRIES, DataPlane, holds_model
 from server.front.handler_calls import open_code_calls
+from server.front.inference import InferRequest, InferResponse, RefusedByWorker, TogetherAnswer, TogetherRequest
 from server.front.nodes.handshake import ListeningHandshake, NotProven, read_secret
 from server.front.nodes.membership import Node, NodesFile, number_node
 from server.front.nodes.node_gate import NodeGate

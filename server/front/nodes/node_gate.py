@@ -15,7 +15,8 @@ import structlog
 
 from model_store.names import ModelName
 from server.errors import Detail, Refused, Situation
-from server.front.dataplane import ClientGone, DataPlane, InferRequest, InferResponse, InferStats, RefusedByWorker
+from server.front.dataplane import DataPlane
+from server.front.inference import ClientGone, InferRequest, InferResponse, InferStats, RefusedByWorker
 from server.front.nodes.node_link import BEAT, DESCRIBE, LOAD, UNLOAD, set_socket_options
 from server.ipc.frames import (
     CHUNK,

@@ -5,16 +5,15 @@ import time
 from msgspec.structs import replace
 
 from server.errors import Refused
-from server.front.dataplane import (
-    InferencePlane,
+from server.front.inference import (
     InferRequest,
     InferResponse,
     InferStats,
-    PlaneInFront,
     RefusedByWorker,
     TogetherAnswer,
     TogetherRequest,
 )
+from server.front.inference_plane import InferencePlane, PlaneInFront
 from server.front.tracing.request_trace import Question, RequestTrace
 
 

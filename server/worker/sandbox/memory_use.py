@@ -11,8 +11,9 @@ MAX_PROCESSES = 1024  #: of a child that are measured
 MAX_FILES = 200_000  #: of a folder; one with more is taken for too large
 BLOCK = 512  #: bytes that `st_blocks` counts, whatever the file system's own are
 REMEASURE_S = 30.0  #: how long the size of a child that does nothing is kept
+FEW_PAGES = 64  #: pages that a process touches without being measured again: 256 KiB
 _MINOR_FAULTS, _RESIDENT_PAGES = 7, 21  #: in /proc/PID/stat, counted from the field behind the name (proc(5): 10, 24)
-Activity = tuple[tuple[int, ...], ...]
+Activity = tuple[tuple[int, int, int], ...]  #: of each process its number, page faults and resident pages
 _PSS = re.compile(rb"^Pss:\s+(\d+) kB", re.MULTILINE)
 
 
@@ -34,8 +35,9 @@ def measure_memory(pid: int) -> int:
 class MemorySampler:
     """Measures children again and again, on one thread: those that have done nothing meanwhile only now and then.
 
-    To measure a process that shares torch takes 10 ms, to see whether it has touched any page 0.05 ms. What others do
-    changes how many share a page, so that what is kept is somewhat too large or too small for `REMEASURE_S` at most.
+    To measure a process that shares torch takes 10 ms, to see how many pages it has touched 0.05 ms. A child that
+    answers requests touches a few in every second, and is no larger for it. What others do changes how many share a
+    page. So what is kept is somewhat too large or too small, for `REMEASURE_S` at most.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class MemorySampler:
         for pid in pids:
             activity = _read_activity(pid)
             before = self._kept.get(pid)
-            if before is not None and before[0] == activity and now < before[2]:
+            if before is not None and now < before[2] and _is_like(activity, before[0]):
                 kept[pid] = before
             else:
                 kept[pid] = activity, measure_memory(pid), now + REMEASURE_S
@@ -60,8 +62,12 @@ class MemorySampler:
 
 
 def _read_activity(pid: int) -> Activity:
-    """Page faults and resident pages of the process and its descendants: a page that is written to faults first."""
-    found, todo = list[tuple[int, ...]](), [pid]
+    """Page faults and resident pages of the process and its descendants.
+
+    A page that is written to for the first time faults, so that faults bound what a process has grown by; huge pages,
+    of which one fault brings many, are seen in the resident ones.
+    """
+    found, todo = list[tuple[int, int, int]](), [pid]
     while todo and len(found) < MAX_PROCESSES:
         each = todo.pop()
         try:
@@ -71,6 +77,17 @@ def _read_activity(pid: int) -> Activity:
             continue  # it has ended
         todo += _list_children(each)
     return tuple(found)
+
+
+def _is_like(activity: Activity, before: Activity) -> bool:
+    """Whether the same processes have touched few pages since: none of them can have grown by many bytes."""
+    if len(activity) != len(before):
+        return False
+    pairs = zip(activity, before, strict=True)
+    return all(
+        pid == old and faults - f <= FEW_PAGES and abs(pages - p) <= FEW_PAGES
+        for (pid, faults, pages), (old, f, p) in pairs
+    )
 
 
 def _measure_process(pid: int) -> int:

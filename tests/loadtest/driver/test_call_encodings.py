@@ -16,10 +16,10 @@ from server.errors import Refused, Situation
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.npy_writer import write_npy
 from server.front.columns.table_calls import read_table_call
-from server.front.dataplane import InferStats
 from server.front.dialects.forecasts import build_answer, parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import Item, Prediction
+from server.front.inference import InferStats
 from server.front.slices import finish_slices
 from server.ipc.packed import BlockRow, NumbersBlock, TableRow, write_instance
 

@@ -13,9 +13,10 @@ import pytest
 from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front.app import App
-from server.front.dataplane import InferencePlane, InferRequest
 from server.front.dialects import DIALECTS
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
+from server.front.inference import InferRequest
+from server.front.inference_plane import InferencePlane
 from server.http_listener import REASON, make_listener
 from server.metrics import FrontMetrics
 from server.routes.record import Protocol, Route

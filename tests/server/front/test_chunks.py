@@ -12,8 +12,8 @@ import pytest
 from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.chunks import PIECE_BYTES, Chunks, Ending
-from server.front.dataplane import InferencePlane
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit
+from server.front.inference_plane import InferencePlane
 from server.http_listener import Listener, make_listener
 from server.metrics import FrontMetrics
 from server.routes.record import Protocol

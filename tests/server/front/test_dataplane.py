@@ -15,8 +15,9 @@ from model_store.names import parse_model_name
 from server.errors import Refused, Situation
 from server.front import dataplane
 from server.front.backlog import Backlog, Bounds
-from server.front.dataplane import BOUNDS, ClientGone, ClientWatch, DataPlane, InferRequest, InferStats, RefusedByWorker
+from server.front.dataplane import BOUNDS, DataPlane
 from server.front.handler_calls import CallDetails, CodeCalls
+from server.front.inference import ClientGone, ClientWatch, InferRequest, InferStats, RefusedByWorker
 from server.front.worker_client import WorkerLink
 from server.ipc.handler_calls import decode_call
 from server.ipc.pulse import LoadSigns, Pulse, PulseReader

@@ -10,7 +10,7 @@ import pytest
 
 from model_store.names import ModelName, at_version
 from server.errors import Refused, Situation
-from server.front.dataplane import ClientGone, DataPlane, InferStats
+from server.front.dataplane import DataPlane
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import (
@@ -22,6 +22,7 @@ from server.front.fan_out import (
     put_samples,
     require_all,
 )
+from server.front.inference import ClientGone, InferStats
 from server.front.releases import ReleasedPlane, Releases
 from server.front.slices import ITEM, SLICE, finish_slices
 from server.ipc.operations import ReleaseArm

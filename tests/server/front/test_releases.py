@@ -14,7 +14,8 @@ from server.access.tokens import hash_token
 from server.bands.book import Price
 from server.errors import Situation
 from server.front.app import App
-from server.front.dataplane import InferRequest, InferResponse, PlaneInFront
+from server.front.inference import InferRequest, InferResponse
+from server.front.inference_plane import PlaneInFront
 from server.front.releases import MOST_FOLLOWED, ReleasedPlane, Releases, make_plane
 from server.ipc.operations import ActualsReply, ObservedPrices, PairedCounts, ReleaseArm
 from server.metrics import FrontMetrics

@@ -12,10 +12,10 @@ from server.access.tokens import Scope, Token
 from server.errors import Refused, Situation
 from server.front.auth.permissions import PermittedPlane
 from server.front.backlog import Bounds
-from server.front.dataplane import InferencePlane
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
 from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
+from server.front.inference_plane import InferencePlane
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane
 from server.ipc.frames import CacheResult, Tier

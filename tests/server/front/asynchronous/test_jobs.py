@@ -15,7 +15,8 @@ from server.front.asynchronous.bucket import Bucket
 from server.front.asynchronous.calls import AsyncCall
 from server.front.asynchronous.jobs import AsyncJobs
 from server.front.asynchronous.journal import JobRecord, Journal
-from server.front.dataplane import DataPlane, InferencePlane
+from server.front.dataplane import DataPlane
+from server.front.inference_plane import InferencePlane
 from server.metrics import FrontMetrics
 from server.settings import Settings
 from tests.patience import PATIENCE_S, wait_until

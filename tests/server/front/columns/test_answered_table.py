@@ -7,9 +7,9 @@ import pytest
 
 from server.errors import Refused, Situation
 from server.front.columns.answered_table import BLOCK, MOST_LEVELS, read_runs, write_arrow
-from server.front.dataplane import InferStats
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
+from server.front.inference import InferStats
 from server.front.slices import finish_slices
 from server.ipc.packed import BlockRow, NumbersBlock, read_json_prediction
 from tests.server.front.columns.tables import START, pa

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from server.errors import Refused, Situation
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.npy_writer import MOST_ERROR, write_npy
-from server.front.dataplane import InferStats
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
+from server.front.inference import InferStats
 from server.front.slices import finish_slices
 from server.ipc.packed import BlockRow, NumbersBlock
 

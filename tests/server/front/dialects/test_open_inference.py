@@ -18,7 +18,7 @@ from server.access.tokens import Scope, Token
 from server.errors import Refused, Situation
 from server.front.app import App
 from server.front.auth.permissions import PermittedPlane
-from server.front.dataplane import DataPlane, InferRequest
+from server.front.dataplane import DataPlane
 from server.front.dialects.open_inference import STATUS, ModelOperation, OpenInference
 from server.front.dialects.open_inference_models import (
     MOST_LISTED,
@@ -29,6 +29,7 @@ from server.front.dialects.open_inference_models import (
     make_statistics,
 )
 from server.front.exchange import HttpReply, HttpRequest
+from server.front.inference import InferRequest
 from server.ipc.operations import KnownModel, ListKnownModels, LoadForClient, ModelUsage, UnloadForClient
 from server.metrics import FrontMetrics
 from server.settings import Settings

@@ -11,7 +11,7 @@ import pytest
 
 from model_store.names import ModelName
 from server.errors import Refused, Situation
-from server.front.dataplane import DataPlane, InferRequest
+from server.front.dataplane import DataPlane
 from server.front.forecasting.line_calls import (
     AHEAD_BYTES,
     LINES,
@@ -21,6 +21,7 @@ from server.front.forecasting.line_calls import (
     cut_instances,
     split_lines,
 )
+from server.front.inference import InferRequest
 from server.front.slices import finish_slices
 from tests.patience import PATIENCE_S, wait_until
 from tests.server.front.answering import Worker, attach

@@ -6,7 +6,8 @@ from typing import cast
 
 from model_store.names import ModelName, parse_model_name
 from server.cli.setting_flags import settings_from
-from server.front.dataplane import BOUNDS, DataPlane, InferRequest
+from server.front.dataplane import BOUNDS, DataPlane
+from server.front.inference import InferRequest
 from server.front.nodes.cluster_plane import ClusterPlane
 from server.front.worker_client import WorkerLink
 from server.metrics import FrontMetrics

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from server.errors import Detail, Situation
-from server.front.dataplane import InferRequest, InferStats
+from server.front.inference import InferRequest, InferStats
 from server.front.nodes.node_gate import SLOW_CLIENTS, NodeGate
 from server.ipc.frames import Partial, Request, Response
 from tests.patience import PATIENCE_S

@@ -41,7 +41,7 @@ def test_a_folder_of_countless_files_is_too_large(tmp_path: Path, monkeypatch: p
 
 
 def test_a_child_that_does_nothing_is_measured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And one that has written to memory at once, with what it has started."""
+    """So is one that has touched a few pages; one that has written to many at once, with what it has started."""
     measured: list[int] = []
 
     def count_measurement(pid: int) -> int:
@@ -53,22 +53,29 @@ def test_a_child_that_does_nothing_is_measured_now_and_then(monkeypatch: pytest.
 import sys
 held = []
 for line in sys.stdin:
-    held.append(bytearray(b"x") * 20_000_000)
+    held.append(bytearray(b"x") * int(line))
     print("held", flush=True)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == b"held\n"
+
+        def hold(size: int) -> None:
+            """Have the child take so many bytes more."""
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(b"%d\n" % size)
+            child.stdin.flush()
+            assert child.stdout.readline() == b"held\n"
+
+        hold(20_000_000)
         sampler = memory_use.MemorySampler()
         first = sampler.measure([child.pid], now=0.0)
         assert sampler.measure([child.pid], now=1.0) == first
         assert measured == [child.pid]
-        child.stdin.write(b"\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == b"held\n"
+        hold(100)  # a page or two, as with each request
+        assert sampler.measure([child.pid], now=1.5) == first
+        assert measured == [child.pid]
+        hold(20_000_000)
         assert sampler.measure([child.pid], now=2.0)[child.pid] >= first[child.pid] + 19_000_000
         sampler.measure([child.pid], now=2.0 + memory_use.REMEASURE_S)
         assert len(measured) == 3
