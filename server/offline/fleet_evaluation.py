@@ -143,8 +143,10 @@ def backtest_fleet(
         notes = list_notes(found, model, refit_days)
         score = score_forecasts(found, forecast.unit, notes, before, other, outside)
         replayed = None
-        if online:
-            replayed = score_replay(model, found, found, None) if refit_days else score_online(model, found)
+        if online and refit_days:
+            replayed = score_replay(model, found, found, None, correlation)
+        elif online:
+            replayed = score_online(model, found, correlation)
         return replace(score, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
