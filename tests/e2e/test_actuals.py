@@ -115,11 +115,22 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert NAME not in read_accuracy(server)
 
 
+def pack_correlation(*names: str) -> bytes:
+    """A correlation of two markets."""
+    found = estimate_gaussian(np.random.default_rng(1).standard_normal((100, 2, HORIZON)), names)
+    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
+    return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
 def ask_scenarios(server: Server, day: int, *names: str) -> list[list[list[float]]]:
     """Joint scenarios of a day [N][S][T]: five, which are the levels 0.1, 0.3, 0.5, 0.7 and 0.9 in some order."""
     start = FIRST + timedelta(days=day, hours=-HISTORY)
     target = [60.0 + i % 24 for i in range(HISTORY)]
-    items = [{"target_model": name, "start": str(start), "target": target} for name in names]
+    return ask_joint(server, [{"target_model": name, "start": str(start), "target": target} for name in names])
+
+
+def ask_joint(server: Server, items: list[dict[str, Any]]) -> list[Any]:
+    """The samples of each item."""
     drawn = {"joint": True, "correlation": "joint.mar", "num_samples": 5, "seed": 1}
     reply = server.http.post(f"{server.url}/v1/forecasts", json={"requests": items, "configuration": drawn})
     assert reply.is_success, reply.text
@@ -149,10 +160,7 @@ def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
     """
     for seed, name in enumerate((NAME, OTHER)):
         s3.put(store, name, pack_hourly(seed))
-    errors = np.random.default_rng(1).standard_normal((100, 2, HORIZON))
-    found = estimate_gaussian(errors, (NAME, OTHER))
-    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
-    s3.put(store, "joint.mar", pack_model(Kind.CORRELATION, parts, model_name="joint"))
+    s3.put(store, "joint.mar", pack_correlation(NAME, OTHER))
     with run_server(s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2, revalidate_s=600) as server:
         before, other = ask_forecast(server, 0), ask_forecast(server, 0, OTHER)
         version = server.fleet("load", NAME).json()["version"]
@@ -190,6 +198,7 @@ def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path:
     """
     s3.put(store, PAIR, pack_hourly(3, products=2))
     s3.put(store, PATHS, pack_paths(1))
+    s3.put(store, "joint.mar", pack_correlation(f"{PAIR}#product0", f"{PAIR}#product1"))
     start = partial(run_server, s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2)
     with start() as server:
         manage_server(server, f"alias/{ALIAS}", {"model": PAIR})
@@ -212,6 +221,9 @@ def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path:
         after = ask_products(server, 8)
         assert after[0] == before[0]
         assert measure_coverage(after[1], prices) > 0.8
+        (drawn,) = ask_joint(server, [ask_pair(8)])
+        for product, levels in enumerate(after):
+            check_margin([sample[product] for sample in drawn], levels)
         lows = ask_forecast(server, 0, PATHS)[LOW]
         assert send_prices(server, 0, [low - 50 for low in lows], PATHS)["paired"] == 24
         assert all(np.array(ask_forecast(server, 0, PATHS)[LOW]) < lows)
@@ -228,12 +240,16 @@ def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path:
         assert set(read_accuracy(server)) == {PATHS}
 
 
-def ask_products(server: Server, day: int) -> list[Levels]:
-    """The levels of each of the two products for a day, from the same history each day."""
+def ask_pair(day: int) -> dict[str, Any]:
+    """An item for a day of the two products, from the same history each day."""
     start = FIRST + timedelta(days=day, hours=-HISTORY)
-    target = [[60.0 + i % 24 for i in range(HISTORY)]] * 2
+    return {"target_model": PAIR, "start": str(start), "target": [[60.0 + i % 24 for i in range(HISTORY)]] * 2}
+
+
+def ask_products(server: Server, day: int) -> list[Levels]:
+    """The levels of each of the two products for a day."""
     body = {
-        "requests": [{"target_model": PAIR, "start": str(start), "target": target}],
+        "requests": [ask_pair(day)],
         "configuration": {"output_types": ["quantiles"], "quantiles": [LOW, "0.5", HIGH]},
     }
     reply = server.http.post(f"{server.url}/v1/forecasts", json=body)
