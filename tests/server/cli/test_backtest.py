@@ -194,6 +194,11 @@ def test_scenarios_are_scored(csv: Path, tmp_path: Path) -> None:
         assert "of the windows have a mean outside all 100 joint scenarios" in result.output
         told = json.loads(run("backtest", str(csv), *flags, "--json").stdout)["markets"]
         found[tail] = [each["outside_scenarios"] for each in told]
+        online = run("backtest", str(csv), *flags, "--online")
+        assert "with adaptive bands, whose levels a server draws scenarios from" in online.output
+        told = json.loads(run("backtest", str(csv), *flags, "--online", "--json").stdout)["markets"]
+        assert [each["outside_scenarios"] for each in told] == found[tail], "as they are without prices"
+        assert all(0 <= each["online"]["outside_scenarios"] <= 1 for each in told)
     assert min(found["clamp"]) > 0.5
     assert max(found["exponential"]) < 0.2
     lacking = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--scenarios", "M00.mar")

@@ -1,10 +1,13 @@
 """The replay of a backtest with adaptive bands: narrow bands come to hold what they promise, by the past alone."""
 
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
 import pytest
 
+from handlers.codecs.scenarios import load_correlation
+from handlers.evaluation.correlation import estimate_gaussian
 from handlers.training.time_series import Series
 from model_store.archives.archive import DEFAULT_LIMITS, open_archive
 from model_store.names import ModelName
@@ -19,7 +22,8 @@ from server.offline.rolling_windows import (
     forecast_windows,
     open_unpublished,
 )
-from tests.server.markets import START, open_market
+from server.offline.scenario_scores import measure_outside
+from tests.server.markets import HORIZON, START, open_market
 from tests.server.offline.test_calibration import make_series, pack_narrow
 
 
@@ -76,3 +80,24 @@ def test_archives_without_bands_are_refused() -> None:
     model = open_market(quantile_levels=(0.5,))
     with pytest.raises(Unfit, match="makes no band"):
         score_online(model, forecast_days(model, make_series(40)))
+
+
+@pytest.mark.slow
+def test_scenarios_are_of_the_levels_that_a_server_serves() -> None:
+    """Bands eight times too wide: no day's mean is outside all scenarios of them, and of the adaptive ones about as
+    many are as there should be; they are drawn from the very levels of the replay.
+    """
+    model, series = open_narrow(), make_series()
+    calm = Series(series.name, START, timedelta(hours=1), 60 + (series.values - 60) / 16, series.known)
+    errors = np.random.default_rng(1).standard_normal((400, 1, HORIZON))
+    estimate = estimate_gaussian(errors, (model.name,))
+    correlation = load_correlation(estimate.record, estimate.tensors)
+    found = forecast_days(model, calm)
+    fixed = measure_outside(found, model.forecast, correlation)
+    scores = score_online(model, found, correlation)
+    served = replace(found, quantiles=replay_windows(found, model.forecast, None).quantiles)
+    assert scores.outside_scenarios == measure_outside(served, model.forecast, correlation)
+    assert fixed == 0
+    assert scores.outside_scenarios is not None
+    assert 0.02 < scores.outside_scenarios < 0.08, "2 % and some for flat tails"
+    assert score_online(model, found).outside_scenarios is None
