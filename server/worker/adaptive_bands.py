@@ -104,15 +104,16 @@ class AdaptiveBands:
             return
         (deepar, shape), asked_at, (archive, _) = found, int(self._now()), split_version(slot.model)
         products = list_products(deepar)
+        names = sum(map(len, products))  # which travel with each forecast
         for each in answered:
             key = (archive, slot.version, each.start)
             before = self._kept.pop(key, None)
-            self._kept_bytes += len(each.quantiles) - (0 if before is None else len(before.quantiles))
+            self._kept_bytes += len(each.quantiles) + names - (0 if before is None else len(before.quantiles) + names)
             too_long = len(each.quantiles) > MOST_FORECAST_BYTES * max(
                 1, len(products)
             )  # the supervisor would not keep it
             if too_long or self._kept_bytes > MOST_KEPT_BYTES or len(self._kept) >= MOST_KEPT:
-                self._kept_bytes -= len(each.quantiles)
+                self._kept_bytes -= len(each.quantiles) + names
                 self._dropped += max(1, len(products))
                 continue
             self._kept[key] = AnsweredForecast(

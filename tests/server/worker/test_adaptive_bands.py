@@ -200,7 +200,7 @@ def test_forecasts_of_products_are_bounded_by_all_their_levels(monkeypatch: pyte
     bands.keep(loaded.slot, "", [AnsweredLevels(0, bytes(24)), AnsweredLevels(1, bytes(48))])
     taken = bands.take()
     assert ([each.start for each in taken.forecasts], taken.dropped) == ([0], 2)
-    monkeypatch.setattr(adaptive_bands, "MOST_KEPT_BYTES", 50)
+    monkeypatch.setattr(adaptive_bands, "MOST_KEPT_BYTES", 2 * (24 + len("energy" + "reserve")) + 36)
     bands.keep(loaded.slot, "", [AnsweredLevels(start, bytes(24)) for start in range(3)])
     taken = bands.take()
     assert (len(taken.forecasts), taken.dropped) == (2, 2)
