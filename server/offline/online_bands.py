@@ -1,7 +1,8 @@
 """What adaptive bands would have done: replays a backtest's windows as a server with `actuals` lives them. Pure numpy.
 
 Before each window the record of `server.bands` gets all prices that were known at its start, as if a client had sent
-them; the window's levels are then shifted by the offsets of that moment, and joint scenarios are drawn from these.
+them; the window's levels are then shifted by the offsets of that moment, and joint scenarios are drawn from these. Of
+sample paths the quantiles are shifted, which differs a little from shifting each path by its rank.
 """
 
 from dataclasses import dataclass, replace
@@ -15,16 +16,13 @@ from handlers.codecs.scenarios import CorrelationModel
 from handlers.evaluation.conformal import shift_levels
 from handlers.evaluation.scores import compute_pinball
 from handlers.training.tails import TooFewScores
-from model_store.archives.archive import read_offsets
 from model_store.archives.manifest import ForecastSpec
 from server.bands.adaptive_offsets import BandShape, list_bands
 from server.bands.market import AnsweredForecast, MarketRecord, open_record
 from server.offline.rolling_windows import (
     ArchiveVersion,
-    InProcess,
     Unfit,
     WindowForecasts,
-    forecast_windows,
     list_hours_of_windows,
 )
 from server.offline.scenario_scores import measure_outside
@@ -54,14 +52,6 @@ class OnlineScores:
     outside_scenarios: float | None = None
 
 
-def score_online(
-    model: ArchiveVersion, found: WindowForecasts, correlation: CorrelationModel | None = None
-) -> OnlineScores:
-    """Replay the windows of a backtest with adaptive bands. Raises LoadError, Unfit."""
-    raw = forecast_windows(InProcess(), model.without_calibration(), found.series, found.origins)
-    return score_replay(model, found, raw, read_offsets(model.archive), correlation)
-
-
 def score_replay(
     model: ArchiveVersion,
     found: WindowForecasts,
@@ -70,10 +60,9 @@ def score_replay(
     correlation: CorrelationModel | None = None,
 ) -> OnlineScores:
     """Replay windows `raw` without calibration on top of the offsets `base`, beside what was forecast. Raises Unfit."""
-    if model.forecast.paths:
-        raise Unfit(f"{model.name} draws sample paths; only the bands of archives of quantiles adapt")
+    forecast = model.forecast_of_any
     try:
-        adapted = replay_windows(raw, model.forecast, base)
+        adapted = replay_windows(raw, forecast, base)
     except TooFewScores as error:
         raise Unfit(f"{model.name}: {error}") from error
     y, levels = found.actuals, found.levels
@@ -91,7 +80,7 @@ def score_replay(
     fixed, adaptive = (float(compute_pinball(y, q, levels)[known].mean()) for q in (found.quantiles, adapted.quantiles))
     outside = None
     if correlation is not None:
-        outside = measure_outside(replace(found, quantiles=adapted.quantiles), model.forecast, correlation)
+        outside = measure_outside(replace(found, quantiles=adapted.quantiles), forecast, correlation)
     return OnlineScores(bands, fixed, adaptive, adapted.record.drift.alarms, outside)
 
 

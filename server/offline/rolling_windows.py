@@ -70,11 +70,17 @@ class ArchiveVersion:
         return replace(self, archive=replace(self.archive, spec=spec))
 
     @property
+    def products(self) -> tuple[str, ...]:
+        """The products of an archive of several; none of one. Raises Unfit as `forecast_of_any`."""
+        products = self.forecast_of_any.products
+        return products if len(products) > 1 else ()
+
+    @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.forecast_of_any
         if len(forecast.products) > 1:
-            raise Unfit(f"{self.name} has {len(forecast.products)} products; a backtest takes archives of one")
+            raise Unfit(f"{self.name} has {len(forecast.products)} products; this takes archives of one")
         return forecast
 
     @property

@@ -207,7 +207,7 @@ def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path:
         wrong = {"": "name one as `product`: product0, product1", "gas": "no product 'gas'; it has product0, product1"}
         for product, said in wrong.items():
             named = {"product": product} if product else {}
-            items = [{"target_model": PAIR, "stamps": ["2026-01-05"], "prices": [1.0], **each}
+            items: list[dict[str, Any]] = [{"target_model": PAIR, "stamps": ["2026-01-05"], "prices": [1.0], **each}
                      for each in ({"product": "product1"}, named)]  # fmt: skip
             reply = server.http.post(f"{server.url}/v1/actuals", json={"actuals": items})
             assert (reply.status_code, said in reply.json()["error"]["message"]) == (400, True), reply.text
@@ -222,8 +222,8 @@ def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path:
         assert after[0] == before[0]
         assert measure_coverage(after[1], prices) > 0.8
         (drawn,) = ask_joint(server, [ask_pair(8)])
-        for product, levels in enumerate(after):
-            check_margin([sample[product] for sample in drawn], levels)
+        for i, levels in enumerate(after):
+            check_margin([sample[i] for sample in drawn], levels)
         lows = ask_forecast(server, 0, PATHS)[LOW]
         assert send_prices(server, 0, [low - 50 for low in lows], PATHS)["paired"] == 24
         assert all(np.array(ask_forecast(server, 0, PATHS)[LOW]) < lows)

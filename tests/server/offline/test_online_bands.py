@@ -1,18 +1,21 @@
 """The replay of a backtest with adaptive bands: narrow bands come to hold what they promise, by the past alone."""
 
+import json
 from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
 import pytest
 
-from handlers.codecs.scenarios import load_correlation
+from handlers.codecs.scenarios import CorrelationModel, load_correlation
+from handlers.evaluation.conformal import shift_levels
 from handlers.evaluation.correlation import estimate_gaussian
+from handlers.model import open_model
 from handlers.training.time_series import Series
-from model_store.archives.archive import DEFAULT_LIMITS, open_archive
+from model_store.archives.archive import DEFAULT_LIMITS, open_archive, read_offsets
 from model_store.names import ModelName
 from server.offline.calibration import calibrate_archive, pack_calibrated
-from server.offline.online_bands import replay_windows, score_online
+from server.offline.online_bands import OnlineScores, replay_windows, score_replay
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
@@ -20,16 +23,25 @@ from server.offline.rolling_windows import (
     Unfit,
     WindowForecasts,
     forecast_windows,
+    list_hours_of_windows,
     open_unpublished,
 )
 from server.offline.scenario_scores import measure_outside
-from tests.server.markets import HORIZON, START, open_market
-from tests.server.offline.test_calibration import make_series, pack_narrow
+from tests.server.markets import HISTORY, HORIZON, START, open_market
+from tests.server.offline.test_calibration import make_series, pack_constant, pack_narrow
 
 
 def forecast_days(model: ArchiveVersion, series: Series, most: int = 0) -> WindowForecasts:
     """The forecasts of all windows."""
     return forecast_windows(InProcess(), model, series, Rolling(most=most).origins(series, [model.forecast]))
+
+
+def score_online(
+    model: ArchiveVersion, found: WindowForecasts, correlation: CorrelationModel | None = None
+) -> OnlineScores:
+    """The scores of a replay on top of the archive's own offsets."""
+    raw = forecast_windows(InProcess(), model.without_calibration(), found.series, found.origins)
+    return score_replay(model, found, raw, read_offsets(model.archive), correlation)
 
 
 def open_narrow() -> ArchiveVersion:
@@ -101,3 +113,30 @@ def test_scenarios_are_of_the_levels_that_a_server_serves() -> None:
     assert scores.outside_scenarios is not None
     assert 0.02 < scores.outside_scenarios < 0.08, "2 % and some for flat tails"
     assert score_online(model, found).outside_scenarios is None
+
+
+@pytest.mark.slow
+def test_paths_are_replayed_by_their_quantiles() -> None:
+    """Twenty narrow paths come to cover what they promise, and what is replayed is nearly what a server answers: its
+    codec shifts each path by its rank.
+    """
+    paths = np.random.default_rng(5).permutation(np.linspace(-0.25, 0.25, 20)).tolist()
+    model = open_unpublished(pack_constant(paths, paths=20), ModelName("m.mar"), DEFAULT_LIMITS)
+    series = make_series()
+    series = replace(series, values=60 + (series.values - 60) / 2)
+    found = forecast_days(model, series)
+    scores = score_online(model, found)
+    assert scores.bands[0].fixed < 0.7
+    assert scores.bands[0].adaptive == pytest.approx(0.8, abs=0.04)
+    learnt = np.array(replay_windows(found, model.forecast, None).record.offsets, np.float32).reshape(24, 3)
+    shifted = shift_levels(found.quantiles[-4:], found.levels, learnt, list_hours_of_windows(found)[-4:])
+    opened = open_model(model.archive)
+    opened.built.body.codec.adaptable.adapt(learnt)  # type: ignore[union-attr]
+    starts = [int(origin) for origin in found.origins[-4:]]
+    instances = [series.instance(origin - HISTORY, origin, HORIZON) for origin in starts]
+    asked = {"instances": instances, "configuration": {"output_types": ["quantiles"]}}
+    answered = json.loads(opened.answer(json.dumps(asked).encode()))["predictions"]
+    served = np.array([list(each["quantiles"].values()) for each in answered]).transpose(0, 2, 1)
+    widths = shifted[..., 2:] - shifted[..., :1]
+    assert (abs(served - shifted) < 0.05 * widths).all()
+    assert (abs(served - found.quantiles[-4:]) > 0.2 * widths)[..., [0, 2]].any()
