@@ -291,7 +291,11 @@ def _explain_no_window(series: Series, forecasts: Sequence[ForecastSpec], histor
 
 @dataclass(frozen=True, slots=True)
 class WindowForecasts:
-    """The forecasts of one model for windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+    """The forecasts of one model for windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on.
+
+    `refitted`: the record of the fit that forecast each window [W], such as its tail rule; empty where it is the
+    archive's own.
+    """
 
     series: Series
     model: ModelName
@@ -299,6 +303,7 @@ class WindowForecasts:
     origins: Steps
     levels: Float64
     quantiles: Float64
+    refitted: Sequence[ForecastSpec] = ()
 
     def __repr__(self) -> str:
         return f"<WindowForecasts of {self.series.name} by {self.model}: {len(self.origins)} windows of {self.horizon}>"
