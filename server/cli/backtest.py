@@ -105,8 +105,8 @@ def backtest(flags: BacktestFlags) -> None:
     server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
     on: `fleetcast train --train-until`. With --refit DAYS the archives only give their recipes: what forecasts is
     fitted to the rows before, anew every so many days, as a fleet that is retrained. Of an archive with several
-    products, --target is the archive's own name, its products are columns of the file, and each has a row. The exit code is 1 when some
-    markets could not be scored.
+    products, --target is the archive's own name, its products are columns of the file, and each has a row. The exit
+    code is 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)

@@ -13,6 +13,7 @@ from handlers.evaluation.correlation import estimate_gaussian
 from handlers.model import open_model
 from handlers.training.time_series import Series
 from model_store.archives.archive import DEFAULT_LIMITS, open_archive, read_offsets
+from model_store.archives.manifest import Tails
 from model_store.names import ModelName
 from server.offline.calibration import calibrate_archive, pack_calibrated
 from server.offline.online_bands import OnlineScores, replay_windows, score_replay
@@ -27,7 +28,7 @@ from server.offline.rolling_windows import (
     open_unpublished,
 )
 from server.offline.scenario_scores import measure_outside
-from tests.server.markets import HISTORY, HORIZON, START, open_market
+from tests.server.markets import HISTORY, HORIZON, START, make_forecast, open_market
 from tests.server.offline.test_calibration import make_series, pack_constant, pack_narrow
 
 
@@ -140,3 +141,22 @@ def test_paths_are_replayed_by_their_quantiles() -> None:
     widths = shifted[..., 2:] - shifted[..., :1]
     assert (abs(served - shifted) < 0.05 * widths).all()
     assert (abs(served - found.quantiles[-4:]) > 0.2 * widths)[..., [0, 2]].any()
+
+
+def test_scenarios_of_refits_have_the_tails_of_each_fit() -> None:
+    """Narrow levels with flat tails leave many days outside; where each fit's own rule reaches far, none."""
+    model, series = open_narrow(), make_series(60)
+    estimate = estimate_gaussian(np.random.default_rng(1).standard_normal((400, 1, HORIZON)), (model.name,))
+    correlation = load_correlation(estimate.record, estimate.tensors)
+    found = forecast_days(model, series)
+    far = make_forecast(tail="exponential", tails=Tails(low=20, high=20, band=(0.1, 0.9)))
+    at = len(found.origins) // 2
+    each = measure_outside(replace(found, refitted=[far] * len(found.origins)), model.forecast, correlation)
+    half = measure_outside(
+        replace(found, refitted=[model.forecast] * at + [far] * (len(found.origins) - at)), model.forecast, correlation
+    )
+    none = measure_outside(found, model.forecast, correlation)
+    assert each is not None
+    assert half is not None
+    assert none is not None
+    assert each < 0.05 < half < none
