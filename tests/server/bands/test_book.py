@@ -1,9 +1,12 @@
 """The book: which version goes on with what was learnt, on whose clock prices come, and how many archives it has."""
 
+import contextlib
 import struct
 from datetime import datetime, timedelta
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.bands.adaptive_offsets import DAY, HOUR, BandShape
 from server.bands.book import MOST_SHAPES, Book, Kept, NoSuchProduct, Price
@@ -195,3 +198,45 @@ def test_a_name_with_the_mark_is_never_anothers_product(alone_first: bool) -> No
     markets = (book.find_market("lu#a"), book.find_market("lu", "a"))
     assert markets == (("lu#a", None) if alone_first else (None, "lu#a"))
     assert book.reset("lu#a") == alone_first
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["a", "a#x", "a#x#y", "b"]),
+        st.sampled_from([(), ("x", "y"), ("y", "x#y"), ("x#y", "z", "x")]),
+        st.sampled_from(["note", "note", "note", "pair", "reset"]),
+    ),
+    max_size=25,
+)
+
+
+@given(STEPS, st.integers(1, 6))
+def test_every_record_is_one_archives_and_all_are_bounded(
+    steps: list[tuple[str, tuple[str, ...], str]], most: int
+) -> None:
+    """Whatever comes in whatever order, with names that are made to be mistaken: each record belongs to one archive,
+    a price moves the record of its own archive alone, and what is forgotten takes nothing of others along.
+    """
+    book, names = Book(), ["a", "a#x", "a#x#y", "b"]
+    for day, (model, products, what) in enumerate(steps):
+        before = {name: book.list_markets(name) for name in names}
+        totals = {market: sum(each.total for each in records) for market, records in book.records.items()}
+        if what == "note":
+            alone = make_answer(day, model=model)
+            book.note_forecast(answer_products(day, *products, model=model) if products else alone, most)
+        elif what == "reset":
+            assert book.reset(model) == bool(before[model])
+        else:
+            with contextlib.suppress(NoSuchProduct):
+                market = book.find_market(model, products[0] if products else "")
+                assert market is None or market in before[model]
+                for at in range(day) if market else ():
+                    book.pair(market or "", Price(at * DAY, False, 5.0))
+                later = {name: sum(each.total for each in records) for name, records in book.records.items()}
+                assert {name for name, total in later.items() if total > totals[name]} <= {market}
+        after = {name: book.list_markets(name) for name in names}
+        assert sorted(market for markets in after.values() for market in markets) == sorted(book.records)
+        assert len(book.records) <= most
+        assert all(book.records.values())
+        lost = {name for name in names if set(before[name]) - set(after[name])}
+        assert lost <= ({model} if what == "reset" else set())
