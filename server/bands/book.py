@@ -99,12 +99,16 @@ class Book(Struct):
         """Whether there is a record of this product of the archive, or of the archive as one of one product."""
         if product:
             return product in self.products.get(model, ())
-        return model in self.records and not self._is_product(model)
+        return model in self.records and self.find_archive(model) == model
 
-    def _is_product(self, name: str) -> bool:
-        """Whether the name of a market is that of an archive's product."""
-        marks = (i for i, letter in enumerate(name) if letter == PRODUCT_MARK)
-        return any(name[i + 1 :] in self.products.get(name[:i], ()) for i in marks)
+    def find_archive(self, market: str) -> str:
+        """Find the archive of a market that has a record."""
+        at = market.find(PRODUCT_MARK)
+        while at >= 0:
+            if market[at + 1 :] in self.products.get(market[:at], ()):
+                return market[:at]
+            at = market.find(PRODUCT_MARK, at + 1)
+        return market
 
     def _note_market(self, answered: AnsweredForecast) -> Kept:
         records = self.records[answered.model]

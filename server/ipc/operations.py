@@ -496,8 +496,9 @@ class TakeAccessLog(Operation[AccessLogRows]):
 
 
 class BandOffsets(Struct, frozen=True):
-    """Offsets float32 [rows, levels] of a market whose archive has this shape."""
+    """Offsets float32 [rows, levels] of a market whose archive, of this name, has this shape."""
 
+    archive: str
     shape: BandShape
     offsets: bytes
 

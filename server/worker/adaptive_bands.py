@@ -80,7 +80,8 @@ class AdaptiveBands:
     def _adapt(self, slot: Slot) -> None:
         """Shift a model by what is known of its products; one of which nothing is known stays as its archive has it."""
         deepar, shape = self._equipped[slot]
-        found = [self._find_offsets(market, shape) for market in list_markets(slot, deepar)]
+        archive, _ = split_version(slot.model)
+        found = [self._find_offsets(market, archive, shape) for market in list_markets(slot, deepar)]
         if all(each is None for each in found):
             deepar.adapt(None)
             return
@@ -88,10 +89,14 @@ class AdaptiveBands:
         offsets = np.stack([zeros if each is None else each for each in found])
         deepar.adapt(offsets if len(found) > 1 else offsets[0])
 
-    def _find_offsets(self, market: str, shape: BandShape) -> Float32 | None:
-        """The offsets [rows, levels] for a market of this shape; None if there are none."""
+    def _find_offsets(self, market: str, archive: str, shape: BandShape) -> Float32 | None:
+        """The offsets [rows, levels] for a market of this archive and shape; None if there are none."""
         for each in self._offsets.get(market, ()):
-            if each.shape == shape and len(each.offsets) == 4 * shape.rows * len(shape.levels):
+            if (
+                each.archive == archive
+                and each.shape == shape
+                and len(each.offsets) == 4 * shape.rows * len(shape.levels)
+            ):
                 return np.frombuffer(each.offsets, np.float32).reshape(shape.rows, -1)
         return None
 

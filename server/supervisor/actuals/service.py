@@ -133,7 +133,7 @@ class ActualsService:
             return {}
         return {
             market: [
-                BandOffsets(record.shape, array("f", record.offsets).tobytes())
+                BandOffsets(self.book.find_archive(market), record.shape, array("f", record.offsets).tobytes())
                 for record in self.book.records.get(market, ())
                 if record.total
             ]

@@ -236,6 +236,7 @@ def test_every_record_is_one_archives_and_all_are_bounded(
                 assert {name for name, total in later.items() if total > totals[name]} <= {market}
         after = {name: book.list_markets(name) for name in names}
         assert sorted(market for markets in after.values() for market in markets) == sorted(book.records)
+        assert all(book.find_archive(market) == name for name, markets in after.items() for market in markets)
         assert len(book.records) <= most
         assert all(book.records.values())
         lost = {name for name in names if set(before[name]) - set(after[name])}

@@ -53,7 +53,7 @@ class Loaded:
 
 def tell(shape: BandShape, offsets: Float32 = OFFSETS) -> dict[str, list[BandOffsets]]:
     """What the supervisor says of the model."""
-    return {"m.mar": [BandOffsets(shape, offsets.tobytes())]}
+    return {"m.mar": [BandOffsets("m.mar", shape, offsets.tobytes())]}
 
 
 def test_levels_are_shifted_as_told_until_told_otherwise() -> None:
@@ -190,6 +190,18 @@ def test_each_product_is_shifted_as_told_of_it_alone() -> None:
     bands.forget(held.slot)
     bands.follow(told, whole=True)
     np.testing.assert_array_equal(loaded.answer(BOTH)[0], plain)
+
+
+def test_offsets_of_a_product_shift_no_archive_of_the_same_name() -> None:
+    """An archive may be called as another's product is; it is not shifted as that is."""
+    loaded, bands = Loaded(name="m.mar#energy"), AdaptiveBands()
+    plain, _ = loaded.answer()
+    bands.equip(loaded.slot, loaded.codec)
+    shape = find_shape_of(loaded)
+    bands.follow({"m.mar#energy": tell(shape)["m.mar"]}, whole=False)
+    np.testing.assert_array_equal(loaded.answer()[0], plain)
+    bands.follow({"m.mar#energy": [BandOffsets("m.mar#energy", shape, OFFSETS.tobytes())]}, whole=False)
+    assert (loaded.answer()[0] != plain).any()
 
 
 def test_forecasts_of_products_are_bounded_by_all_their_levels(monkeypatch: pytest.MonkeyPatch) -> None:
