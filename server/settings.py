@@ -444,13 +444,17 @@ class Settings(BaseSettings):
         "on", description="off: prices that are sent are scored, but change no forecast"
     )
     actuals_models: int = Field(
-        1000, ge=1, le=10_000, description="maximum number of archives of which forecasts and prices are kept"
+        1000,
+        ge=1,
+        le=10_000,
+        description="maximum number of archives of which forecasts and prices are kept; each product of several counts",
     )
     actuals_metrics: int = Field(
         50,
         ge=0,
         le=1000,
-        description="maximum number of archives with series of coverage and drift of their own; the rest is `other`",
+        description="maximum number of archives, or products of several, with series of coverage and drift of their "
+        "own; the rest is `other`",
     )
     node_name: str = Field(
         "",

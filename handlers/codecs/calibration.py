@@ -28,7 +28,7 @@ EPOCH = datetime.fromisoformat("1970-01-01")  # without zone: of a wall clock
 
 
 class AnsweredLevels(NamedTuple):
-    """The levels of one forecast as they were answered: float32 [steps, levels], from `start` on.
+    """The levels of one forecast as they were answered: float32 [D?, steps, levels], from `start` on.
 
     `start`: seconds since 1970 on the archive's wall clock.
     """
@@ -43,7 +43,7 @@ class BandCalibration:
     def __init__(self, forecast: ForecastSpec, offsets: Float32, low: float, high: float) -> None:
         """`offsets` [D?, rows, levels] are in widths of the band between the levels `low` and `high`."""
         self._forecast, self._unit = forecast, (low, high)
-        self._offsets = offsets.astype(np.float64)
+        self._by_level = self._offsets = offsets.astype(np.float64)
         places = (forecast.quantile_levels.index(level) for level in (low, high))
         self._low, self._high = ((..., slice(place, place + 1)) for place in places)
         self._band = np.empty(0)  #: weights [paths, 1] of sorted paths, whose sum is the width of the band
@@ -64,7 +64,7 @@ class BandCalibration:
     @property
     def identity(self) -> str:
         """A name of these offsets, the same for the same numbers."""
-        return sha256(self._offsets.astype(np.float32).tobytes()).hexdigest()[:16]
+        return sha256(self._by_level.astype(np.float32).tobytes()).hexdigest()[:16]
 
     @property
     def unit(self) -> tuple[int, int]:
@@ -72,8 +72,8 @@ class BandCalibration:
         return self._low[1].start, self._high[1].start
 
     def add(self, offsets: Float32) -> "BandCalibration":
-        """Make the calibration by these offsets and others [rows, levels], which are in the same widths."""
-        return BandCalibration(self._forecast, (self._offsets + offsets).astype(np.float32), *self._unit)
+        """Make the calibration by these offsets and others [D?, rows, levels], which are in the same widths."""
+        return BandCalibration(self._forecast, (self._by_level + offsets).astype(np.float32), *self._unit)
 
     def shift(self, prices: Float64, starts: Sequence[str]) -> Float64:
         """Shift sorted quantiles [n, D?, prediction, levels], whose first steps are at the stamps `starts`.
@@ -129,16 +129,13 @@ def find_unit_band(levels: Float64) -> tuple[int, int] | None:
 
 
 def make_calibration(forecast: ForecastSpec) -> BandCalibration | None:
-    """Make a calibration that shifts nothing yet; None for an archive whose levels cannot be shifted.
-
-    Those are archives of several products, of sample paths, and of a single level: what prices that come move is for
-    bands of one product.
-    """
+    """Make a calibration that shifts nothing yet; None for an archive of a single level, which has no band."""
     levels = np.array(forecast.quantile_levels)
     unit = find_unit_band(levels)
-    if unit is None or forecast.paths or len(forecast.products) > 1:
+    if unit is None:
         return None
-    zeros = np.zeros((count_rows(parse_step_seconds(forecast.frequency)), len(levels)), np.float32)
+    products, rows = len(forecast.products), count_rows(parse_step_seconds(forecast.frequency))
+    zeros = np.zeros((*((products,) if products > 1 else ()), rows, len(levels)), np.float32)
     return BandCalibration(forecast, zeros, float(levels[unit[0]]), float(levels[unit[1]]))
 
 

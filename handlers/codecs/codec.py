@@ -156,7 +156,7 @@ class FamilyCodec:
 
     @property
     def adaptable(self) -> DeepAr | None:
-        """What adapts its bands to observed prices; None where it answers tensors, or has no band of one product."""
+        """What adapts its bands to observed prices; None where it answers tensors, or has no band."""
         return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
 
     @property

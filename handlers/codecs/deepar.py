@@ -158,7 +158,7 @@ class DeepAr:
         return "" if self._own_calibration is None else self._own_calibration.identity
 
     def adapt(self, offsets: Float32 | None) -> None:
-        """Shift levels by these offsets [rows, levels] too, in place of those given before; None: by the archive's own.
+        """Shift levels by these offsets [D?, rows, levels] too, in place of those given before; None: by its own alone.
 
         Safe while other threads encode: an answer has the offsets of before or after. Only if `is_adaptable`.
         """
@@ -340,10 +340,14 @@ class DeepAr:
         return predictions
 
     def _keep_levels(self, prices: Float64, asked: Sequence[InstanceRequest]) -> Iterator[AnsweredLevels]:
-        """Give the levels of prices [n, prediction, levels] by slots of the wall clock, all of them."""
+        """Give the levels of sorted prices [n, D?, prediction, levels or paths] by all slots of the wall clock.
+
+        Those of paths are at the archive's default levels.
+        """
         if not self.keeps_levels:
             return
-        levels = prices.astype(np.float32).tobytes()
+        given = self._default.of(prices) if self._forecast.paths else prices
+        levels = given.astype(np.float32).tobytes()
         size = len(levels) // len(prices)
         for i, one in enumerate(asked):
             start, steps = count_seconds(one.first.stamp), one.first.steps

@@ -287,7 +287,8 @@ def _summarise(scored: Mapping[str, Any]) -> dict[str, Any]:
     scores, online, against = scored["scores"], scored["online"], scored["against"]
     kept = {key: scores[key] for key in ("rmae", "rmae_weekly", "mae", "rmse", "smape", "pinball", "crps")}
     kept |= {"bands": online["bands"], "pinball_adaptive": online["pinball_adaptive"]}
-    kept |= {"outside_scenarios": scored["outside_scenarios"], "windows": scored["windows"]}
+    kept |= {"outside_scenarios": online["outside_scenarios"], "outside_fixed": scored["outside_scenarios"]}
+    kept |= {"windows": scored["windows"]}
     kept |= {"first": scored["first"], "last": scored["last"]}
     return kept | ({"p_rival": against["p_value"], "rival_mae": against["other_mae"]} if against else {})
 

@@ -1,4 +1,6 @@
-"""What one archive forecast, which prices came, and what follows: its adaptive offsets, its scores by day, its drift.
+"""What was forecast of one market, which prices came, and what follows: adaptive offsets, scores by day, drift.
+
+A market is an archive of one product, or one product of an archive of several.
 
 Pure, and bounded: see the constants. Times are seconds since 1970 on the archive's wall clock, whose days have 24 hours
 (docs/clocks.md). The same calls in the same order always give the same record: the journal relies on it.
@@ -10,6 +12,7 @@ from functools import lru_cache
 from struct import Struct as Layout
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from server.bands.adaptive_offsets import (
     DAY,
@@ -33,6 +36,7 @@ MOST_SHAPES = 1024  #: of which steps and bands are remembered
 WEEK = 7 * DAY
 MONDAY, SATURDAY = 0, 5
 THURSDAY = 3  #: the weekday of 1970-01-01
+PRODUCT_MARK = "#"  #: between the name of an archive and that of one of its products
 LEAST_SHARE = 0.5  #: of a day's steps, before its loss is judged for drift
 _PRICE, _FLOAT32 = Layout("<qd"), Layout("<f")
 
@@ -46,10 +50,10 @@ class Outcome(IntEnum):
 
 
 class AnsweredForecast(Struct, frozen=True, array_like=True):
-    """One forecast that a client got. `quantiles`: float32 [steps, levels], as they were answered.
+    """One forecast that a client got. `quantiles`: float32 [products?, steps, levels], as they were answered.
 
-    `start`: of its first step. `client`: the name of its token or key, empty where the server asks for none;
-    `asked_at`: seconds since 1970, UTC.
+    `products`: the names of those of an archive of several, in its order; empty for one. `start`: of its first step.
+    `client`: the name of its token or key, empty where the server asks for none; `asked_at`: seconds since 1970, UTC.
     """
 
     model: str
@@ -59,11 +63,37 @@ class AnsweredForecast(Struct, frozen=True, array_like=True):
     shape: BandShape
     start: int
     quantiles: bytes
+    products: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
-        """How many steps it has."""
-        return len(self.quantiles) // (4 * len(self.shape.levels))
+        """How many steps it has of each product."""
+        return len(self.quantiles) // (4 * len(self.shape.levels) * max(1, len(self.products)))
+
+    @property
+    def bytes_of_each(self) -> int:
+        """The bytes of the levels of one product."""
+        return len(self.quantiles) // max(1, len(self.products))
+
+    def split(self) -> "list[AnsweredForecast]":
+        """Split it by markets, each under its name (`name_market`)."""
+        if not self.products:
+            return [self]
+        size = self.bytes_of_each
+        return [
+            replace(
+                self,
+                model=name_market(self.model, product),
+                quantiles=self.quantiles[i * size : (i + 1) * size],
+                products=(),
+            )
+            for i, product in enumerate(self.products)
+        ]
+
+
+def name_market(model: str, product: str) -> str:
+    """Name a product of an archive of several as correlations and `calibrate` do, such as `lu.mar#energy`."""
+    return f"{model}{PRODUCT_MARK}{product}" if product else model
 
 
 class KeptForecast(Struct):
@@ -224,7 +254,7 @@ class MarketRecord(Struct):
 
 
 def open_record(shape: BandShape) -> MarketRecord:
-    """Begin the record of an archive."""
+    """Begin the record of a market."""
     return MarketRecord(shape, make_state(shape))
 
 

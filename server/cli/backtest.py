@@ -98,13 +98,15 @@ def backtest(flags: BacktestFlags) -> None:
     Papers print rMAE (week), whose naive forecast is always the value a week before. MAE, RMSE, MAPE and sMAPE are of
     the median; MAPE leaves out prices of 0. There is no mean of prices in different units.
     With --scenarios, joint scenarios are drawn for each window as a server draws them, and the share of windows is told
-    whose mean price lies outside all 100 of them: 2 % would be right.
+    whose mean price lies outside all 100 of them: 2 % would be right. With --online the share is also told of
+    scenarios from the moved levels, which is what a server draws that gets prices.
     --against scores the median beside a column: MAE, RMSE, the share of the column's MAE that is saved, and the test of
     Diebold and Mariano. With --online a second table has the coverage of each band as it is and as it would be if a
     server got each price in time, and the change of the pinball loss. Score prices that the archives were not trained
     on: `fleetcast train --train-until`. With --refit DAYS the archives only give their recipes: what forecasts is
-    fitted to the rows before, anew every so many days, as a fleet that is retrained. The exit code is 1 when some
-    markets could not be scored.
+    fitted to the rows before, anew every so many days, as a fleet that is retrained. Of an archive with several
+    products, --target is the archive's own name, its products are columns of the file, and each has a row. The exit
+    code is 1 when some markets could not be scored.
     """  # noqa: D301 -- click's mark for "do not wrap"
     with one_line_errors():
         found = _score_markets(flags)
@@ -161,6 +163,10 @@ def _print_scores(found: "Backtest") -> None:
         if each.outside_scenarios is not None:
             outside = f"{format_score('coverage', each.outside_scenarios)} of the windows have a mean"
             said = f"{outside} outside all {SCENARIOS} joint scenarios; 2.0% would be right"
+            print(escape_text(f"{each.target}: {said}"))  # noqa: T201
+        if each.online is not None and each.online.outside_scenarios is not None:
+            outside = format_score("coverage", each.online.outside_scenarios)
+            said = f"{outside} with adaptive bands, whose levels a server draws scenarios from"
             print(escape_text(f"{each.target}: {said}"))  # noqa: T201
     compared = [(each.target, each.against) for each in found.markets if each.against is not None]
     if compared:

@@ -170,13 +170,18 @@ class ReleasedPlane(PlaneInFront):
         """Record observed prices of what names stand for: each archive of an alias gets them once, whichever versions
         its arms have. Raises what the plane raises.
 
-        The counts of an item are those of the archive that paired most.
+        The counts of an item are those of the archive that paired most. Of several archives one may lack the product.
         """
-        spread = [[replace(item, model=archive) for archive in self._list_archives(item.model)] for item in items]
+        spread = [self._spread(item) for item in items]
         reply = await self._plane.record_actuals([each for arms in spread for each in arms], deadline)
         counts = iter(reply.counts)
         best = [max((next(counts) for _ in arms), key=lambda each: (each.paired, each.repeated)) for arms in spread]
         return replace(reply, counts=best)
+
+    def _spread(self, item: ObservedPrices) -> list[ObservedPrices]:
+        archives = self._list_archives(item.model)
+        strict = item.strict and len(archives) == 1
+        return [replace(item, model=archive, strict=strict) for archive in archives]
 
     def _list_archives(self, model: str) -> list[str]:
         route = self._releases.routes.get(model)

@@ -165,10 +165,15 @@ class ManageModels(Operation[ManagementReply]):
 
 
 class ObservedPrices(Struct, frozen=True):
-    """Prices of one model, under the name by which clients ask it."""
+    """Prices of one model, under the name by which clients ask it; `product`: which, where it has several.
+
+    `strict`: refuse the call where the model has no such product; else the prices are unmatched.
+    """
 
     model: str
     prices: list[Price]
+    product: str = ""
+    strict: bool = True
 
 
 class PairedCounts(Struct, frozen=True):
@@ -491,14 +496,18 @@ class TakeAccessLog(Operation[AccessLogRows]):
 
 
 class BandOffsets(Struct, frozen=True):
-    """Offsets float32 [rows, levels] for archives of this shape."""
+    """Offsets float32 [rows, levels] of a market whose archive, of this name, has this shape."""
 
+    archive: str
     shape: BandShape
     offsets: bytes
 
 
 class SetBands(Operation[None]):
-    """How the bands of these archives are shifted from now on; an empty list: not. `whole`: and no others are."""
+    """How the bands of these markets (`server.bands.book`) are shifted from now on; an empty list: not.
+
+    `whole`: and no others are.
+    """
 
     models: dict[str, list[BandOffsets]]
     whole: bool

@@ -20,7 +20,7 @@ from handlers.evaluation.scores import Scores, Steps
 from handlers.model import open_model
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.tails import TooFewScores, choose_band, fit_tails
-from handlers.training.time_series import Series, read_csv
+from handlers.training.time_series import Series
 from model_store.archives.archive import Archive, open_archive
 from model_store.archives.manifest import (
     FLEETCAST_JSON,
@@ -34,7 +34,7 @@ from model_store.archives.manifest import (
 from model_store.archives.packing import pack_archive, save_tensors
 from model_store.names import ModelName
 from server.offline.evaluation import compute_scores
-from server.offline.fleet_evaluation import Progress, collect_results, fetch_archives, read_columns
+from server.offline.fleet_evaluation import Progress, collect_results, fetch_archives, read_columns, read_products
 from server.offline.mixture_shares import learn_archive_shares, learns_shares, use_shares, write_shares
 from server.offline.rolling_windows import (
     ArchiveVersion,
@@ -106,7 +106,7 @@ def calibrate_fleet(
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
         models, failed = fetch_archives(pool, names, settings, of_any=True)
-        several = {target for target, model in models.items() if len(model.forecast_of_any.products) > 1}
+        several = {target for target, model in models.items() if model.products}
         alone = {target: model for target, model in models.items() if target not in several}
         columns, lacking = read_columns(csv, time, alone, rules) if alone else ({}, {})
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
@@ -120,12 +120,6 @@ class CalibratedProducts:
 
     whole: Calibrated
     by_product: Mapping[str, Calibrated]
-
-
-def read_products(csv: Path, time: str, model: ArchiveVersion, rules: FileRules = PLAIN) -> list[Series]:
-    """Read the columns of an archive's products, each with its covariates. Raises SeriesInvalid, OSError."""
-    forecast = model.forecast_of_any
-    return read_csv(csv, time, list(forecast.products), list(forecast.dynamic_feat), rules.for_archive(forecast))
 
 
 def calibrate_products(model: ArchiveVersion, products: Sequence[Series], days: int = DAYS) -> CalibratedProducts:

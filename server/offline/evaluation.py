@@ -60,9 +60,9 @@ class MarketScore:
 
     `notes` say in words what limits the scores, such as rows that no window uses. `uncalibrated`: the coverage of the
     same windows before the archive's calibration; None if it has none. `outside_scenarios`: the share of windows whose
-    mean lies outside all joint scenarios; None if there are none. `online`: what adaptive bands would change; None if
-    that was not asked. `beside_naive`: the median beside the naive forecast, over the steps that both have.
-    `time_zone`: the clock of all stamps.
+    mean lies outside all joint scenarios of the archive's own levels; None if there are none. `online`: what adaptive
+    bands would change, of these scenarios too; None if that was not asked. `beside_naive`: the median beside the naive
+    forecast, over the steps that both have. `time_zone`: the clock of all stamps.
     """
 
     target: str

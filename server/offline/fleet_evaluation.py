@@ -9,20 +9,29 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from traceback import extract_tb
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import numpy as np
 
+from handlers.base import Float32
 from handlers.codecs.scenarios import CorrelationModel
-from handlers.evaluation.scores import Steps
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series, SeriesInvalid, read_csv, read_header
+from model_store.archives.archive import read_offsets
 from model_store.errors import LoadError, StoreDenied, StoreUnavailable
 from model_store.names import ModelName
-from server.offline.evaluation import FanChart, MarketScore, compute_scores, make_fan_chart, score_forecasts
+from server.bands.market import name_market
+from server.offline.evaluation import (
+    FanChart,
+    MarketScore,
+    compare_with_column,
+    compute_scores,
+    make_fan_chart,
+    score_forecasts,
+)
 from server.offline.measures import IN_UNIT
-from server.offline.online_bands import score_online, score_replay
+from server.offline.online_bands import score_replay
 from server.offline.refits import forecast_refitted
 from server.offline.rolling_windows import (
     Answers,
@@ -36,6 +45,7 @@ from server.offline.rolling_windows import (
     explain_seen_windows,
     explain_unused_rows,
     fetch_version,
+    forecast_products,
     forecast_windows,
 )
 from server.offline.scenario_scores import measure_outside
@@ -43,6 +53,8 @@ from server.settings import Settings
 from server.worker.archive_store import open_store
 
 Progress = Callable[[int, int], None]  #: takes how many are newly done, and how many there are in all
+
+Scored: TypeAlias = tuple[MarketScore, FanChart]
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -124,36 +136,28 @@ def backtest_fleet(
     ValueError without such a column.
     """
 
-    def one(market: tuple[str, ArchiveVersion]) -> tuple[MarketScore, FanChart]:
+    def one(market: tuple[str, ArchiveVersion]) -> list[Scored]:
         target, model = market
-        forecast = model.forecast
-        series = add_known_series(columns[target], target, forecast)
-        origins = rolling.origins(series, [forecast])
-        if refit_days:
-            found = forecast_refitted(model, series, origins, refit_days)
+        if model.products:
+            _check_products(model, answers, against, refit_days)
+            found = forecast_each_product(model, read_products(csv, time, model, rules), target, rolling)
         else:
-            found = forecast_windows(answers, model, series, origins)
-        if not (~np.isnan(found.actuals)).any():
-            span = f"{series.stamp(int(origins[0]))} to {series.stamp(int(found.steps[-1, -1]))}"
-            raise Unfit(f"{target}: no price is observed in the {len(origins)} windows from {span}")
+            found = [forecast_market(model, columns[target], target, answers, rolling, refit_days)]
+        scored = [score_market(each, correlation, online=online, refit_days=refit_days) for each in found]
         report_progress(1, len(names))
-        before = None if refit_days else measure_uncalibrated(model, series, origins)
-        outside = None if correlation is None else measure_outside(found, forecast, correlation)
-        other = columns[target][against.replace("{target}", target)] if against else None
-        notes = list_notes(found, model, refit_days)
-        score = score_forecasts(found, forecast.unit, notes, before, other, outside)
-        replayed = None
-        if online:
-            replayed = score_replay(model, found, found, None) if refit_days else score_online(model, found)
-        return replace(score, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
+        if against:
+            (score, fan), column = scored[0], columns[target][against.replace("{target}", target)]
+            scored = [(replace(score, against=compare_with_column(found[0].found, column)), fan)]
+        return scored
 
     with ThreadPoolExecutor(settings.loader_threads) as pool:
-        models, failed = fetch_archives(pool, names, settings)
-        more = {target: [against.replace("{target}", target)] for target in models} if against else {}
-        columns, lacking = read_columns(csv, time, models, rules, more)
+        models, failed = fetch_archives(pool, names, settings, of_any=True)
+        alone = {target: model for target, model in models.items() if not model.products}
+        more = {target: [against.replace("{target}", target)] for target in alone} if against else {}
+        columns, lacking = read_columns(csv, time, alone, rules, more) if alone else ({}, {})
         markets = {target: (target, model) for target, model in models.items() if target not in lacking}
         done, wrong = collect_results(pool, one, markets)
-    results = list(done.values())
+    results = [scored for of_archive in done.values() for scored in of_archive]
     return Backtest(
         csv=csv.name,
         store=settings.store,
@@ -164,16 +168,89 @@ def backtest_fleet(
     )
 
 
-def measure_uncalibrated(model: ArchiveVersion, series: Series, origins: Steps) -> float | None:
-    """Measure the coverage of the windows before the archive's calibration; None if it has none. Raises LoadError."""
-    if model.calibration is None:
-        return None
-    return compute_scores(forecast_windows(InProcess(), model.without_calibration(), series, origins)).coverage
+@dataclass(frozen=True, slots=True)
+class MarketForecasts:
+    """The forecasts of one market, and what they were before the archive's calibration `offsets`; None if it has none.
+
+    `label` is its name in the results. Of a product of several `found.model` is its name in a correlation.
+    """
+
+    label: str
+    model: ArchiveVersion
+    found: WindowForecasts
+    plain: WindowForecasts
+    offsets: Float32 | None
+
+
+def forecast_market(
+    model: ArchiveVersion,
+    columns: Mapping[str, Series],
+    target: str,
+    answers: Answers,
+    rolling: Rolling,
+    refit_days: int = 0,
+) -> MarketForecasts:
+    """Forecast the windows of an archive of one product. Raises LoadError, Unfit, SeriesInvalid."""
+    forecast = model.forecast
+    series = add_known_series(columns, target, forecast)
+    origins = rolling.origins(series, [forecast])
+    if refit_days:
+        found = forecast_refitted(model, series, origins, refit_days)
+        return MarketForecasts(target, model, found, found, None)
+    found = forecast_windows(answers, model, series, origins)
+    plain, offsets = found, read_offsets(model.archive)
+    if offsets is not None:
+        plain = forecast_windows(InProcess(), model.without_calibration(), series, origins)
+    return MarketForecasts(target, model, found, plain, offsets)
+
+
+def forecast_each_product(
+    model: ArchiveVersion, products: Sequence[Series], target: str, rolling: Rolling
+) -> list[MarketForecasts]:
+    """Forecast the windows of all products of an archive together. Raises LoadError, Unfit, SeriesInvalid."""
+    origins = rolling.origins(products[0], [model.forecast_of_any])
+    found = plain = forecast_products(model, products, origins)
+    offsets = read_offsets(model.archive)
+    if offsets is not None:
+        plain = forecast_products(model.without_calibration(), products, origins)
+    return [
+        MarketForecasts(
+            name_market(target, name),
+            model,
+            replace(found[i], model=ModelName(name_market(model.name, name))),
+            plain[i],
+            None if offsets is None else offsets[i],
+        )
+        for i, name in enumerate(model.products)
+    ]
+
+
+def score_market(
+    of: MarketForecasts, correlation: CorrelationModel | None, *, online: bool = False, refit_days: int = 0
+) -> Scored:
+    """Score the forecasts of one market. Raises Unfit where nothing is observed, LoadError."""
+    found, forecast = of.found, of.model.forecast_of_any
+    if not (~np.isnan(found.actuals)).any():
+        series, windows = found.series, len(found.origins)
+        span = f"{series.stamp(int(found.origins[0]))} to {series.stamp(int(found.steps[-1, -1]))}"
+        raise Unfit(f"{of.label}: no price is observed in the {windows} windows from {span}")
+    before = None if of.offsets is None else compute_scores(of.plain).coverage
+    outside = None if correlation is None else measure_outside(found, forecast, correlation)
+    score = score_forecasts(found, forecast.unit, list_notes(found, of.model, refit_days), before, None, outside)
+    replayed = score_replay(of.model, found, of.plain, of.offsets, correlation) if online else None
+    return replace(score, target=of.label, online=replayed, time_zone=forecast.time_zone), make_fan_chart(found)
+
+
+def _check_products(model: ArchiveVersion, answers: Answers, against: str, refit_days: int) -> None:
+    """Check that an archive of several products is asked for no more than it can be. Raises Unfit."""
+    for asked, flag in ((not isinstance(answers, InProcess), "--url"), (against, "--against"), (refit_days, "--refit")):
+        if asked:
+            raise Unfit(f"{model.name} has {len(model.products)} products; leave out {flag}, which takes one")
 
 
 def list_notes(found: WindowForecasts, model: ArchiveVersion, refit_days: int = 0) -> tuple[str, ...]:
     """List what a reader of the scores should know of their windows."""
-    unused = explain_unused_rows(found.series, model.forecast, int(found.steps[-1, -1]))
+    unused = explain_unused_rows(found.series, model.forecast_of_any, int(found.steps[-1, -1]))
     if refit_days:
         said = "1 day" if refit_days == 1 else f"{refit_days} days"
         fits = f"the recipe of each archive was fitted anew every {said} to the rows before, without its calibration"
@@ -256,3 +333,9 @@ def read_columns(
         columns |= dict.fromkeys(targets, found)
     said = "has no such column, which the archive wants as `dynamic_feat`"
     return columns, {target: f"{', '.join(names)}: {csv.name} {said}" for target, names in lacking.items() if names}
+
+
+def read_products(csv: Path, time: str, model: ArchiveVersion, rules: FileRules = PLAIN) -> list[Series]:
+    """Read the columns of an archive's products, each with its covariates. Raises SeriesInvalid, OSError."""
+    forecast = model.forecast_of_any
+    return read_csv(csv, time, list(forecast.products), list(forecast.dynamic_feat), rules.for_archive(forecast))

@@ -1,31 +1,31 @@
 """What adaptive bands would have done: replays a backtest's windows as a server with `actuals` lives them. Pure numpy.
 
 Before each window the record of `server.bands` gets all prices that were known at its start, as if a client had sent
-them; the window's levels are then shifted by the offsets of that moment.
+them; the window's levels are then shifted by the offsets of that moment, and joint scenarios are drawn from these. Of
+sample paths the quantiles are shifted, which differs a little from shifting each path by its rank.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from handlers.base import Float32
 from handlers.codecs.calibration import count_rows
 from handlers.codecs.features import Float64
+from handlers.codecs.scenarios import CorrelationModel
 from handlers.evaluation.conformal import shift_levels
 from handlers.evaluation.scores import compute_pinball
 from handlers.training.tails import TooFewScores
-from model_store.archives.archive import read_offsets
 from model_store.archives.manifest import ForecastSpec
 from server.bands.adaptive_offsets import BandShape, list_bands
 from server.bands.market import AnsweredForecast, MarketRecord, open_record
 from server.offline.rolling_windows import (
     ArchiveVersion,
-    InProcess,
     Unfit,
     WindowForecasts,
-    forecast_windows,
     list_hours_of_windows,
 )
+from server.offline.scenario_scores import measure_outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +39,30 @@ class BandScore:
 
 @dataclass(frozen=True, slots=True)
 class OnlineScores:
-    """What adaptive bands change: coverage by band, the widest first, the mean pinball loss, and the days of alarms."""
+    """What adaptive bands change: coverage by band, the widest first, the mean pinball loss, and the days of alarms.
+
+    `outside_scenarios`: the share of windows whose mean lies outside all joint scenarios of the moved levels, which are
+    those that a server draws; None if there are none.
+    """
 
     bands: list[BandScore]
     pinball_fixed: float
     pinball_adaptive: float
     drift_alarms: int
-
-
-def score_online(model: ArchiveVersion, found: WindowForecasts) -> OnlineScores:
-    """Replay the windows of a backtest with adaptive bands. Raises LoadError, Unfit."""
-    raw = forecast_windows(InProcess(), model.without_calibration(), found.series, found.origins)
-    return score_replay(model, found, raw, read_offsets(model.archive))
+    outside_scenarios: float | None = None
 
 
 def score_replay(
-    model: ArchiveVersion, found: WindowForecasts, raw: WindowForecasts, base: Float32 | None
+    model: ArchiveVersion,
+    found: WindowForecasts,
+    raw: WindowForecasts,
+    base: Float32 | None,
+    correlation: CorrelationModel | None = None,
 ) -> OnlineScores:
     """Replay windows `raw` without calibration on top of the offsets `base`, beside what was forecast. Raises Unfit."""
-    if model.forecast.paths:
-        raise Unfit(f"{model.name} draws sample paths; only the bands of archives of quantiles adapt")
+    forecast = model.forecast_of_any
     try:
-        adapted = replay_windows(raw, model.forecast, base)
+        adapted = replay_windows(raw, forecast, base)
     except TooFewScores as error:
         raise Unfit(f"{model.name}: {error}") from error
     y, levels = found.actuals, found.levels
@@ -76,7 +78,10 @@ def score_replay(
         for band in list_bands(levels.tolist())
     ]
     fixed, adaptive = (float(compute_pinball(y, q, levels)[known].mean()) for q in (found.quantiles, adapted.quantiles))
-    return OnlineScores(bands, fixed, adaptive, adapted.record.drift.alarms)
+    outside = None
+    if correlation is not None:
+        outside = measure_outside(replace(found, quantiles=adapted.quantiles), forecast, correlation)
+    return OnlineScores(bands, fixed, adaptive, adapted.record.drift.alarms, outside)
 
 
 @dataclass(frozen=True, slots=True)

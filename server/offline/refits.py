@@ -34,12 +34,13 @@ def forecast_refitted(model: ArchiveVersion, series: Series, origins: Steps, day
 
     Refits have no calibration. Raises Unfit, LoadError; SeriesInvalid where the rows before are too few.
     """
-    parts = []
+    parts, records = [], list[ForecastSpec]()
     for block in split_by_days(origins, round(series.step.total_seconds()), days):
         fitted = refit_archive(model, series.before(series.start + int(block[0]) * series.step))
         parts.append(forecast_windows(InProcess(), fitted, series, block))
+        records += [fitted.forecast] * len(block)
     levels, quantiles = parts[0].levels, np.concatenate([each.quantiles for each in parts])
-    return WindowForecasts(series, model.name, model.version, origins, levels, quantiles)
+    return WindowForecasts(series, model.name, model.version, origins, levels, quantiles, records)
 
 
 def split_by_days(origins: Steps, step_s: int, days: int) -> Iterator[Steps]:

@@ -70,11 +70,17 @@ class ArchiveVersion:
         return replace(self, archive=replace(self.archive, spec=spec))
 
     @property
+    def products(self) -> tuple[str, ...]:
+        """The products of an archive of several; none of one. Raises Unfit as `forecast_of_any`."""
+        products = self.forecast_of_any.products
+        return products if len(products) > 1 else ()
+
+    @property
     def forecast(self) -> ForecastSpec:
         """What the archive forecasts. Raises Unfit if a column of prices cannot be a request for it."""
         forecast = self.forecast_of_any
         if len(forecast.products) > 1:
-            raise Unfit(f"{self.name} has {len(forecast.products)} products; a backtest takes archives of one")
+            raise Unfit(f"{self.name} has {len(forecast.products)} products; this takes archives of one")
         return forecast
 
     @property
@@ -285,7 +291,11 @@ def _explain_no_window(series: Series, forecasts: Sequence[ForecastSpec], histor
 
 @dataclass(frozen=True, slots=True)
 class WindowForecasts:
-    """The forecasts of one model for windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on."""
+    """The forecasts of one model for windows of a series: quantiles [W, H, levels] from the steps `origins` [W] on.
+
+    `refitted`: the record of the fit that forecast each window [W], such as its tail rule; empty where it is the
+    archive's own.
+    """
 
     series: Series
     model: ModelName
@@ -293,6 +303,7 @@ class WindowForecasts:
     origins: Steps
     levels: Float64
     quantiles: Float64
+    refitted: Sequence[ForecastSpec] = ()
 
     def __repr__(self) -> str:
         return f"<WindowForecasts of {self.series.name} by {self.model}: {len(self.origins)} windows of {self.horizon}>"

@@ -32,7 +32,8 @@ def measure_outside(found: WindowForecasts, forecast: ForecastSpec, correlation:
     """Measure the share of windows whose mean is outside all SCENARIOS joint scenarios; None if none is observed.
 
     A mean is of the observed steps. The scenarios of a window are those that a server draws, with the window's number
-    as the seed. Raises Unfit for a model that the correlation does not know.
+    as the seed, and with the tail rule of the fit that forecast it. Raises Unfit for a model that the correlation does
+    not know.
     """
     outside = list[bool]()
     for window, actual in enumerate(found.actuals):
@@ -49,8 +50,8 @@ def _draw_means(
     found: WindowForecasts, forecast: ForecastSpec, correlation: CorrelationModel, window: int, observed: Observed
 ) -> Float64:
     """Draw the scenarios of a window, and return their means over the observed steps [SCENARIOS]."""
-    values = np.sort(found.quantiles[window])
-    marginal = Marginal(found.model, found.levels, values, tails=ExponentialTails.of(forecast))
+    values, record = np.sort(found.quantiles[window]), found.refitted[window] if found.refitted else forecast
+    marginal = Marginal(found.model, found.levels, values, tails=ExponentialTails.of(record))
     try:
         (drawn,) = draw_scenarios_each([marginal], correlation, SCENARIOS, window)
     except RequestError as error:

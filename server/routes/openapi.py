@@ -96,6 +96,7 @@ SCHEMAS: Mapping[str, Schema] = {
                     "required": ["target_model", "stamps", "prices"],
                     "properties": {
                         "target_model": _TEXT,
+                        "product": _TEXT,
                         "stamps": {"type": "array", "items": _TEXT, "examples": [["2026-01-01 00:00:00"]]},
                         "prices": {"type": "array", "items": {"type": ["number", "null"]}},
                     },

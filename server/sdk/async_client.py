@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ParamSpec, Self, TypeVar
 
 from server.contract import JSON
-from server.sdk.client import DEFAULT_URL, TIMEOUT_S, Client, ObservedPrices, PairedPrices, Reply
+from server.sdk.client import DEFAULT_URL, TIMEOUT_S, Client, ObservedPrices, PairedPrices, Priced, Reply
 from server.sdk.errors import FleetcastError
 from server.sdk.forecasts import ForecastOptions, ForecastRequest, ForecastResult, OutputType, Start
 from server.sdk.protocols import Protocol
@@ -83,7 +83,7 @@ class AsyncClient:
         """As `Client.forecast_table`. Raises ImportError, ValueError, FleetcastError."""
         return await self._run(self._client.forecast_table, table, start=start, options=options)
 
-    async def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
+    async def send_prices(self, prices: Mapping[Priced, ObservedPrices]) -> dict[Priced, PairedPrices]:
         """As `Client.send_prices`. Raises FleetcastError."""
         return await self._run(self._client.send_prices, prices)
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -61,6 +61,9 @@ class Reply:
 #: Prices of one model by time.
 ObservedPrices = Mapping[str, float | None] | Mapping[datetime, float | None]
 
+#: Whose prices they are: a model, or a model of several products and the name of one.
+Priced = TypeVar("Priced", bound=str | tuple[str, str])
+
 
 class PairedPrices(msgspec.Struct, frozen=True):
     """What became of a model's observed prices: paired with a forecast, had before, or not forecast."""
@@ -69,6 +72,7 @@ class PairedPrices(msgspec.Struct, frozen=True):
     paired: int
     repeated: int
     unmatched: int
+    product: str = ""
 
 
 class _Paired(msgspec.Struct):
@@ -86,6 +90,13 @@ class _Predictions(msgspec.Struct):
 _PREDICTIONS = msgspec.json.Decoder(_Predictions)
 _PAIRED = msgspec.json.Decoder(_Paired)
 _ITEM, _RESULT = msgspec.json.Decoder(_Item), msgspec.json.Decoder(ForecastResult)
+
+
+def _name_priced(priced: str | tuple[str, str]) -> dict[str, str]:
+    if isinstance(priced, str):
+        return {"target_model": priced}
+    model, product = priced
+    return {"target_model": model, "product": product}
 
 
 class Client:
@@ -193,20 +204,20 @@ class Client:
         body = write_table(table, shared, options)
         return read_table(self._post(FORECASTS_PATH, body, {"Content-Type": ARROW}).body, self._http.url)
 
-    def send_prices(self, prices: Mapping[str, ObservedPrices]) -> dict[str, PairedPrices]:
+    def send_prices(self, prices: Mapping[Priced, ObservedPrices]) -> dict[Priced, PairedPrices]:
         """Send observed prices by model and time; those that are None or NaN are left out. All are taken, or none.
 
-        The models' bands follow them (`serve --actuals`). A time without an offset is on the clock of the model's zone.
-        Raises FleetcastError.
+        Of a model of several products they are by `(model, product)`. The bands follow them (`serve --actuals`). A time
+        without an offset is on the clock of the model's zone. Raises FleetcastError.
         """
         items = [
-            {"target_model": model, "stamps": list(map(str, series)), "prices": list(series.values())}
-            for model, series in prices.items()
+            {**_name_priced(priced), "stamps": list(map(str, series)), "prices": list(series.values())}
+            for priced, series in prices.items()
         ]
         answer = self._post(ACTUALS_PATH, encode_json({"actuals": items}), {"Content-Type": JSON}).body
         try:
-            return {each.target_model: each for each in _PAIRED.decode(answer).results}
-        except msgspec.MsgspecError as error:
+            return dict(zip(prices, _PAIRED.decode(answer).results, strict=True))
+        except ValueError as error:  # MsgspecError is one
             raise Unreachable(f"{self._http.url}: the answer is not one to prices: {error}") from error
 
     def _ask_many(

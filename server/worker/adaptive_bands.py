@@ -2,7 +2,8 @@
 
 On the step thread. The supervisor owns the state (`server.supervisor.actuals`); here is a copy, which it replaces, and
 a bounded buffer that it empties every second. Offsets and forecasts are of an archive, whichever version of it has
-answered: one that an alias or a rollback names is a model of its own here, and goes on with what was learnt.
+answered: one that an alias or a rollback names is a model of its own here, and goes on with what was learnt. Of an
+archive of several products the offsets come by product, each a market with a name of its own (`server.bands.book`).
 """
 
 import time
@@ -16,9 +17,9 @@ from handlers.codecs.codec import FamilyCodec
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.features import parse_step_seconds
 from model_store.cache.slots import Slot
-from model_store.names import ModelName, split_version
+from model_store.names import split_version
 from server.bands.adaptive_offsets import BandShape
-from server.bands.market import MOST_FORECAST_BYTES, AnsweredForecast
+from server.bands.market import MOST_FORECAST_BYTES, AnsweredForecast, name_market
 from server.ipc.operations import BandOffsets, KeptLevels
 
 MOST_KEPT_BYTES = 8 * 1024 * 1024  #: of forecasts between two visits of the supervisor
@@ -30,15 +31,15 @@ class AdaptiveBands:
 
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
-        self._offsets: dict[str, list[BandOffsets]] = {}
+        self._offsets: dict[str, list[BandOffsets]] = {}  #: by market
         self._equipped: dict[Slot, tuple[DeepAr, BandShape]] = {}
-        self._slots: dict[ModelName, list[Slot]] = {}
+        self._slots: dict[str, list[Slot]] = {}  #: by market
         self._kept: dict[tuple[str, str, int], AnsweredForecast] = {}
         self._kept_bytes, self._dropped = 0, 0
 
     def __repr__(self) -> str:
-        """For example `<AdaptiveBands of 3 archives, 7 forecasts kept>`."""
-        return f"<AdaptiveBands of {len(self._slots)} archives, {len(self._kept)} forecasts kept>"
+        """For example `<AdaptiveBands of 3 models, 7 forecasts kept>`."""
+        return f"<AdaptiveBands of {len(self._equipped)} models, {len(self._kept)} forecasts kept>"
 
     # --- models that come and go ------------------------------------------------------------------------------------
 
@@ -48,39 +49,54 @@ class AdaptiveBands:
         if deepar is None:
             return
         deepar.keeps_levels = True
-        shape = find_shape(deepar)
-        self._equipped[slot] = (deepar, shape)
-        archive, _ = split_version(slot.model)
-        self._slots.setdefault(archive, []).append(slot)
-        deepar.adapt(self._find_offsets(archive, shape))
+        self._equipped[slot] = (deepar, find_shape(deepar))
+        for market in list_markets(slot, deepar):
+            self._slots.setdefault(market, []).append(slot)
+        self._adapt(slot)
 
     def forget(self, slot: Slot) -> None:
         """The slot is retired."""
-        if self._equipped.pop(slot, None) is not None:
-            archive, _ = split_version(slot.model)
-            slots = self._slots[archive]
+        found = self._equipped.pop(slot, None)
+        if found is None:
+            return
+        for market in list_markets(slot, found[0]):
+            slots = self._slots[market]
             slots.remove(slot)
             if not slots:
-                del self._slots[archive]
+                del self._slots[market]
 
-    def follow(self, models: dict[str, list[BandOffsets]], *, whole: bool) -> None:
-        """Shift these models as told from now on, and no others where it is `whole`."""
-        touched = set(models) | (set(self._offsets) if whole else set())
+    def follow(self, markets: dict[str, list[BandOffsets]], *, whole: bool) -> None:
+        """Shift these markets as told from now on, and no others where it is `whole`."""
+        touched = set(markets) | (set(self._offsets) if whole else set())
         if whole:
             self._offsets = {}
-        for model, offsets in models.items():
-            self._offsets.pop(model, None)
+        for market, offsets in markets.items():
+            self._offsets.pop(market, None)
             if offsets:
-                self._offsets[model] = offsets
-        for model in touched:
-            for slot in self._slots.get(ModelName(model), ()):
-                deepar, shape = self._equipped[slot]
-                deepar.adapt(self._find_offsets(model, shape))
+                self._offsets[market] = offsets
+        for slot in {slot for market in touched for slot in self._slots.get(market, ())}:
+            self._adapt(slot)
 
-    def _find_offsets(self, model: str, shape: BandShape) -> Float32 | None:
-        """The offsets [rows, levels] for an archive of this shape; None if there are none."""
-        for each in self._offsets.get(model, ()):
-            if each.shape == shape and len(each.offsets) == 4 * shape.rows * len(shape.levels):
+    def _adapt(self, slot: Slot) -> None:
+        """Shift a model by what is known of its products; one of which nothing is known stays as its archive has it."""
+        deepar, shape = self._equipped[slot]
+        archive, _ = split_version(slot.model)
+        found = [self._find_offsets(market, archive, shape) for market in list_markets(slot, deepar)]
+        if all(each is None for each in found):
+            deepar.adapt(None)
+            return
+        zeros = np.zeros((shape.rows, len(shape.levels)), np.float32)
+        offsets = np.stack([zeros if each is None else each for each in found])
+        deepar.adapt(offsets if len(found) > 1 else offsets[0])
+
+    def _find_offsets(self, market: str, archive: str, shape: BandShape) -> Float32 | None:
+        """The offsets [rows, levels] for a market of this archive and shape; None if there are none."""
+        for each in self._offsets.get(market, ()):
+            if (
+                each.archive == archive
+                and each.shape == shape
+                and len(each.offsets) == 4 * shape.rows * len(shape.levels)
+            ):
                 return np.frombuffer(each.offsets, np.float32).reshape(shape.rows, -1)
         return None
 
@@ -91,18 +107,22 @@ class AdaptiveBands:
         found = self._equipped.get(slot)
         if found is None:
             return
-        shape, asked_at, (archive, _) = found[1], int(self._now()), split_version(slot.model)
+        (deepar, shape), asked_at, (archive, _) = found, int(self._now()), split_version(slot.model)
+        products = list_products(deepar)
+        names = sum(map(len, products))  # which travel with each forecast
         for each in answered:
             key = (archive, slot.version, each.start)
             before = self._kept.pop(key, None)
-            self._kept_bytes += len(each.quantiles) - (0 if before is None else len(before.quantiles))
-            too_long = len(each.quantiles) > MOST_FORECAST_BYTES  # the supervisor would not keep it
+            self._kept_bytes += len(each.quantiles) + names - (0 if before is None else len(before.quantiles) + names)
+            too_long = len(each.quantiles) > MOST_FORECAST_BYTES * max(
+                1, len(products)
+            )  # the supervisor would not keep it
             if too_long or self._kept_bytes > MOST_KEPT_BYTES or len(self._kept) >= MOST_KEPT:
-                self._kept_bytes -= len(each.quantiles)
-                self._dropped += 1
+                self._kept_bytes -= len(each.quantiles) + names
+                self._dropped += max(1, len(products))
                 continue
             self._kept[key] = AnsweredForecast(
-                archive, slot.version, client, asked_at, shape, each.start, each.quantiles
+                archive, slot.version, client, asked_at, shape, each.start, each.quantiles, products
             )
 
     def take(self) -> KeptLevels:
@@ -117,3 +137,15 @@ def find_shape(deepar: DeepAr) -> BandShape:
     forecast = deepar.forecast
     step_s = parse_step_seconds(forecast.frequency)
     return BandShape(forecast.quantile_levels, step_s, forecast.time_zone, deepar.calibration_identity)
+
+
+def list_products(deepar: DeepAr) -> tuple[str, ...]:
+    """List the products of an archive of several; none for one."""
+    products = deepar.forecast.products
+    return products if len(products) > 1 else ()
+
+
+def list_markets(slot: Slot, deepar: DeepAr) -> list[str]:
+    """List the names of a model's markets, in the order of its products: those of its archive, at any version."""
+    archive, _ = split_version(slot.model)
+    return [name_market(archive, product) for product in list_products(deepar) or ("",)]

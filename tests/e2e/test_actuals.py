@@ -15,7 +15,7 @@ from handlers.evaluation.correlation import estimate_gaussian
 from handlers.kinds import ArchiveParts, pack_model
 from model_store.archives.manifest import Kind
 from server.sdk.client import Client, PairedPrices
-from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
+from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly, pack_paths
 from tests.e2e.server import Server, run_server
 from tests.patience import wait_until
 from tests.s3 import S3Server
@@ -23,6 +23,7 @@ from tests.s3 import S3Server
 pytestmark = pytest.mark.e2e
 
 NAME, OTHER, ALIAS = "au/nsw1.mar", "au/vic1.mar", "nsw1@stable"
+PAIR, PATHS = "au/pair.mar", "au/paths.mar"
 FIRST = datetime.fromisoformat("2026-01-05")
 LOW, HIGH = "0.1", "0.9"
 Levels = dict[str, list[float]]
@@ -114,11 +115,22 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert NAME not in read_accuracy(server)
 
 
+def pack_correlation(*names: str) -> bytes:
+    """A correlation of two markets."""
+    found = estimate_gaussian(np.random.default_rng(1).standard_normal((100, 2, HORIZON)), names)
+    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
+    return pack_model(Kind.CORRELATION, parts, model_name="joint")
+
+
 def ask_scenarios(server: Server, day: int, *names: str) -> list[list[list[float]]]:
     """Joint scenarios of a day [N][S][T]: five, which are the levels 0.1, 0.3, 0.5, 0.7 and 0.9 in some order."""
     start = FIRST + timedelta(days=day, hours=-HISTORY)
     target = [60.0 + i % 24 for i in range(HISTORY)]
-    items = [{"target_model": name, "start": str(start), "target": target} for name in names]
+    return ask_joint(server, [{"target_model": name, "start": str(start), "target": target} for name in names])
+
+
+def ask_joint(server: Server, items: list[dict[str, Any]]) -> list[Any]:
+    """The samples of each item."""
     drawn = {"joint": True, "correlation": "joint.mar", "num_samples": 5, "seed": 1}
     reply = server.http.post(f"{server.url}/v1/forecasts", json={"requests": items, "configuration": drawn})
     assert reply.is_success, reply.text
@@ -148,10 +160,7 @@ def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
     """
     for seed, name in enumerate((NAME, OTHER)):
         s3.put(store, name, pack_hourly(seed))
-    errors = np.random.default_rng(1).standard_normal((100, 2, HORIZON))
-    found = estimate_gaussian(errors, (NAME, OTHER))
-    parts = ArchiveParts(correlation=found.record, tensors=found.tensors)
-    s3.put(store, "joint.mar", pack_model(Kind.CORRELATION, parts, model_name="joint"))
+    s3.put(store, "joint.mar", pack_correlation(NAME, OTHER))
     with run_server(s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2, revalidate_s=600) as server:
         before, other = ask_forecast(server, 0), ask_forecast(server, 0, OTHER)
         version = server.fleet("load", NAME).json()["version"]
@@ -180,6 +189,73 @@ def test_bands_follow_prices_by_alias_in_joint_scenarios_and_after_a_rollback(
         assert manage_server(server, f"rollback/{NAME}")["version"] == version
         assert ask_forecast(server, 9) == learnt
         assert set(read_accuracy(server)) == {NAME, OTHER}
+
+
+def test_each_product_follows_its_own_prices(s3: S3Server, store: str, tmp_path: Path) -> None:
+    """Of an archive of two products one is observed, by the SDK and an alias: its levels, scenarios and row of accuracy
+    follow, and the other's stay; after SIGKILL both are as they were. A call without a product, or with a wrong one, is
+    refused with those that there are, and takes nothing. An archive of paths follows as well.
+    """
+    s3.put(store, PAIR, pack_hourly(3, products=2))
+    s3.put(store, PATHS, pack_paths(1))
+    s3.put(store, "joint.mar", pack_correlation(f"{PAIR}#product0", f"{PAIR}#product1"))
+    start = partial(run_server, s3, tmp_path, f"s3://{store}", actuals=tmp_path / "state", workers=2)
+    with start() as server:
+        manage_server(server, f"alias/{ALIAS}", {"model": PAIR})
+        before = ask_products(server, 0)
+        prices = [b + 0.3 * (b - a) for a, b in zip(before[1][LOW], before[1][HIGH], strict=True)]
+        wrong = {"": "name one as `product`: product0, product1", "gas": "no product 'gas'; it has product0, product1"}
+        for product, said in wrong.items():
+            named = {"product": product} if product else {}
+            items: list[dict[str, Any]] = [{"target_model": PAIR, "stamps": ["2026-01-05"], "prices": [1.0], **each}
+                     for each in ({"product": "product1"}, named)]  # fmt: skip
+            reply = server.http.post(f"{server.url}/v1/actuals", json={"actuals": items})
+            assert (reply.status_code, said in reply.json()["error"]["message"]) == (400, True), reply.text
+        with Client(server.url) as client:
+            for day in range(8):
+                ask_products(server, day)
+                name = ALIAS if day % 2 else PAIR
+                hours = {FIRST + timedelta(days=day, hours=hour): price for hour, price in enumerate(prices)}
+                told = client.send_prices({(name, "product1"): hours})
+                assert told == {(name, "product1"): PairedPrices(name, 24, 0, 0, "product1")}
+        after = ask_products(server, 8)
+        assert after[0] == before[0]
+        assert measure_coverage(after[1], prices) > 0.8
+        (drawn,) = ask_joint(server, [ask_pair(8)])
+        for i, levels in enumerate(after):
+            check_margin([sample[i] for sample in drawn], levels)
+        lows = ask_forecast(server, 0, PATHS)[LOW]
+        assert send_prices(server, 0, [low - 50 for low in lows], PATHS)["paired"] == 24
+        assert all(np.array(ask_forecast(server, 0, PATHS)[LOW]) < lows)
+        rows = read_accuracy(server)
+        assert {name: row["prices"] for name, row in rows.items()} == {
+            PATHS: 24, f"{PAIR}#product0": 0, f"{PAIR}#product1": 192,
+        }  # fmt: skip
+        assert server.total("fleetcast_paired_prices_total", model=f"{PAIR}#product1") == 192
+        kill_server(server)
+    with start() as server:
+        assert ask_products(server, 8) == after
+        assert server.fleet("forget", PAIR).json()["reset"]
+        assert ask_products(server, 8) == before
+        assert set(read_accuracy(server)) == {PATHS}
+
+
+def ask_pair(day: int) -> dict[str, Any]:
+    """An item for a day of the two products, from the same history each day."""
+    start = FIRST + timedelta(days=day, hours=-HISTORY)
+    return {"target_model": PAIR, "start": str(start), "target": [[60.0 + i % 24 for i in range(HISTORY)]] * 2}
+
+
+def ask_products(server: Server, day: int) -> list[Levels]:
+    """The levels of each of the two products for a day."""
+    body = {
+        "requests": [ask_pair(day)],
+        "configuration": {"output_types": ["quantiles"], "quantiles": [LOW, "0.5", HIGH]},
+    }
+    reply = server.http.post(f"{server.url}/v1/forecasts", json=body)
+    assert reply.is_success, reply.text
+    found = reply.json()["predictions"][0]["quantiles"]
+    return [{level: rows[product] for level, rows in found.items()} for product in range(2)]
 
 
 def find_holders(server: Server) -> set[int]:

@@ -27,6 +27,7 @@ from server.settings import Settings
 MOST_BYTES = 1024 * 1024
 MOST_ITEMS = 1000
 MOST_PRICES = 10_000  #: of all items of a call together
+MOST_PRODUCT = 200  #: characters, as many as an archive's record allows
 MOST_STAMP = 40  #: characters
 LARGEST_PRICE = 1e12  #: so that sums of losses stay finite
 BROWSERS = (b"origin", b"sec-fetch-site")  #: headers that browsers send, and no other client
@@ -40,6 +41,7 @@ class _Item(Struct, forbid_unknown_fields=True):
     target_model: str
     stamps: Annotated[list[Stamp], Meta(max_length=MOST_PRICES)]
     prices: Annotated[list[float | None], Meta(max_length=MOST_PRICES)]
+    product: Annotated[str, Meta(max_length=MOST_PRODUCT)] = ""
 
 
 class _Call(Struct, forbid_unknown_fields=True):
@@ -118,7 +120,7 @@ def _parse_item(item: _Item, place: str) -> ObservedPrices:
             message = f"{price:g} is no price; send null where there is none"
             raise Refused(Situation.BAD_REQUEST, message, field=f"{place}.prices[{i}]")
         prices.append(_parse_price(stamp, price, f"{place}.stamps[{i}]"))
-    return ObservedPrices(model, prices)
+    return ObservedPrices(model, prices, item.product)
 
 
 def _parse_price(stamp: str, price: float, place: str) -> Price:
@@ -138,6 +140,7 @@ def _write_reply(items: Sequence[ObservedPrices], reply: ActualsReply) -> bytes:
     results = [
         {
             "target_model": item.model,
+            **({"product": item.product} if item.product else {}),
             "paired": counts.paired,
             "repeated": counts.repeated,
             "unmatched": counts.unmatched,

@@ -41,14 +41,14 @@ class ForecastsAnswered(Struct, frozen=True, tag=1, array_like=True):
 
 
 class PricesObserved(Struct, frozen=True, tag=2, array_like=True):
-    """Prices of one archive came."""
+    """Prices of one market came; `model` is its name in the book."""
 
     model: str
     prices: list[Price]
 
 
 class RecordReset(Struct, frozen=True, tag=3, array_like=True):
-    """An operator has an archive forgotten."""
+    """An operator has an archive forgotten, with all of its products."""
 
     model: str
 
@@ -241,7 +241,7 @@ def _read_events(path: Path, data: bytes) -> Iterator[tuple[Event, int]]:
         if end > len(data) or not any(view[at:]):
             return
         if not size or zlib.crc32(payload) != checksum:
-            if end == len(data):
+            if not any(view[end:]):  # nothing follows, or zeros
                 return
             raise _refuse(path, f"the checksum of its record at byte {at} is wrong")
         try:

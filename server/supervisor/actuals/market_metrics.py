@@ -1,6 +1,6 @@
-"""Coverage, loss and drift of archives in Prometheus, with as many series as the setting allows. In the supervisor.
+"""Coverage, loss and drift of markets in Prometheus, with as many series as the setting allows. In the supervisor.
 
-The archives that come first by name have series of their own; all others are added up as `other`, so that the number of
+The markets that come first by name have series of their own; all others are added up as `other`, so that the number of
 series does not grow with the fleet. Counters begin anew where a record was reset or its shape changed.
 """
 
@@ -61,7 +61,7 @@ def _count(spec: MetricSpec, values: dict[str, int]) -> CounterMetricFamily:
 
 
 def _list_series(groups: dict[str, list[MarketRecord]]) -> Iterator[Metric]:
-    """The families with a series for each group of archives."""
+    """The families with a series for each group of markets."""
     specs = (contract.PAIRED_PRICES, contract.BAND_HITS, contract.DRIFT_ALARMS)
     prices, hits, alarms = (CounterMetricFamily(METRIC_PREFIX + s.name, s.help, labels=s.labels) for s in specs)
     gauges = (contract.BAND_COVERAGE, contract.PINBALL_TO_NAIVE, contract.DRIFT)

@@ -1,4 +1,4 @@
-"""The page of reports: one HTML document with a drawing for each archive, and nothing from elsewhere. Pure.
+"""The page of reports: one HTML document with a drawing for each market, and nothing from elsewhere. Pure.
 
 INVARIANT: names come from stores and clients, and are escaped wherever they are written.
 """
@@ -26,7 +26,8 @@ _HEAD = f"""<!doctype html>
 <h1>Forecasts and prices</h1>
 """
 _WORDS = (
-    f"<p>The last {SHOWN_DAYS} days with prices of each archive. A band of 80 % should hold 80 % of them; one that is "
+    f"<p>The last {SHOWN_DAYS} days with prices of each archive, or of each of its products as "
+    "<code>NAME#PRODUCT</code>. A band of 80 % should hold 80 % of them; one that is "
     f"more than {100 * FAR:.0f} percentage points off is marked. Pinball: the mean quantile loss, in the unit of the "
     "prices; to naive: that loss divided by the naive forecast's, below 1 is better. The drawing is the "
     "share inside the band by day, the dashed line what it promises. Offset: the largest of its levels, in widths of "

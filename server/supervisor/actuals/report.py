@@ -1,4 +1,4 @@
-"""What the book says of each archive's forecasts, as programs and the page show it. Pure.
+"""What the book says of each market's forecasts, as programs and the page show it. Pure.
 
 All scores are of the last SHOWN_DAYS days that have prices.
 """
@@ -35,9 +35,10 @@ class DayReport(Struct, frozen=True):
 
 
 class MarketReport(Struct, frozen=True):
-    """One archive. `pinball` is in the unit of its prices; `drift_since`: the day of the last alarm.
+    """One market. `model`: the name of its archive, or that and the product, such as `lu.mar#energy`.
 
-    `largest_offset`: of its levels, in widths of the band of 80 %; at `bound` the bands cannot follow any further.
+    `pinball` is in the unit of its prices; `drift_since`: the day of the last alarm. `largest_offset`: of its levels,
+    in widths of the band of 80 %; at `bound` the bands cannot follow any further.
     """
 
     model: str
@@ -56,12 +57,12 @@ class MarketReport(Struct, frozen=True):
 
 
 def choose_record(records: Sequence[MarketRecord]) -> MarketRecord:
-    """Choose the record that is shown of an archive: that of its newest shape."""
+    """Choose the record that is shown of a market: that of its newest shape."""
     return max(records, key=lambda record: record.used_at)
 
 
 def report_market(model: str, record: MarketRecord, *, whole: bool = True) -> MarketReport:
-    """Report on one archive; days only if `whole`."""
+    """Report on one market; days only if `whole`."""
     days = [day for day in record.days if day.count][-SHOWN_DAYS:]
     count = sum(day.count for day in days)
     bands = [
@@ -94,7 +95,7 @@ def drifts_now(record: MarketRecord) -> bool:
 
 
 def list_reports(book: Book, prefix: str, after: str, limit: int, *, whole: bool) -> tuple[list[MarketReport], bool]:
-    """Report on the first `limit` archives, by name, with this prefix and after a name; and whether there are more."""
+    """Report on the first `limit` markets, by name, with this prefix and after a name; and whether there are more."""
     names = sorted(name for name in book.records if name.startswith(prefix) and name > after)
     reports = [report_market(name, choose_record(book.records[name]), whole=whole) for name in names[:limit]]
     return reports, len(names) > limit

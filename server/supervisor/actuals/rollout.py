@@ -37,7 +37,7 @@ class ActualsRollout:
         return [taken for _, taken in answers]
 
     async def announce_bands(self, models: Bands, *, whole: bool) -> list[int]:
-        """Have all workers shift these archives. Those that have not said so in time: they do when their loops turn."""
+        """Have all workers shift these markets. Those that have not said so in time: they do when their loops turn."""
         unheard = set[int]()
         for operation in _split(models, whole=whole):
             try:
@@ -50,7 +50,7 @@ class ActualsRollout:
 
 
 async def greet_worker(worker: Child, models: Bands) -> None:
-    """Have a worker that has come up shift these archives, before a front knows of it."""
+    """Have a worker that has come up shift these markets, before a front knows of it."""
     if not models or worker.channel is None:
         return
     for operation in _split(models, whole=True):

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 
 from model_store.names import ModelName
-from server.bands.book import Book, Price
+from server.bands.book import Book, NoSuchProduct, Price
 from server.bands.market import AnsweredForecast, Outcome
 from server.errors import Situation
 from server.ipc.control import ControlError
@@ -42,7 +42,7 @@ class WatchedFleet(Protocol):
         """The forecasts that workers have since the last time."""
 
     async def announce_bands(self, models: dict[str, list[BandOffsets]], *, whole: bool) -> list[int]:
-        """Have all workers shift these archives. Those that have not said so in time."""
+        """Have all workers shift these markets. Those that have not said so in time."""
 
 
 class ActualsService:
@@ -53,13 +53,13 @@ class ActualsService:
         self._journal = None if settings.actuals is None else Journal(settings.actuals)
         self.book = Book()
         self.not_kept = 0  #: forecasts for which workers had no room, or the disk
-        self.unknown = 0  #: prices of archives that have no record
+        self.unknown = 0  #: prices of markets that have no record
         self._changing = asyncio.Lock()
         self._adapts = settings.adaptive_bands == "on"
 
     def __repr__(self) -> str:
-        """For example `<ActualsService of 3 archives>`."""
-        return f"<ActualsService of {len(self.book.records)} archives>"
+        """For example `<ActualsService of 3 markets>`."""
+        return f"<ActualsService of {len(self.book.records)} markets>"
 
     @property
     def is_on(self) -> bool:
@@ -100,40 +100,44 @@ class ActualsService:
             raise ControlError(OFF, Situation.FORBIDDEN)
         async with self._changing:
             await self._keep_forecasts()  # so that a price finds a forecast that was answered before it came
-            known = [item for item in items if item.prices and item.model in self.book.records]
-            self.unknown += sum(len(item.prices) for item in items if item.model not in self.book.records)
-            await self._write([PricesObserved(item.model, item.prices) for item in known], sync=True)
-            counts = [await self._pair(item.model, item.prices) for item in items]
-            models = {item.model for item, count in zip(items, counts, strict=True) if count.paired}
-            unheard = await self._announce(models)
+            found = [(self._find_market(item), item.prices) for item in items]
+            self.unknown += sum(len(prices) for market, prices in found if market is None)
+            events = [PricesObserved(market, prices) for market, prices in found if market is not None and prices]
+            await self._write(events, sync=True)
+            counts = [await self._pair(market, prices) for market, prices in found]
+            moved = {market for (market, _), each in zip(found, counts, strict=True) if market and each.paired}
+            unheard = await self._announce(moved)
             await self._shorten()
         return ActualsReply(counts, self._adapts, unheard)
 
     async def reset(self, model: ModelName) -> dict[str, object]:
-        """Forget an archive's forecasts, scores and offsets; the workers follow. Raises ControlError."""
+        """Forget an archive's forecasts, scores and offsets, of all its products; the workers follow.
+
+        Raises ControlError.
+        """
         if self._journal is None:
             raise ControlError(OFF, Situation.FORBIDDEN)
         async with self._changing:
             await self._keep_forecasts()
-            there = model in self.book.records
-            if there:
+            markets = self.book.list_markets(model)
+            if markets:
                 await self._write([RecordReset(model)], sync=True)
                 self.book.reset(model)
                 log.warning("bands_reset", model=model)
-            unheard = await self._announce({model})
-        return {"model": model, "reset": there, **({"unheard_workers": unheard} if unheard else {})}
+            unheard = await self._announce({model, *markets})
+        return {"model": model, "reset": bool(markets), **({"unheard_workers": unheard} if unheard else {})}
 
-    def list_bands(self, models: Iterable[str]) -> dict[str, list[BandOffsets]]:
-        """List the offsets of these archives; an empty list for one that has none."""
+    def list_bands(self, markets: Iterable[str]) -> dict[str, list[BandOffsets]]:
+        """List the offsets of these markets; an empty list for one that has none."""
         if not self._adapts:
             return {}
         return {
-            model: [
-                BandOffsets(record.shape, array("f", record.offsets).tobytes())
-                for record in self.book.records.get(model, ())
+            market: [
+                BandOffsets(self.book.find_archive(market), record.shape, array("f", record.offsets).tobytes())
+                for record in self.book.records.get(market, ())
                 if record.total
             ]
-            for model in models
+            for market in markets
         }
 
     @contextlib.asynccontextmanager
@@ -158,18 +162,27 @@ class ActualsService:
             raise
         apply_event(self.book, event)
 
-    async def _pair(self, model: str, prices: Sequence[Price]) -> PairedCounts:
-        if model not in self.book.records:
+    def _find_market(self, item: ObservedPrices) -> str | None:
+        """Find the market of prices; None if there is none. Raises ControlError where it has no such product."""
+        try:
+            return self.book.find_market(item.model, item.product)
+        except NoSuchProduct as error:
+            if not item.strict:
+                return None
+            raise ControlError(f"{error}; no price of the call was taken", Situation.BAD_REQUEST) from None
+
+    async def _pair(self, market: str | None, prices: Sequence[Price]) -> PairedCounts:
+        if market is None:
             return PairedCounts(0, 0, len(prices))
         counts = [0, 0, 0]
         for i, price in enumerate(prices):
-            counts[self.book.pair(model, price)] += 1
+            counts[self.book.pair(market, price)] += 1
             if i % PRICES_AT_ONCE == PRICES_AT_ONCE - 1:
                 await asyncio.sleep(0)
         return PairedCounts(counts[Outcome.PAIRED], counts[Outcome.REPEATED], counts[Outcome.UNMATCHED])
 
-    async def _announce(self, models: Iterable[str]) -> list[int]:
-        bands = self.list_bands(models)
+    async def _announce(self, markets: Iterable[str]) -> list[int]:
+        bands = self.list_bands(markets)
         return await self._fleet.announce_bands(bands, whole=False) if bands else []
 
     async def _write(self, events: Sequence[Event], *, sync: bool) -> None:

@@ -62,6 +62,7 @@ def test_a_market_passes_all_commands_and_is_not_run_again(
     assert [band["nominal"] for band in found["bands"]] == [0.98, 0.9, 0.8, 0.5]
     assert found["retrained_mae"] == pytest.approx(found["fresh_mae"], rel=goals.FRESH)
     assert 0 <= found["outside_scenarios"] <= 1
+    assert 0 <= found["outside_fixed"] <= 1
     kept.write_text(json.dumps({**found, "rmae": 0.1234}))
     kept.with_name(kept.name.replace("-NP.json", "-PJM.json")).write_text(json.dumps(found))
     again = CliRunner().invoke(goals.app, asked, catch_exceptions=False)
@@ -77,7 +78,7 @@ def test_goals_are_judged_by_what_was_reached() -> None:
     bands = [{"nominal": each, "fixed": 0.1, "adaptive": each - 0.015} for each in (0.98, 0.9, 0.8, 0.5)]
     bands[2]["adaptive"] = 0.77
     each: dict[str, Any] = {"rmae": 0.5, "bands": bands, "pinball": 1.0, "pinball_adaptive": 1.01}
-    each |= {"outside_scenarios": 0.005, "retrained_mae": 2.0, "fresh_mae": 2.001}
+    each |= {"outside_scenarios": 0.005, "outside_fixed": 0.02, "retrained_mae": 2.0, "fresh_mae": 2.001}
     found = {goal["goal"]: goal["good"] for goal in goals.judge_markets({"NP": each})}
     assert found == {
         "NP: rMAE": True,

@@ -194,6 +194,11 @@ def test_scenarios_are_scored(csv: Path, tmp_path: Path) -> None:
         assert "of the windows have a mean outside all 100 joint scenarios" in result.output
         told = json.loads(run("backtest", str(csv), *flags, "--json").stdout)["markets"]
         found[tail] = [each["outside_scenarios"] for each in told]
+        online = run("backtest", str(csv), *flags, "--online")
+        assert "with adaptive bands, whose levels a server draws scenarios from" in online.output
+        told = json.loads(run("backtest", str(csv), *flags, "--online", "--json").stdout)["markets"]
+        assert [each["outside_scenarios"] for each in told] == found[tail], "as they are without prices"
+        assert all(0 <= each["online"]["outside_scenarios"] <= 1 for each in told)
     assert min(found["clamp"]) > 0.5
     assert max(found["exponential"]) < 0.2
     lacking = run("backtest", str(csv), "--time", "hour", "--models", str(store), "--scenarios", "M00.mar")
@@ -288,3 +293,56 @@ def test_prices_in_different_units_have_no_mean(csv: Path, tmp_path: Path) -> No
     means = [row for row in rows if row[0] == "mean"]
     assert [row[1] for row in means] == ["-", "-"]
     assert "of the median" in shown
+
+
+@pytest.mark.slow
+def test_each_product_of_an_archive_is_a_market(csv: Path, tmp_path: Path) -> None:
+    """Its name is that of the archive, its products are columns of the file: each has a row, joint scenarios by its
+    name in the correlation, and a replay by its own prices, beside an archive of one.
+    """
+    store = fill(tmp_path / "models", MARKETS[2:])
+    (store / "lu.mar").write_bytes(pack_market(7, products=tuple(MARKETS[:2])))
+    names = [f"lu.mar#{each}" for each in MARKETS[:2]]
+    (store / "joint.mar").write_bytes(make_correlation([*names, "M02.mar"]))
+    asked = ["backtest", str(csv), "--time", "hour", "--models", str(store), "--target", "lu", "--target", "M02"]
+    more = ["--online", "--scenarios", "joint.mar"]
+    result = run(*asked, *more, "--json")
+    assert result.exit_code == 0, result.output
+    found = {each["target"]: each for each in json.loads(result.stdout)["markets"]}
+    assert {name: each["model"] for name, each in found.items()} == {
+        "lu#M00": "lu.mar#M00", "lu#M01": "lu.mar#M01", "M02": "M02.mar",
+    }  # fmt: skip
+    for each in found.values():
+        assert each["windows"] == 28
+        assert each["uncalibrated"] is None
+        assert 0 <= each["online"]["outside_scenarios"] <= 1
+        assert each["online"]["pinball_adaptive"] < each["online"]["pinball_fixed"]
+    scores = [found[f"lu#{each}"]["scores"]["pinball"] for each in MARKETS[:2]]
+    assert scores[0] != scores[1]
+    alone = json.loads(run(*asked[:-2], "--json").stdout)["markets"]
+    assert [each["scores"]["pinball"] for each in alone] == scores
+    assert "lu#M01" in run(*asked, *more).output
+    calibrated = run("calibrate", *asked[1:-2], "--days", "1000")
+    assert calibrated.exit_code == 1, "twenty days are too few"
+    for flag, value in {"--refit": "7", "--against": "M02", "--url": "http://127.0.0.1:1"}.items():
+        refused = run(*asked[:-2], flag, value)
+        assert refused.exit_code == 1
+        assert f"lu.mar has 2 products; leave out {flag}, which takes one" in re.sub(r"\s+", " ", refused.stderr)
+
+
+@pytest.mark.slow
+def test_a_calibrated_archive_of_products_is_scored_on_top_of_its_offsets(tmp_path: Path) -> None:
+    """`calibrate` gives each product offsets; the backtest tells the coverage before, and adapts on top of them."""
+    csv = write_prices(tmp_path / "long.csv", MARKETS[:2], days=70)
+    store = tmp_path / "models"
+    store.mkdir()
+    (store / "lu.mar").write_bytes(pack_market(7, products=tuple(MARKETS[:2])))
+    asked = [str(csv), "--time", "hour", "--models", str(store), "--target", "lu"]
+    assert run("calibrate", *asked, "--days", "60").exit_code == 0
+    found = json.loads(run("backtest", *asked, "--online", "--json").stdout)["markets"]
+    for each in found:
+        assert each["uncalibrated"] < each["scores"]["coverage"] - 0.2
+        (band,) = each["online"]["bands"]
+        assert band["fixed"] == pytest.approx(each["scores"]["coverage"])
+        assert band["adaptive"] > 0.6
+    assert found[0]["uncalibrated"] != found[1]["uncalibrated"]

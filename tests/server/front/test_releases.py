@@ -194,7 +194,7 @@ class TakenPrices(PlaneInFront):
 
     def __init__(self, house: House) -> None:
         super().__init__(house.app.plane)
-        self.models = list[str]()
+        self.models, self.items = list[str](), list[ObservedPrices]()
 
     async def infer(self, request: InferRequest) -> InferResponse:
         """See InferencePlane."""
@@ -203,7 +203,7 @@ class TakenPrices(PlaneInFront):
     async def record_actuals(self, items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
         """See InferencePlane."""
         del deadline
-        self.models = [item.model for item in items]
+        self.models, self.items = [item.model for item in items], list(items)
         paired = {NAME: PairedCounts(1, 0, 0), "au/vic1.mar": PairedCounts(0, 1, 0)}
         return ActualsReply([paired.get(item.model, PairedCounts(0, 0, 1)) for item in items], True, [])
 
@@ -220,3 +220,17 @@ def test_each_archive_of_a_name_gets_its_prices_once() -> None:
     reply = asyncio.run(plane.record_actuals(items, 1e9))
     assert taken.models == [NAME, "au/vic1.mar", NAME, "de/lu.mar"]
     assert reply.counts == [PairedCounts(1, 0, 0), PairedCounts(1, 0, 0), PairedCounts(0, 0, 1)]
+
+
+def test_an_alias_of_several_archives_may_have_one_without_the_product() -> None:
+    """The product goes to each archive; of one archive, whichever its versions, a product that it lacks is refused."""
+    canary = [ReleaseArm(OLD, "old", 0.8), ReleaseArm(NAME, "", 0.1), ReleaseArm("au/vic1.mar", "", 0.1)]
+    house = House({ALIAS: canary, **HELD})
+    taken = TakenPrices(house)
+    plane = ReleasedPlane(taken, house.app.releases)
+    asyncio.run(plane.record_actuals([ObservedPrices(name, [], "energy") for name in (ALIAS, NAME)], 1e9))
+    assert [(each.model, each.product, each.strict) for each in taken.items] == [
+        (NAME, "energy", False),
+        ("au/vic1.mar", "energy", False),
+        (NAME, "energy", True),
+    ]

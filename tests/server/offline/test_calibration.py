@@ -23,7 +23,7 @@ from model_store.errors import ArchiveInvalid, GoldenMismatch
 from model_store.names import ModelName
 from server.offline.calibration import FILE, calibrate_archive, calibrate_products, pack_calibrated
 from server.offline.evaluation import compute_scores
-from server.offline.fleet_evaluation import measure_uncalibrated
+from server.offline.fleet_evaluation import forecast_market, score_market
 from server.offline.rolling_windows import (
     ArchiveVersion,
     InProcess,
@@ -95,8 +95,10 @@ def test_held_out_windows_are_covered_as_promised() -> None:
     assert before.coverage < 0.5
     assert after.coverage == pytest.approx(0.8, abs=0.02)
     assert after.pinball < before.pinball
-    assert measure_uncalibrated(calibrated, series, origins) == before.coverage
-    assert measure_uncalibrated(plain, series, origins) is None
+    rolling = Rolling(first=series.start + timedelta(days=LEARNT))
+    for model, uncalibrated in ((calibrated, before.coverage), (plain, None)):
+        score, _ = score_market(forecast_market(model, {"M00": series}, "M00", InProcess(), rolling), None)
+        assert score.uncalibrated == uncalibrated
 
 
 def test_the_comparison_tells_both_scores_of_the_same_windows() -> None:

@@ -64,6 +64,8 @@ def test_a_block_is_forecast_by_a_fit_to_the_rows_before_it(recipe: ArchiveVersi
     assert own.trained_until == known.start + (len(known.values) - 1) * known.step
     alone = forecast_windows(InProcess(), own, series, origins[half:])
     np.testing.assert_array_equal(found.quantiles[half:], alone.quantiles)
+    assert list(found.refitted[half:]) == [own.forecast] * half
+    assert found.refitted[0] != own.forecast
     first = forecast_windows(InProcess(), own, series, origins[:half])
     assert (found.quantiles[:half] != first.quantiles).any()
     later = series.values.copy()

@@ -40,11 +40,39 @@ def test_stamps_are_read_with_and_without_offset() -> None:
     assert parse_actuals(write_call(AU, price=None)) == [ObservedPrices(AU, [])]
 
 
+def test_a_product_is_named_beside_the_model_and_told_again() -> None:
+    """In the call, and in the counts of its item; an item without one has none."""
+    item = {"target_model": DE, "product": "energy", "stamps": ["2026-01-01"], "prices": [1.5]}
+    body = json.dumps({"actuals": [item, {key: item[key] for key in ("target_model", "stamps", "prices")}]}).encode()
+    assert [(each.model, each.product, each.strict) for each in parse_actuals(body)] == [
+        (DE, "energy", True),
+        (DE, "", True),
+    ]
+
+    async def record(items: Sequence[ObservedPrices], deadline: float) -> ActualsReply:
+        del deadline
+        return ActualsReply([PairedCounts(1, 0, 0)] * len(items), adapted=True, unheard=[])
+
+    made = make_app(Worker(lambda _: b""))
+    made.plane.record_actuals = record  # type: ignore[method-assign]
+    answered = asyncio.run(ask(made, "POST", "/v1/actuals", body, {}))
+    counts = {"paired": 1, "repeated": 0, "unmatched": 0}
+    assert json.loads(answered.body)["results"] == [
+        {"target_model": DE, "product": "energy", **counts},
+        {"target_model": DE, **counts},
+    ]
+
+
 @pytest.mark.parametrize(
     ("body", "place"),
     [
         (write_call(AU, stamp="soon"), "actuals[0].stamps[0]"),
         (write_call(AU, AU, price=1e300), "actuals[0].prices[0]"),
+        (b'{"actuals": [{"target_model": "m", "product": 1, "stamps": [], "prices": []}]}', "actuals[0].product"),
+        (
+            b'{"actuals": [{"target_model": "m", "product": "%s", "stamps": [], "prices": []}]}' % (b"p" * 201),
+            "actuals[0].product",
+        ),
         (write_call(AU, "../x"), "actuals[1].target_model"),
         (b'{"actuals": [{"target_model": "m", "stamps": ["2026-01-01"], "prices": []}]}', "actuals[0]"),
         (b'{"actuals": [{"target_model": "m", "stamps": [], "prices": ["1"]}]}', "actuals[0].prices[0]"),

@@ -5,8 +5,10 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from server.bands.adaptive_offsets import DAY, HOUR, BandShape
@@ -113,10 +115,11 @@ def test_half_a_record_is_cut_off_wherever_it_ends(tmp_path: Path) -> None:
     journal.append(make_day(1)[:1], sync=False)
     data = find_journal(tmp_path).read_bytes()
     journal.close()
-    for end in [*range(len(whole), len(data), 7), len(data) - 1]:
-        find_journal(tmp_path).write_bytes(data[:end] + bytes(9 * (end % 2)))
-        assert read_book(tmp_path) == make_book(1)
-        assert find_journal(tmp_path).read_bytes() == whole
+    for end in [*range(len(whole), len(data), 7), *range(len(data) - 9, len(data))]:
+        for zeros in (0, 9):  # which may reach beyond the end of the record
+            find_journal(tmp_path).write_bytes(data[:end] + bytes(zeros))
+            assert read_book(tmp_path) == make_book(1)
+            assert find_journal(tmp_path).read_bytes() == whole
 
 
 def test_damage_before_the_end_is_said(tmp_path: Path) -> None:
@@ -174,3 +177,42 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     write_days(Path(sys.argv[1]))
+
+
+def test_what_was_written_before_archives_had_products_is_read(tmp_path: Path) -> None:
+    """A snapshot without products and a journal whose forecasts name none give the same book, which goes on."""
+    journal = Journal(tmp_path)
+    journal.open()
+    old = [msgspec.msgpack.decode(msgspec.msgpack.encode(each)) for each in (make_book(1), *make_day(1))]
+    del old[0]["products"]
+    (answered,) = old[1][1]
+    assert answered.pop() == []
+    for name, content in (("snapshot", {"journal": 0, "book": old[0]}), ("journal-00000000", old[1:])):
+        parts = content if isinstance(content, list) else [content]
+        framed = (msgspec.msgpack.encode(part) for part in parts)
+        data = b"".join(struct.pack("<II", len(each), zlib.crc32(each)) + each for each in framed)
+        (tmp_path / name).write_bytes(data)
+    journal.close()
+    assert read_book(tmp_path) == make_book(2)
+
+
+def test_products_are_read_again(tmp_path: Path) -> None:
+    """Each product's record and the names of them all, from a journal and from a snapshot."""
+    levels = struct.pack("<3f", 10.0, 20.0, 30.0) * 48
+    answered = AnsweredForecast("lu", "v", "", 0, SHAPE, 0, levels, ("energy", "reserve"))
+    events: list[Event] = [ForecastsAnswered([answered], 10), PricesObserved("lu#energy", [Price(0, False, 50.0)])]
+    journal, expected = Journal(tmp_path), Book()
+    journal.open()
+    journal.append(events, sync=True)
+    for event in events:
+        apply_event(expected, event)
+    journal.close()
+    assert (book := read_book(tmp_path)) == expected
+    assert book.products == {"lu": ["energy", "reserve"]}
+    assert [book.records[f"lu#{product}"][0].total for product in book.products["lu"]] == [1, 0]
+    journal = Journal(tmp_path)
+    journal.write_snapshot(journal.open())
+    journal.append([RecordReset("lu")], sync=True)
+    journal.close()
+    book = read_book(tmp_path)
+    assert (book.records, book.products, book.observed) == ({}, {}, [1, 0, 0])

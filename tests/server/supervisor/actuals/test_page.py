@@ -98,3 +98,22 @@ def test_series_are_as_many_as_the_setting_allows() -> None:
     assert samples["actuals_total", ("unmatched",)] == 5
     assert samples["forecasts_kept_total", ("dropped",)] == 2
     assert len(samples) < 40
+
+
+def test_each_product_has_a_row_and_counts_as_one_of_the_series() -> None:
+    """Under its archive's name and its own; beyond the setting products are added up as archives are."""
+    book = fill_book(["a.mar"], days=1)
+    levels = struct.pack("<3f", 0.0, 5.0, 10.0) * 48
+    book.note_forecast(AnsweredForecast("lu.mar", "v7", "", 0, SHAPE, 0, levels, ("energy", "reserve")), 1000)
+    book.pair("lu.mar#reserve", Price(0, False, 5.0))
+    reports, more = list_reports(book, "lu.mar", "", 10, whole=False)
+    assert [(each.model, each.prices, len(each.bands)) for each in reports] == [
+        ("lu.mar#energy", 0, 0),
+        ("lu.mar#reserve", 1, 1),
+    ]
+    assert not more
+    page = render_page(reports, is_on=True)
+    assert "<td>lu.mar#energy</td><td>0</td><td>-</td>" in page
+    assert '<td>lu.mar#reserve</td><td>1</td><td class="off">100.0%</td>' in page
+    prices = {labels: value for name, labels, value in list_samples(Watched(book, 2)) if "paired_prices" in name}
+    assert prices == {("a.mar",): 24, ("lu.mar#energy",): 0, (OTHER,): 1}

@@ -121,3 +121,63 @@ def test_without_a_folder_nothing_is_kept() -> None:
     with pytest.raises(ControlError, match="`actuals`") as refused:
         asyncio.run(service.record([PRICES]))
     assert refused.value.situation == Situation.FORBIDDEN
+
+
+LEVELS = struct.pack("<3f", 10.0, 20.0, 30.0) * 24
+OF_PRODUCTS = AnsweredForecast("lu", "v", "desk", 1, SHAPE, 0, LEVELS * 2, ("energy", "reserve"))
+
+
+def test_prices_of_a_product_move_its_bands_alone(tmp_path: Path) -> None:
+    """Workers are told of the observed product and not of the other; a new server has both; the operator has the
+    archive forgotten with all its products.
+    """
+
+    async def scenario() -> None:
+        fleet = Fleet()
+        fleet.waiting.append(OF_PRODUCTS)
+        service = make_service(tmp_path, fleet)
+        reply = await service.record([PRICES, ObservedPrices("lu", PRICES.prices, "reserve")])
+        assert reply.counts == [PairedCounts(24, 0, 0)] * 2
+        assert set(fleet.told) == {"m", "lu#reserve"}
+        assert service.list_bands(["lu#energy", "m"])["lu#energy"] == []
+        await service.close()
+        service = make_service(tmp_path, fleet)
+        async with service.hold_bands() as bands:
+            assert {market: len(found) for market, found in bands.items()} == {"m": 1, "lu#energy": 0, "lu#reserve": 1}
+        again = await service.record([ObservedPrices("lu", PRICES.prices, "reserve")])
+        assert again.counts == [PairedCounts(0, 24, 0)]
+        assert (await service.reset(ModelName("lu")))["reset"]
+        assert fleet.told == {"lu": [], "lu#energy": [], "lu#reserve": []}
+        assert set(service.book.records) == {"m"}
+        assert (await service.record([ObservedPrices("lu", PRICES.prices, "reserve")])).counts == [
+            PairedCounts(0, 0, 24)
+        ]
+        assert service.unknown == 24
+        await service.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("item", [("lu", ""), ("lu", "gas"), ("m", "gas")])
+def test_a_product_that_there_is_not_refuses_the_whole_call(tmp_path: Path, item: tuple[str, str]) -> None:
+    """400 that names those there are, and no price of the call is taken or counted; for an archive of an alias of
+    several it is unmatched instead.
+    """
+    model, product = item
+
+    async def scenario() -> None:
+        fleet = Fleet()
+        fleet.waiting.append(OF_PRODUCTS)
+        service = make_service(tmp_path, fleet)
+        wrong = ObservedPrices(model, PRICES.prices, product)
+        with pytest.raises(
+            ControlError, match=r"(energy, reserve|leave out).*; no price of the call was taken"
+        ) as told:
+            await service.record([PRICES, wrong])
+        assert told.value.situation == Situation.BAD_REQUEST
+        assert (service.book.observed, service.unknown, fleet.told) == ([0, 0, 0], 0, {})
+        reply = await service.record([PRICES, ObservedPrices(model, PRICES.prices, product, strict=False)])
+        assert reply.counts == [PairedCounts(24, 0, 0), PairedCounts(0, 0, 24)]
+        await service.close()
+
+    asyncio.run(scenario())
