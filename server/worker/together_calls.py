@@ -15,7 +15,7 @@ from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
 from server.ipc.frames import CHUNK, CacheResult, Request, Tier
-from server.ipc.packed import BlockRow
+from server.ipc.packed import BlockRow, TableRow
 from server.ipc.together import Answer, SharedAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
 
@@ -52,20 +52,21 @@ class TogetherCall:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
         self._head, self._instances, self.columns = read_asked(request.body)
+        count = len(self._head.models)
         self._left = deque[int]()  # items that are no jobs yet
         self._begun = False
         self._jobs: list[Job] = []
         self._shared: dict[SharedAnswer, int] = {}
-        self._of = [0] * len(self._instances)  # for each item its answer in those
-        self._bodies: list[Answer] = [b""] * len(self._instances)
-        self._missing, self._checked = len(self._instances), 0
+        self._of = [0] * count  # for each item its answer in those
+        self._bodies: list[Answer] = [b""] * count
+        self._missing, self._checked = count, 0
         self.kept_bytes = 0  #: of its items' answers
         self._ended = False
         self.configuration: Configuration | None = read_configuration(self._head.configuration)
 
     def __repr__(self) -> str:
         """For example `<TogetherCall 7: 12 of 1000 items are not answered>`."""
-        return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._instances)} items are not answered>"
+        return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._of)} items are not answered>"
 
     @property
     def jobs(self) -> Iterator[Job]:
@@ -98,18 +99,22 @@ class TogetherCall:
         """Make jobs of the items of resident models. Returns the places of the others."""
         make = self._make_request
         requests = [make(place, model) for place, model in enumerate(self._head.models)]
-        left = deque[int]()
-        for place, job in enumerate(steps.submit_resident(requests, self)):
-            if job is None:
-                left.append(place)
-            else:
+        found = steps.submit_resident(requests, self)
+        for place, job in enumerate(found):
+            if job is not None:
                 self._keep_job(job, place)
-        return left
+        return deque(place for place, job in enumerate(found) if job is None)
 
     def _keep_job(self, job: Job, place: int) -> None:
-        instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
-        job.together, job.instance = self, instance
+        job.together = self
+        if self.columns is None:
+            job.instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
         self._jobs.append(job)
+
+    def get_instance(self, job: Job) -> memoryview | TableRow:
+        """The instance of one of its jobs."""
+        instance: memoryview | TableRow = job.instance if self.columns is None else self.columns.cut(job.request.id)
+        return instance
 
     def cancel(self, steps: Submits) -> None:
         """Give up all items that are not answered; there is no response then."""
