@@ -55,10 +55,14 @@ SMALL_BYTES = 256  #: of each item asked with others, which do not count: what i
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
-    """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
+    """One forecast of the call: which model to ask, and the instance as it lies in the call's body.
+
+    `size`: the bytes that it counts, where these are known.
+    """
 
     model: ModelName
     instance: Instance
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +229,9 @@ class FanOut:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
         size, shared = 0, len(self._call.configuration)
         for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            size += max(0, measure_instance(item.instance) + shared - SMALL_BYTES)
+            counted = (item.size or measure_instance(item.instance)) + shared - SMALL_BYTES
+            if counted > 0:
+                size += counted
             if count and size > self._window:
                 return count
         return min(len(items), MAX_UNDER_WAY)
