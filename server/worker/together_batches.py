@@ -50,8 +50,12 @@ def decode_calls(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
     """
     calls: dict[int, list[Job]] = {}
     for job in jobs:
-        if job.together is not None and job.call is None:
-            calls.setdefault(id(job.together), []).append(job)
+        if job.call is None and job.together is not None:
+            items = calls.get(id(job.together))
+            if items is None:
+                calls[id(job.together)] = [job]
+            else:
+                items.append(job)
     for items in calls.values():
         _decode_call(items, rows, quick_bytes, replies)
     return build_bodies([job for job in jobs if not job.done], replies) if calls else list(jobs)
@@ -61,7 +65,7 @@ def build_bodies(jobs: Sequence[Job], replies: Replies) -> list[Job]:
     """Give items that are not decoded yet the body that they would have alone. Returns those that have one."""
     found = list[Job]()
     for job in jobs:
-        if job.together is not None and job.call is None and not job.request.body:
+        if job.call is None and job.together is not None and not job.request.body:
             instance = job.together.get_instance(job)
             try:
                 text = write_instance(instance) if isinstance(instance, TableRow) else instance

@@ -82,7 +82,8 @@ class TogetherCall:
             self._begun, self._left = True, self._submit_resident(steps)
         while self._has_more():
             place = self._left.popleft()
-            job = steps.submit(self._make_request(place, self._head.models[place]), self)
+            (request,) = self._make_requests([self._head.models[place]], place)
+            job = steps.submit(request, self)
             if self._ended:
                 steps.cancel(job)
             elif not job.done:
@@ -97,9 +98,7 @@ class TogetherCall:
 
     def _submit_resident(self, steps: Submits) -> deque[int]:
         """Make jobs of the items of resident models. Returns the places of the others."""
-        make = self._make_request
-        requests = [make(place, model) for place, model in enumerate(self._head.models)]
-        found = steps.submit_resident(requests, self)
+        found = steps.submit_resident(self._make_requests(self._head.models), self)
         for place, job in enumerate(found):
             if job is not None:
                 self._keep_job(job, place)
@@ -135,10 +134,14 @@ class TogetherCall:
         """The body of a request for one instance in JSON."""
         return b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
 
-    def _make_request(self, place: int, model: str) -> Request:
-        """The request that the item would be alone; it gets its body when that is needed."""
+    def _make_requests(self, models: Sequence[str], first: int = 0) -> list[Request]:
+        """The requests that these items would be alone; they get their bodies when these are needed."""
         whole = self._request
-        return Request(place, whole.deadline_ns, model, JSON, JSON, 0, b"", whole.arrived_ns, whole.alone, whole.client)
+        deadline, arrived, alone, client = whole.deadline_ns, whole.arrived_ns, whole.alone, whole.client
+        return [
+            Request(place, deadline, model, JSON, JSON, 0, b"", arrived, alone, client)
+            for place, model in enumerate(models, first)
+        ]
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
@@ -155,15 +158,13 @@ class TogetherCall:
         """Keep the answers of several items that ran together in a batch, which began then."""
         if self._ended:
             return
-        known: dict[tuple[CacheResult, Tier, float], int] = {}
         inference_us, of, kept = int(inference_s * 1e6), self._of, self._bodies
+        first, shared = None, 0
         for job, body in zip(jobs, bodies, strict=True):
-            alike = (job.cache, job.tier, job.load_s)  # all came with the call
-            shared = known.get(alike)
-            if shared is None:
-                times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)
+            if first is None or job.load_s != first.load_s or job.cache != first.cache or job.tier != first.tier:
+                times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)  # all came with the call
                 answer = SharedAnswer(Situation.OK, job.cache, job.tier, content_type, *times)
-                shared = known[alike] = self._shared.setdefault(answer, len(self._shared))
+                first, shared = job, self._shared.setdefault(answer, len(self._shared))
             place = job.request.id
             of[place], kept[place] = shared, body
         self._count(len(jobs), _measure_answers(bodies))
