@@ -8,7 +8,7 @@ however large a configuration.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import msgspec
 
@@ -54,14 +54,9 @@ MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the wo
 SMALL_BYTES = 256  #: of each item asked with others, which do not count: what is said once in the call is said of each
 
 
-class Item(msgspec.Struct, frozen=True, gc=False):
-    """One forecast of the call: which model to ask, and the instance as it lies in the call's body.
+class Item(TogetherItem, frozen=True, gc=False):
+    """One forecast of the call, its instance as it lies in the call's body. `size`: what it counts, where known."""
 
-    `size`: the bytes that it counts, where these are known.
-    """
-
-    model: ModelName
-    instance: Instance
     size: int = 0
 
 
@@ -207,7 +202,7 @@ class FanOut:
         while len(left) >= LEAST_TOGETHER:
             count = self._count_wave(left)
             wave, left = left[:count], left[count:]
-            items = [TogetherItem(item.model, item.instance) for _, item in wave]
+            items = [item for _, item in wave]
             arrived, _, client = self._origin
             limits = (self._call.configuration, self._limit.bytes, self._deadline, arrived, client)
             found = await self._plane.infer_together(
@@ -216,7 +211,8 @@ class FanOut:
             for (i, item), each in zip(wave, found, strict=True):
                 if isinstance(each, TogetherAnswer):
                     if each.content_type in self._taken_as_is:  # not copied: all that read it take any buffer
-                        results[i] = Prediction(cast("bytes", each.body), each.stats)
+                        body: Any = each.body
+                        results[i] = Prediction(body, each.stats)
                         continue
                     results[i] = await self._read_answer(each)
                 elif each is not None:

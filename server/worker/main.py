@@ -61,9 +61,9 @@ from server.worker.version_keeper import VersionKeeper
 
 ASKS_PER_THREAD = 8  #: requests to the store for each loader thread, which a request keeps busy for a millisecond
 
-#: Objects made and not yet gone that have the garbage collector look at them: a call for 1,000 models makes about 8,000
-#: and leaves none of them behind, and Python's 700 had it look seven times in each call, and at all models now and then.
-NEW_OBJECTS = 20_000
+#: So many objects that are made and not gone yet have the garbage collector look at them. With Python's 700 it looked
+#: seven times in each call for 1,000 models, which leaves nothing behind, and now and then at all that belongs to models.
+NEW_OBJECTS = 10_000
 KEPT_BYTES, LARGE_BYTES = 16 * MIB, 32 * MIB  #: of freed memory, see `server.freed_memory`
 
 log = structlog.get_logger()

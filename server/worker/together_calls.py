@@ -14,7 +14,7 @@ import msgspec
 from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
-from server.ipc.frames import CHUNK, CacheResult, Request, Tier
+from server.ipc.frames import CHUNK, Request
 from server.ipc.packed import BlockRow, TableRow
 from server.ipc.together import Answer, SharedAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
