@@ -62,7 +62,7 @@ from server.worker.version_keeper import VersionKeeper
 ASKS_PER_THREAD = 8  #: requests to the store for each loader thread, which a request keeps busy for a millisecond
 
 #: So many objects that are made and not gone yet have the garbage collector look at them. With Python's 700 it looked
-#: seven times in each call for 1,000 models, which leaves nothing behind, and now and then at all that belongs to models.
+#: seven times in each call for 1,000 models, which leaves nothing behind, and now and then at all the models' parts.
 NEW_OBJECTS = 10_000
 KEPT_BYTES, LARGE_BYTES = 16 * MIB, 32 * MIB  #: of freed memory, see `server.freed_memory`
 
