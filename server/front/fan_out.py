@@ -8,7 +8,7 @@ however large a configuration.
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import msgspec
 
@@ -210,9 +210,8 @@ class FanOut:
             )
             for (i, item), each in zip(wave, found, strict=True):
                 if isinstance(each, TogetherAnswer):
-                    if each.content_type in self._taken_as_is:  # not copied: all that read it take any buffer
-                        body: Any = each.body
-                        results[i] = Prediction(body, each.stats)
+                    if each.content_type in self._taken_as_is:
+                        results[i] = Prediction(each.body, each.stats)  # type: ignore[arg-type]  # any buffer is taken
                         continue
                     results[i] = await self._read_answer(each)
                 elif each is not None:
