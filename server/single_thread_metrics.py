@@ -64,10 +64,10 @@ class LoopHistogram:
         """For example `<LoopHistogram of 12 values>`."""
         return f"<LoopHistogram of {sum(self._counts)} values>"
 
-    def observe(self, value: float) -> None:
-        """Count the value in the first bucket whose bound is not below it."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
+    def observe(self, value: float, count: int = 1) -> None:
+        """Count so many equal values in the first bucket whose bound is not below them."""
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
 
     def observe_request(self, value: float, request_id: bytes, answers: int = 1) -> None:
         """Count the seconds of a request for each of its answers.

@@ -56,11 +56,10 @@ MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the wo
 SMALL_BYTES = 256  #: of each item asked with others, which do not count: what is said once in the call is said of each
 
 
-class Item(msgspec.Struct, frozen=True, gc=False):
-    """One forecast of the call: which model to ask, and the instance as it lies in the call's body."""
+class Item(TogetherItem, frozen=True, gc=False):
+    """One forecast of the call, its instance as it lies in the call's body. `size`: what it counts, where known."""
 
-    model: ModelName
-    instance: Instance
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +215,7 @@ class FanOut:
         while len(left) >= LEAST_TOGETHER:
             count = self._count_wave(left)
             wave, left = left[:count], left[count:]
-            items = [TogetherItem(item.model, item.instance) for _, item in wave]
+            items = [item for _, item in wave]
             arrived, _, client = self._origin
             limits = (self._call.configuration, self._limit.bytes, self._deadline, arrived, client)
             found = await self._plane.infer_together(
@@ -224,8 +223,8 @@ class FanOut:
             )
             for (i, item), each in zip(wave, found, strict=True):
                 if isinstance(each, TogetherAnswer):
-                    if each.content_type in self._taken_as_is:  # not copied: all that read it take any buffer
-                        results[i] = Prediction(cast("bytes", each.body), each.stats)
+                    if each.content_type in self._taken_as_is:
+                        results[i] = Prediction(each.body, each.stats)  # type: ignore[arg-type]  # any buffer is taken
                         continue
                     results[i] = await self._read_answer(each)
                 elif each is not None:
@@ -238,7 +237,9 @@ class FanOut:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
         size, shared = 0, len(self._call.configuration)
         for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            size += max(0, measure_instance(item.instance) + shared - SMALL_BYTES)
+            counted = (item.size or measure_instance(item.instance)) + shared - SMALL_BYTES
+            if counted > 0:
+                size += counted
             if count and size > self._window:
                 return count
         return min(len(items), MAX_UNDER_WAY)

@@ -111,12 +111,15 @@ class TogetherPlane(DataPlane):
                 found[each.place] = refused
         finally:
             self._end_items(lane, items, asked, answers, request.client, now)
-        stats = {id(head): _describe_answer(head) for head, _ in answers or ()}
+        known: dict[int, InferStats] = {}  # by answer: items alike share one
         for each, (shared, told) in zip(items, answers or (), strict=False):
             if shared.situation:
                 found[each.place] = self._read_refusal(lane, each, shared, cast("memoryview", told))
-            else:
-                found[each.place] = TogetherAnswer(shared.content_type, told, stats[id(shared)])
+                continue
+            stats = known.get(id(shared))
+            if stats is None:
+                stats = known[id(shared)] = _describe_answer(shared)
+            found[each.place] = TogetherAnswer(shared.content_type, told, stats)
 
     async def _exchange(self, lane: WorkerLoad, body: bytes, request: TogetherRequest, count: int) -> Answers:
         """Send the call and read its response. Raises WorkerLost, Refused.
@@ -163,10 +166,14 @@ class TogetherPlane(DataPlane):
             for each, item in zip(items, asked, strict=True):
                 self.router.count_end(lane, item.model, each.counted, held=False)
             return
+        known: dict[int, tuple[bool, float, float]] = {}  # by answer: items alike share one
         for each, item, (head, _) in zip(items, asked, answers, strict=True):
-            held = head.situation in HOLDS
-            load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and held else 0.0
-            wait_s = (head.queue_us + head.inference_us) / 1e6
+            told = known.get(id(head))
+            if told is None:
+                is_held = head.situation in HOLDS
+                load_s = head.load_us / 1e6 if head.cache == CacheResult.MISS and is_held else 0.0
+                told = known[id(head)] = is_held, (head.queue_us + head.inference_us) / 1e6, load_s
+            held, wait_s, load_s = told
             self.router.count_end(lane, item.model, each.counted, held=held, wait_s=wait_s, load_s=load_s)
         last = items[-1]
         if backlog is not None and last.counted and answers[-1][0].cache == CacheResult.HIT:

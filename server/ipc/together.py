@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Count, Tier, WireError
-from server.ipc.packed import FLOAT_BYTES, ITEM_BYTES, BlockRow, Buffer, Instance, NumbersBlock, TableRow
+from server.ipc.packed import FLOAT_BYTES, ITEM_BYTES, ROW_BYTES, BlockRow, Buffer, Instance, NumbersBlock, TableRow
 
 TOGETHER = "application/vnd.fleetcast.together"  #: the content type of both bodies
 PREDICTION = "application/vnd.fleetcast.prediction"  #: an item's answer that is the prediction itself, without a frame
@@ -59,18 +59,42 @@ class AskedTogether(Struct, array_like=True, forbid_unknown_fields=True):
     columns: AskedColumns | None = None
 
 
-class RowColumns(NamedTuple):
-    """The rows of a call as columns: what is said of them, and the bytes of each series."""
+class RowColumns:
+    """The `count` rows of a call as columns: what is said of them, and the bytes of each series."""
 
-    head: AskedColumns
-    series: Sequence[memoryview]
+    def __init__(self, head: AskedColumns, series: Sequence[memoryview], count: int) -> None:
+        self.head, self.series, self.count = head, series, count
+        self._ends: list[list[int]] | None = None  # where each row ends in each series, in numbers
+
+    def __repr__(self) -> str:
+        """For example `<RowColumns of 1000 rows, 2 series>`."""
+        return f"<RowColumns of {self.count} rows, {len(self.series)} series>"
+
+    def measure(self, at: int) -> int:
+        """The bytes that a row counts."""
+        head = self.head
+        numbers = sum(sizes[at] if len(sizes) == self.count else sizes[0] for sizes in head.sizes)
+        return numbers * ITEM_BYTES[head.code] + ROW_BYTES
+
+    def cut(self, at: int) -> TableRow:
+        """A row by itself. Most are never wanted so: they are decoded as columns."""
+        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
+        if self._ends is None:
+            self._ends = [[*accumulate(sizes if len(sizes) == count else sizes * count)] for sizes in head.sizes]
+        series = [
+            view[width * (ends[at - 1] if at else 0) : width * ends[at]]
+            for view, ends in zip(self.series, self._ends, strict=True)
+        ]
+        start = head.starts[at if len(head.starts) == count else 0]
+        item_id, cat = head.item_ids[at] if head.item_ids else None, head.cats[at] if head.cats else []
+        return TableRow(start, item_id, head.code, head.names, series, cat)
 
 
 class AskedBody(NamedTuple):
-    """What is asked: the head, the instance of each item, and the columns where these are rows."""
+    """What is asked: the head, and the instance of each item, or columns where these are rows."""
 
     head: AskedTogether
-    instances: list[memoryview | TableRow]
+    instances: list[memoryview]
     columns: RowColumns | None
 
 
@@ -172,8 +196,7 @@ def read_asked(body: bytes) -> AskedBody:
         raise WireError(f"a call of {count} models and {len(head.sizes)} instances")
     if head.columns is None:
         return AskedBody(head, list(_cut(rest, head.sizes)), None)
-    columns = _read_columns(head.columns, rest, count)
-    return AskedBody(head, list(_cut_rows(columns, count)), columns)
+    return AskedBody(head, [], _read_columns(head.columns, rest, count))
 
 
 def _read_columns(head: AskedColumns, rest: memoryview, count: int) -> RowColumns:
@@ -184,21 +207,7 @@ def _read_columns(head: AskedColumns, rest: memoryview, count: int) -> RowColumn
     if not width or not head.sizes or not is_whole:
         raise WireError(f"the columns of {count} rows do not have as many values")
     wholes = [width * (sizes[0] * count if len(sizes) == 1 else sum(sizes)) for sizes in head.sizes]
-    return RowColumns(head, list(_cut(rest, wholes)))
-
-
-def _cut_rows(columns: RowColumns, count: int) -> Iterator[TableRow]:
-    """Each row by itself."""
-    head, width = columns.head, ITEM_BYTES[columns.head.code]
-    starts = head.starts if len(head.starts) == count else head.starts * count
-    item_ids, cats = head.item_ids or [None] * count, head.cats or [[]] * count
-    parts = [
-        _cut(view, [width * size for size in (sizes if len(sizes) == count else sizes * count)])
-        for view, sizes in zip(columns.series, head.sizes, strict=True)
-    ]
-    code, names = head.code, head.names
-    for start, item_id, cat, *series in zip(starts, item_ids, cats, *parts, strict=True):
-        yield TableRow(start, item_id, code, names, series, cat)
+    return RowColumns(head, list(_cut(rest, wholes)), count)
 
 
 # --- responses ----------------------------------------------------------------------------------------------------

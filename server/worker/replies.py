@@ -107,9 +107,11 @@ class Replies:
 
     def _note_answers(self, done: Sequence[Job], slots: Sequence[Slot], now: float, began: float, run_s: float) -> None:
         """Count items that are answered, and keep their rows of the access log and their bands' levels."""
-        bands = self._residents.bands
+        bands, first, answered_s, queued_s = self._residents.bands, None, 0.0, 0.0
         for job, slot in zip(done, slots, strict=True):
-            slot.usage.note_answer(began, now - job.arrived, max(0.0, began - job.arrived - job.load_s), run_s)
+            if first is None or job.arrived != first.arrived or job.load_s != first.load_s:  # most came together
+                first, answered_s, queued_s = job, now - job.arrived, job.queued_s(began)
+            slot.usage.note_answer(began, answered_s, queued_s, run_s)
             if job.answered and bands is not None:
                 bands.keep(slot, job.request.client, job.answered)
         if self._arrivals is not None:

@@ -5,7 +5,7 @@ all items of a call share is looked at once. Whatever is not as usual is left to
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from model_store.names import ModelName
 from server.ipc.frames import CacheResult, Request, Tier
@@ -71,8 +71,8 @@ class ResidentItems:
             self._quarantine.reasons,
         )
         expected = set[ModelName]() if self._foresight is None else self._foresight.brought | self._foresight.loading
-        for place, request in enumerate(requests):
-            model = ModelName(request.model)
+        asked = cast("list[ModelName]", [request.model for request in requests])
+        for place, model in enumerate(asked):
             if get(model) is not None and model not in quarantined and model not in expected:
                 places.append(place)
                 models.append(model)

@@ -159,27 +159,27 @@ class RowBatches:
             jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
         running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
         for at, job in enumerate(jobs):
-            slot = job.slot
-            assert slot is not None, "a job in a batch holds a lease"
-            model, size = self._residents.rows[slot], len(job.request.body)
-            may_be_long = size > model.codec.quick_bytes or size > pace.quick_bytes
-            if may_be_long and job.call is None and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
-                self._run_apart(job, model, None, pace, now)
-                continue
-            call = job.call or self._replies.decode(job, model.codec.decode, inputs.place)
+            call = job.call
             if call is None:
-                continue
-            job.marks = call.marks
-            may_be_long = len(call.rows) > pace.short_rows or call.numbers > SHORT_NUMBERS
+                model, size = self._residents.rows[get_slot(job)], len(job.request.body)
+                may_be_long = size > model.codec.quick_bytes or size > pace.quick_bytes
+                if may_be_long and self._is_long_to_decode(job, pace, model.codec.quick_bytes):
+                    self._run_apart(job, model, None, pace, now)
+                    continue
+                call = self._replies.decode(job, model.codec.decode, inputs.place)
+                if call is None:
+                    continue
+            job.marks, rows = call.marks, len(call.rows)
+            may_be_long = rows > pace.short_rows or call.numbers > SHORT_NUMBERS
             if may_be_long and self._is_long_to_run(call, pace):
-                self._run_apart(job, model, _detach(call, inputs), pace, now)
+                self._run_apart(job, self._residents.rows[get_slot(job)], _detach(call, inputs), pace, now)
                 continue
-            if running and len(call.rows) > room:
+            if running and rows > room:
                 job.call = _detach(call, inputs)
                 self._scheduler.put_back(group, jobs[at:])
                 break
-            room -= len(call.rows)
-            if not len(call.rows):  # JSON Lines of which none is valid
+            room -= rows
+            if not rows:  # JSON Lines of which none is valid
                 self._replies.encode(job, call.encode, call.rows, now, 0.0)
                 continue
             inputs.keep(call.rows)

@@ -280,9 +280,17 @@ class StepLoop:
         leaving.add_done_callback(self._leaving.discard)
 
     def _count(self, jobs: Sequence[Job], now: float) -> None:
+        """Count the jobs of a batch that begins; those of one call have waited equally long."""
+        first, alike = jobs[0] if jobs else None, 0
         for job in jobs:
-            self._metrics.queue.observe(job.queued_s(now))
-            if self._metrics.per_model:
+            if first is not None and (job.arrived != first.arrived or job.load_s != first.load_s):
+                self._metrics.queue.observe(first.queued_s(now), alike)
+                first, alike = job, 0
+            alike += 1
+        if first is not None:
+            self._metrics.queue.observe(first.queued_s(now), alike)
+        if self._metrics.per_model:
+            for job in jobs:
                 self._metrics.model_request(job.model)
 
     # --- loads ------------------------------------------------------------------------------------------------------

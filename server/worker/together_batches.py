@@ -50,8 +50,12 @@ def decode_calls(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
     """
     calls: dict[int, list[Job]] = {}
     for job in jobs:
-        if job.together is not None and job.call is None:
-            calls.setdefault(id(job.together), []).append(job)
+        if job.call is None and job.together is not None:
+            items = calls.get(id(job.together))
+            if items is None:
+                calls[id(job.together)] = [job]
+            else:
+                items.append(job)
     for items in calls.values():
         _decode_call(items, rows, quick_bytes, replies)
     return build_bodies([job for job in jobs if not job.done], replies) if calls else list(jobs)
@@ -61,8 +65,8 @@ def build_bodies(jobs: Sequence[Job], replies: Replies) -> list[Job]:
     """Give items that are not decoded yet the body that they would have alone. Returns those that have one."""
     found = list[Job]()
     for job in jobs:
-        if job.together is not None and job.call is None and not job.request.body:
-            instance = job.instance
+        if job.call is None and job.together is not None and not job.request.body:
+            instance = job.together.get_instance(job)
             try:
                 text = write_instance(instance) if isinstance(instance, TableRow) else instance
             except ValueError as error:
@@ -84,7 +88,7 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
         forecaster = codec.forecaster
         if forecaster is None or size > quick_bytes or size > codec.quick_bytes:
             continue
-        if is_table and len(forecaster.forecast.products) > 1:
+        if is_table and forecaster.recipe is None and len(forecaster.forecast.products) > 1:
             message = SEVERAL.format(len(forecaster.forecast.products))
             replies.refuse_request(job, RequestError(message, field="target"))
             continue
@@ -107,7 +111,9 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
 def _measure_instances(columns: RowColumns | None, jobs: Sequence[Job]) -> Iterable[int]:
     """The bytes that each job's instance counts; rows of series of one length all count as many."""
     if columns is not None and all(len(sizes) == 1 for sizes in columns.head.sizes):
-        return repeat(measure_instance(jobs[0].instance), len(jobs))
+        return repeat(columns.measure(0), len(jobs))
+    if columns is not None:
+        return [columns.measure(job.request.id) for job in jobs]
     return [measure_instance(job.instance) for job in jobs]
 
 
@@ -121,7 +127,7 @@ def _keep(jobs: Sequence[Job], found: Sequence[DecodedCall | RequestError], repl
 
 def _read(job: Job) -> Instance[Any] | None:
     """The instance of an item, its numbers as arrays; None where it is decoded alone."""
-    row = job.instance
+    row = job.together.get_instance(job)
     if not isinstance(row, TableRow):
         return read_instance(row)
     target, *features = (np.frombuffer(each, f"<{row.code}") for each in row.series)

@@ -14,8 +14,8 @@ import msgspec
 from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
-from server.ipc.frames import CHUNK, CacheResult, Request, Tier
-from server.ipc.packed import BlockRow
+from server.ipc.frames import CHUNK, Request
+from server.ipc.packed import BlockRow, TableRow
 from server.ipc.together import Answer, SharedAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
 
@@ -52,20 +52,21 @@ class TogetherCall:
         """`has_room`: whether the worker may keep more bytes of answers. Raises WireError for a body that is none."""
         self._request, self._end, self._has_room = request, end, has_room
         self._head, self._instances, self.columns = read_asked(request.body)
+        count = len(self._head.models)
         self._left = deque[int]()  # items that are no jobs yet
         self._begun = False
         self._jobs: list[Job] = []
         self._shared: dict[SharedAnswer, int] = {}
-        self._of = [0] * len(self._instances)  # for each item its answer in those
-        self._bodies: list[Answer] = [b""] * len(self._instances)
-        self._missing, self._checked = len(self._instances), 0
+        self._of = [0] * count  # for each item its answer in those
+        self._bodies: list[Answer] = [b""] * count
+        self._missing, self._checked = count, 0
         self.kept_bytes = 0  #: of its items' answers
         self._ended = False
         self.configuration: Configuration | None = read_configuration(self._head.configuration)
 
     def __repr__(self) -> str:
         """For example `<TogetherCall 7: 12 of 1000 items are not answered>`."""
-        return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._instances)} items are not answered>"
+        return f"<TogetherCall {self._request.id}: {self._missing} of {len(self._of)} items are not answered>"
 
     @property
     def jobs(self) -> Iterator[Job]:
@@ -81,7 +82,8 @@ class TogetherCall:
             self._begun, self._left = True, self._submit_resident(steps)
         while self._has_more():
             place = self._left.popleft()
-            job = steps.submit(self._make_request(place, self._head.models[place]), self)
+            (request,) = self._make_requests([self._head.models[place]], place)
+            job = steps.submit(request, self)
             if self._ended:
                 steps.cancel(job)
             elif not job.done:
@@ -96,20 +98,22 @@ class TogetherCall:
 
     def _submit_resident(self, steps: Submits) -> deque[int]:
         """Make jobs of the items of resident models. Returns the places of the others."""
-        make = self._make_request
-        requests = [make(place, model) for place, model in enumerate(self._head.models)]
-        left = deque[int]()
-        for place, job in enumerate(steps.submit_resident(requests, self)):
-            if job is None:
-                left.append(place)
-            else:
+        found = steps.submit_resident(self._make_requests(self._head.models), self)
+        for place, job in enumerate(found):
+            if job is not None:
                 self._keep_job(job, place)
-        return left
+        return deque(place for place, job in enumerate(found) if job is None)
 
     def _keep_job(self, job: Job, place: int) -> None:
-        instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
-        job.together, job.instance = self, instance
+        job.together = self
+        if self.columns is None:
+            job.instance, self._instances[place] = self._instances[place], NOTHING  # the job has it now
         self._jobs.append(job)
+
+    def get_instance(self, job: Job) -> memoryview | TableRow:
+        """The instance of one of its jobs."""
+        instance: memoryview | TableRow = job.instance if self.columns is None else self.columns.cut(job.request.id)
+        return instance
 
     def cancel(self, steps: Submits) -> None:
         """Give up all items that are not answered; there is no response then."""
@@ -130,10 +134,14 @@ class TogetherCall:
         """The body of a request for one instance in JSON."""
         return b"".join((b'{"instances":[', instance, b'],"configuration":', self._head.configuration, b"}"))
 
-    def _make_request(self, place: int, model: str) -> Request:
-        """The request that the item would be alone; it gets its body when that is needed."""
+    def _make_requests(self, models: Sequence[str], first: int = 0) -> list[Request]:
+        """The requests that these items would be alone; they get their bodies when these are needed."""
         whole = self._request
-        return Request(place, whole.deadline_ns, model, JSON, JSON, 0, b"", whole.arrived_ns, whole.alone, whole.client)
+        deadline, arrived, alone, client = whole.deadline_ns, whole.arrived_ns, whole.alone, whole.client
+        return [
+            Request(place, deadline, model, JSON, JSON, 0, b"", arrived, alone, client)
+            for place, model in enumerate(models, first)
+        ]
 
     # --- answers (step_loop.Origin) ---------------------------------------------------------------------------------
 
@@ -150,15 +158,13 @@ class TogetherCall:
         """Keep the answers of several items that ran together in a batch, which began then."""
         if self._ended:
             return
-        known: dict[tuple[CacheResult, Tier, float], int] = {}
         inference_us, of, kept = int(inference_s * 1e6), self._of, self._bodies
+        first, shared = None, 0
         for job, body in zip(jobs, bodies, strict=True):
-            alike = (job.cache, job.tier, job.load_s)  # all came with the call
-            shared = known.get(alike)
-            if shared is None:
-                times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)
+            if first is None or job.load_s != first.load_s or job.cache != first.cache or job.tier != first.tier:
+                times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)  # all came with the call
                 answer = SharedAnswer(Situation.OK, job.cache, job.tier, content_type, *times)
-                shared = known[alike] = self._shared.setdefault(answer, len(self._shared))
+                first, shared = job, self._shared.setdefault(answer, len(self._shared))
             place = job.request.id
             of[place], kept[place] = shared, body
         self._count(len(jobs), _measure_answers(bodies))

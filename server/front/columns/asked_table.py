@@ -14,7 +14,7 @@ from server.errors import Refused, Situation
 from server.front.fan_out import Item
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import ITEM, Slices
-from server.ipc.packed import TableRow, measure_instance
+from server.ipc.packed import ROW_BYTES, TableRow
 
 MOST_COLUMNS = 64
 MOST_NAME = 100  #: characters of a column's name
@@ -70,9 +70,8 @@ def cut_rows(table: AskedTable, limit: int, setting: str) -> Slices[list[Item | 
             item: Item | Refused = cutter.cut(row)
         except Refused as refused:
             item = refused
-        size = measure_instance(item.instance) if isinstance(item, Item) else 0
-        if size > limit:
-            message = f"the row has {size} bytes, the limit of a request to one model is {limit} ({setting})"
+        if isinstance(item, Item) and item.size > limit:
+            message = f"the row has {item.size} bytes, the limit of a request to one model is {limit} ({setting})"
             item = Refused(Situation.TOO_LARGE, message)
         found.append(item)
         yield CUT
@@ -101,7 +100,7 @@ class _RowCutter:
         start = self._starts[row] or self._shared_start
         if start is None:
             raise Refused(Situation.BAD_REQUEST, NULL, field="start")
-        code, values = "", list[bytes | memoryview]()
+        code, values, size = "", list[bytes | memoryview](), ROW_BYTES
         for name, series in self._series:
             numbers = series(row)
             if numbers is None:
@@ -111,8 +110,9 @@ class _RowCutter:
                 raise Refused(Situation.BAD_REQUEST, message, field=TARGET)
             code = numbers.code
             values.append(numbers.values)
+            size += len(numbers.values)
         cat = self._cut_categories(row) if self._categories else ()
-        return Item(model, TableRow(start, self._item_ids[row], code, self._names, values, cat))
+        return Item(model, TableRow(start, self._item_ids[row], code, self._names, values, cat), size)
 
     def _cut_categories(self, row: int) -> Sequence[int]:
         found = list[int]()

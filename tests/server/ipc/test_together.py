@@ -2,14 +2,14 @@
 
 import random
 from array import array
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Tier, WireError
-from server.ipc.packed import BlockRow, NumbersBlock, TableRow
+from server.ipc.packed import BlockRow, NumbersBlock, TableRow, measure_instance
 from server.ipc.together import (
     LENGTH,
     MOST_ITEMS,
@@ -50,7 +50,7 @@ def test_what_is_written_is_read() -> None:
     head, found, columns = read_asked(body)
     assert columns is None
     assert (head.models, head.configuration, head.most_bytes) == (["a.mar", "b.mar", "ü.mar"], b"{}", 99)
-    assert [bytes(cast("memoryview", each)) for each in found] == instances
+    assert [bytes(each) for each in found] == instances
     answers = [make_answer(), make_answer(Situation.DEADLINE)]
     told = read_answered(write_answered(answers, [0, 1, 0], [b"abc", b"", b"de"]), 3)
     assert [each for each, _ in told] == [answers[0], answers[1], answers[0]]
@@ -67,9 +67,10 @@ def test_rows_of_a_table_travel_as_columns(count: int, uniform: bool) -> None:
     assert columns is not None
     assert [bytes(each) for each in columns.series] == [b"".join(row.series[k] for row in rows) for k in range(2)]
     assert (len(columns.head.starts) == 1) is (uniform or count == 1)
-    assert [
-        msgspec.structs.replace(each, series=[*map(bytes, each.series)]) for each in cast("list[TableRow]", found)
-    ] == rows
+    assert (found, columns.count) == ([], count)
+    cut_rows = [columns.cut(at) for at in reversed(range(count))][::-1]
+    assert [msgspec.structs.replace(each, series=[*map(bytes, each.series)]) for each in cut_rows] == rows
+    assert [columns.measure(at) for at in range(count)] == [*map(measure_instance, rows)]
     for cut in (1, len(body) // 2):
         with pytest.raises(WireError):
             read_asked(body[:-cut])

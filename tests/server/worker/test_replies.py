@@ -72,6 +72,30 @@ def test_a_call_that_ends_meanwhile_finishes_each_item_once(failing: tuple[int, 
     asyncio.run(answer())
 
 
+def test_items_that_were_answered_together_waited_as_long_as_each_did() -> None:
+    """Between two hits one whose model was loaded: its wait is noted without the load, and theirs as they are."""
+
+    async def answer() -> None:
+        world = World()
+        try:
+            await world.fill()
+            world.call = EndingCall(world)
+            jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
+            jobs[1].load_s = 0.25
+            slots = [job.slot for job in jobs]
+            make_replies(world).answer_items(jobs, [b"1"] * 3, "text", 1000.0, 0.001)
+            usages = [slot.usage for slot in slots if slot is not None]
+            assert [(each.answers, each.queued_s, each.answered_s) for each in usages] == [
+                (1, 0.5, 0.5),
+                (1, 0.25, 0.5),
+                (1, 0.5, 0.5),
+            ]
+        finally:
+            world.close()
+
+    asyncio.run(answer())
+
+
 def make_replies(world: World) -> Replies:
     """What answers the jobs of this worker."""
     engine = Engine(Pool(4 * SLAB, torch.device("cpu")), 512)

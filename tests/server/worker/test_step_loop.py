@@ -25,6 +25,7 @@ from model_store.archives.manifest import GoldenSample
 from model_store.cache.cache import Cache
 from model_store.errors import ArchiveInvalid, LoadError, ModelNotFound
 from model_store.names import ModelName
+from server.contract import QUEUE
 from server.errors import Refused, Situation
 from server.ipc.frames import CacheResult, Request
 from server.metrics import WorkerMetrics
@@ -288,6 +289,25 @@ def test_one_batch_serves_many_models() -> None:
         assert "fleetcast_inference_batch_models_sum{" in steps.render_metrics()
         assert 'fleetcast_inference_batch_models_sum{device="cpu",worker="0"} 8.0' in steps.render_metrics()
         assert 'fleetcast_inference_batch_models_count{device="cpu",worker="0"} 2.0' in steps.render_metrics()
+
+    play(scenario)
+
+
+def test_the_wait_of_each_request_of_a_batch_is_counted() -> None:
+    """Requests that came at two times run in one batch: the queue's histogram has each with the time that it waited."""
+
+    async def scenario(steps: StepLoop, loader: FakeLoader, front: Front) -> None:
+        loader.gate.set()
+        await steps.load(ModelName("a/0"))
+        now = time.monotonic()
+        for seconds in (5, 5, 9, 5):
+            front.send("a/0", arrived_ns=int((now - seconds) * 1e9))
+        await front.settled()
+        waited_most = time.monotonic() - now
+        lines = [line for line in steps.render_metrics().splitlines() if line.startswith(QUEUE.series)]
+        found = {line.partition("{")[0].rpartition("_")[2]: float(line.split()[-1]) for line in lines}
+        assert found["count"] == 4
+        assert 24 <= found["sum"] <= 24 + 4 * waited_most
 
     play(scenario)
 

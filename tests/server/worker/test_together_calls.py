@@ -1,6 +1,7 @@
 """A call for many models in the worker: a job for each item, one response, bounded answers, cancelled as a whole."""
 
 import json
+from array import array
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -8,7 +9,8 @@ import pytest
 
 from model_store.names import ModelName
 from server.errors import Refused, Situation
-from server.ipc.frames import Request, WireError
+from server.ipc.frames import CacheResult, Request, Tier, WireError
+from server.ipc.packed import TableRow
 from server.ipc.together import AskedTogether, read_answered, write_asked
 from server.worker.scheduler import Job
 from server.worker.together_calls import TogetherCall
@@ -119,6 +121,39 @@ def test_items_of_resident_models_are_taken_at_once() -> None:
         answer(call, job, job.model.encode())
     ((_, body),) = ended
     assert [bytes(cast("memoryview", told)) for _, told in read_answered(body, 3)] == [b"a", b"b", b"c"]
+
+
+def test_items_that_ran_together_say_what_happened_to_each() -> None:
+    """Between two hits one whose model was loaded: it has its own cache result and times, and the hits share theirs."""
+    call, ended = make_call()
+    steps = Steps()
+    call.submit(steps)
+    for job in steps.jobs:
+        job.done, job.cache = True, CacheResult.HIT
+    steps.jobs[1].cache, steps.jobs[1].tier, steps.jobs[1].load_s = CacheResult.MISS, Tier.STORE, 0.25
+    call.answer_items(steps.jobs, "text", [b"1", b"2", b"3"], 6.0, 0.001)
+    ((_, body),) = ended
+    found = [shared for shared, _ in read_answered(body, 3)]
+    assert [(each.cache, each.tier, each.queue_us, each.load_us, each.inference_us) for each in found] == [
+        (CacheResult.HIT, Tier.NONE, 1_000_000, 0, 1000),
+        (CacheResult.MISS, Tier.STORE, 750_000, 250_000, 1000),
+        (CacheResult.HIT, Tier.NONE, 1_000_000, 0, 1000),
+    ]
+    assert found[0] is found[2]
+
+
+@pytest.mark.parametrize("lengths", [(2, 2, 2), (1, 3, 2)])
+def test_rows_of_a_table_are_read_when_they_are_wanted(lengths: tuple[int, ...]) -> None:
+    """In any order, whether they are of one length or not; a row that is asked for twice is the same."""
+    rows = [TableRow("s", None, "f", (), [array("f", [i] * n).tobytes()]) for i, n in enumerate(lengths)]
+    body = write_asked(AskedTogether(["a", "b", "c"], [], b"{}", 1000), rows)
+    call = TogetherCall(Request(7, 0, "", "", "", len(body), body), lambda *_: None)
+    steps = Steps()
+    call.submit(steps)
+    for job in [*reversed(steps.jobs), steps.jobs[1]]:
+        row = call.get_instance(job)
+        assert isinstance(row, TableRow)
+        assert [bytes(each) for each in row.series] == rows[job.request.id].series
 
 
 def test_items_are_taken_in_slices_of_time() -> None:

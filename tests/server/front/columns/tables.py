@@ -11,7 +11,7 @@ from server.front.columns.arrow_reader import read_arrow
 from server.front.columns.asked_table import AskedTable, check_columns, cut_rows
 from server.front.fan_out import Item
 from server.front.slices import finish_slices
-from server.ipc.packed import TableRow, write_instance
+from server.ipc.packed import TableRow, measure_instance, write_instance
 
 pa = pytest.importorskip("pyarrow")
 START = "2026-01-01 00:00:00"
@@ -44,6 +44,7 @@ def read_table(body: bytes) -> AskedTable:
 def read_items(body: bytes, limit: int = 10**6) -> list[Any]:
     """Each row as (model, instance in JSON), or its refusal."""
     found = finish_slices(cut_rows(read_table(body), limit, "max_body_bytes"))
+    assert all(each.size == measure_instance(each.instance) for each in found if isinstance(each, Item))
     return [
         (each.model, write_instance(cast("TableRow", each.instance))) if isinstance(each, Item) else each
         for each in found
