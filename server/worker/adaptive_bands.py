@@ -1,12 +1,14 @@
 """A worker's part of adaptive bands: shifts its models' levels as the supervisor says, and keeps what was answered.
 
 On the step thread. The supervisor owns the state (`server.supervisor.actuals`); here is a copy, which it replaces, and
-a bounded buffer that it empties every second. Offsets and forecasts are of an archive, whichever version of it has
-answered: one that an alias or a rollback names is a model of its own here, and goes on with what was learnt.
+a bounded buffer that it empties every second: what it has taken is kept until it says that it has it. Offsets and
+forecasts are of an archive, whichever version of it has answered: one that an alias or a rollback names is a model of
+its own here, and goes on with what was learnt.
 """
 
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -35,6 +37,7 @@ class AdaptiveBands:
         self._slots: dict[ModelName, list[Slot]] = {}
         self._kept: dict[tuple[str, str, int], AnsweredForecast] = {}
         self._kept_bytes, self._dropped = 0, 0
+        self._handed_over: KeptLevels | None = None  # until its receipt comes
 
     def __repr__(self) -> str:
         """For example `<AdaptiveBands of 3 archives, 7 forecasts kept>`."""
@@ -105,11 +108,32 @@ class AdaptiveBands:
                 archive, slot.version, client, asked_at, shape, each.start, each.quantiles
             )
 
-    def take(self) -> KeptLevels:
-        """Hand over what was kept, in the order in which it was answered."""
-        taken = KeptLevels(list(self._kept.values()), self._dropped)
+    def take(self, receipts: Collection[str]) -> KeptLevels:
+        """Hand over what was kept, in the order in which it was answered: first what has not arrived the last time.
+
+        INVARIANT: a forecast is handed over until its receipt comes, or newer ones need the room.
+        """
+        if self._handed_over is not None and self._handed_over.receipt not in receipts:
+            self._keep_again(self._handed_over)
+        taken = KeptLevels(list(self._kept.values()), self._dropped, uuid.uuid4().hex)
         self._kept, self._kept_bytes, self._dropped = {}, 0, 0
+        self._handed_over = taken if taken.forecasts or taken.dropped else None
         return taken
+
+    def _keep_again(self, lost: KeptLevels) -> None:
+        """Keep what was handed over in vain before what was answered since, the last ones of it as far as they fit."""
+        again = list[tuple[tuple[str, str, int], AnsweredForecast]]()
+        self._dropped += lost.dropped
+        for forecast in reversed(lost.forecasts):
+            key, size = (forecast.model, forecast.version, forecast.start), len(forecast.quantiles)
+            if key in self._kept:
+                continue
+            if self._kept_bytes + size > MOST_KEPT_BYTES or len(self._kept) + len(again) >= MOST_KEPT:
+                self._dropped += 1
+                continue
+            self._kept_bytes += size
+            again.append((key, forecast))
+        self._kept = {**dict(reversed(again)), **self._kept}
 
 
 def find_shape(deepar: DeepAr) -> BandShape:

@@ -94,7 +94,10 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert measure_coverage(after, prices) > 0.8
         home = max(server.processes("worker"), key=lambda row: row["pid"] in find_holders(server))
         os.kill(home["pid"], signal.SIGKILL)
-        wait_until(lambda: all(row["up"] for row in server.processes("worker")), "the worker is back")
+        wait_until(
+            lambda: all(row["up"] and row["pid"] != home["pid"] for row in server.processes("worker")),
+            "the worker is back",
+        )
         assert ask_forecast(server, 8) == after
         send_prices(server, 8, prices)
         after = ask_forecast(server, 9)
