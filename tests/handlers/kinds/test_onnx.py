@@ -380,7 +380,7 @@ def test_a_model_leaves_no_file_open_and_no_path_in_messages() -> None:
     with pytest.raises(ArchiveInvalid) as caught:
         OnnxModel(unsound)
     assert "/proc/" not in str(caught.value)
-    assert count_descriptors() == before
+    assert count_descriptors() <= before, "what other tests have left may close meanwhile"
     assert loaded.run({"x": np.array([[-1.0, 2.0]], np.float32)})["y"].tolist() == [[0.0, 2.0]]
 
 
