@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: spinn
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  #: that commands of ours handle
 PROCESSES = frozenset({"s3", "reader"})  #: fixtures that start one
 
 configure_logs("warning", "json")  # structlog's default draws tracebacks with every local variable, for seconds
@@ -79,6 +81,18 @@ def _no_fault_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if server is not None:
         server.faults.clear()
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_were() -> Iterator[None]:
+    """A command that a test runs in this process handles signals for the rest of its life: SIGTERM then failed one of
+    the tests behind it, and ended none.
+    """
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) != handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture

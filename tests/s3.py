@@ -29,8 +29,17 @@ from botocore.config import Config
 
 from model_store.stores.store_health import PROBE
 from tests.http_servers import serve_on_thread
-from tests.patience import PATIENCE_S, POLL_S
+from tests.patience import PATIENCE_S
 
+#: A moto server says which port the system gave it: one that is chosen for it could be another server's by then.
+MOTO = """
+from threading import Event
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+Event().wait()
+"""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -166,15 +175,16 @@ def s3_server() -> Iterator[S3Server]:
 
 @contextmanager
 def _run_moto() -> Iterator[str]:
-    port = _free_ports(1)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        _wait_for(port, process)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+    with subprocess.Popen(
+        [sys.executable, "-c", MOTO], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            port = process.stdout.readline().strip()
+            assert port, f"the S3 server ended with {process.wait()} before it listened"
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
 
 
 @contextmanager
@@ -206,18 +216,6 @@ def _free_ports(count: int) -> int:
         except OSError:
             continue
         return port
-
-
-def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S).close()
-        except OSError:
-            time.sleep(POLL_S)
-        else:
-            return
-    raise RuntimeError(f"the S3 server did not listen on port {port} (exit code {process.poll()})")
 
 
 @contextmanager

@@ -261,12 +261,11 @@ def test_families_that_no_model_has_are_forgotten() -> None:
     config = {"features": 1, "context_length": 3, "prediction_length": 1, "quantiles": 1}
     kept = build_family("mlp", {**config, "context_length": 4})
     assert build_family("mlp", {**config, "context_length": 4}) is kept
-    gc.collect()
-    before = len(forecasters._families)
+    before = set(forecasters._families)
     for length in range(100, 150):
         build_family("mlp", {**config, "context_length": length})
     gc.collect()
-    assert len(forecasters._families) == before
+    assert set(forecasters._families) <= before
     assert len(graph_families._families) < 256
 
 

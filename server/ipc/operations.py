@@ -514,14 +514,20 @@ class SetBands(Operation[None]):
 
 
 class KeptLevels(Struct, frozen=True):
-    """Forecasts that were answered, and how many more had no room."""
+    """Forecasts that were answered, and how many more had no room. `receipt`: says that this has arrived."""
 
     forecasts: list[AnsweredForecast]
     dropped: int
+    receipt: str = ""
 
 
 class TakeForecasts(Operation[KeptLevels]):
-    """The forecasts that were answered since the last time. They are then the supervisor's."""
+    """The forecasts that were answered since the last time. They are the supervisor's once it has sent their receipt.
+
+    `receipts`: of what has arrived last from each worker.
+    """
+
+    receipts: list[str]
 
 
 AskedOfWorker: TypeAlias = (

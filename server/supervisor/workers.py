@@ -75,7 +75,7 @@ class Workers:
             if isinstance(answer, ControlError):
                 if answer.situation == Situation.DEADLINE:
                     unheard.append(worker.index)
-                elif answer.situation != Situation.WORKER_LOST:
+                elif answer.situation != Situation.WORKER_LOST and worker.ready.is_set():
                     raise answer
             elif not isinstance(answer, BaseException):
                 found.append((worker.index, answer))

@@ -1,13 +1,15 @@
 """A worker's part of adaptive bands: shifts its models' levels as the supervisor says, and keeps what was answered.
 
 On the step thread. The supervisor owns the state (`server.supervisor.actuals`); here is a copy, which it replaces, and
-a bounded buffer that it empties every second. Offsets and forecasts are of an archive, whichever version of it has
-answered: one that an alias or a rollback names is a model of its own here, and goes on with what was learnt. Of an
-archive of several products the offsets come by product, each a market with a name of its own (`server.bands.book`).
+a bounded buffer that it empties every second: what it has taken is kept until it says that it has it. Offsets and
+forecasts are of an archive, whichever version of it has answered: one that an alias or a rollback names is a model of
+its own here, and goes on with what was learnt. Of an archive of several products the offsets come by product, each a
+market with a name of its own (`server.bands.book`).
 """
 
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from server.ipc.operations import BandOffsets, KeptLevels
 MOST_KEPT_BYTES = 8 * 1024 * 1024  #: of forecasts between two visits of the supervisor
 MOST_KEPT = 20_000  #: forecasts, which have some 300 bytes beside their levels
 
+Key = tuple[str, str, int]  #: of a forecast: its archive, version and start
+
 
 class AdaptiveBands:
     """See the module. `now`: seconds since 1970."""
@@ -34,8 +38,9 @@ class AdaptiveBands:
         self._offsets: dict[str, list[BandOffsets]] = {}  #: by market
         self._equipped: dict[Slot, tuple[DeepAr, BandShape]] = {}
         self._slots: dict[str, list[Slot]] = {}  #: by market
-        self._kept: dict[tuple[str, str, int], AnsweredForecast] = {}
+        self._kept: dict[Key, AnsweredForecast] = {}
         self._kept_bytes, self._dropped = 0, 0
+        self._handed_over: KeptLevels | None = None  # until its receipt comes
 
     def __repr__(self) -> str:
         """For example `<AdaptiveBands of 3 models, 7 forecasts kept>`."""
@@ -109,27 +114,49 @@ class AdaptiveBands:
             return
         (deepar, shape), asked_at, (archive, _) = found, int(self._now()), split_version(slot.model)
         products = list_products(deepar)
-        names = sum(map(len, products))  # which travel with each forecast
+        longest = MOST_FORECAST_BYTES * max(1, len(products))  # the supervisor would keep no longer one
         for each in answered:
-            key = (archive, slot.version, each.start)
-            before = self._kept.pop(key, None)
-            self._kept_bytes += len(each.quantiles) + names - (0 if before is None else len(before.quantiles) + names)
-            too_long = len(each.quantiles) > MOST_FORECAST_BYTES * max(
-                1, len(products)
-            )  # the supervisor would not keep it
-            if too_long or self._kept_bytes > MOST_KEPT_BYTES or len(self._kept) >= MOST_KEPT:
-                self._kept_bytes -= len(each.quantiles) + names
-                self._dropped += max(1, len(products))
-                continue
-            self._kept[key] = AnsweredForecast(
+            forecast = AnsweredForecast(
                 archive, slot.version, client, asked_at, shape, each.start, each.quantiles, products
             )
+            before = self._kept.pop(_make_key(forecast), None)
+            if before is not None:
+                self._kept_bytes -= _measure_size(before)
+            if len(each.quantiles) > longest or not self._has_room(forecast, len(self._kept)):
+                self._dropped += _count_markets(forecast)
+                continue
+            self._kept_bytes += _measure_size(forecast)
+            self._kept[_make_key(forecast)] = forecast
 
-    def take(self) -> KeptLevels:
-        """Hand over what was kept, in the order in which it was answered."""
-        taken = KeptLevels(list(self._kept.values()), self._dropped)
+    def take(self, receipts: Collection[str]) -> KeptLevels:
+        """Hand over what was kept, in the order in which it was answered: first what has not arrived the last time.
+
+        INVARIANT: a forecast is handed over until its receipt comes, or newer ones need the room.
+        """
+        if self._handed_over is not None and self._handed_over.receipt not in receipts:
+            self._keep_again(self._handed_over)
+        taken = KeptLevels(list(self._kept.values()), self._dropped, uuid.uuid4().hex)
         self._kept, self._kept_bytes, self._dropped = {}, 0, 0
+        self._handed_over = taken if taken.forecasts or taken.dropped else None
         return taken
+
+    def _keep_again(self, lost: KeptLevels) -> None:
+        """Keep what was handed over in vain before what was answered since, the last ones of it as far as they fit."""
+        again = list[tuple[Key, AnsweredForecast]]()
+        self._dropped += lost.dropped
+        for forecast in reversed(lost.forecasts):
+            if _make_key(forecast) in self._kept:
+                continue
+            if not self._has_room(forecast, len(self._kept) + len(again)):
+                self._dropped += _count_markets(forecast)
+                continue
+            self._kept_bytes += _measure_size(forecast)
+            again.append((_make_key(forecast), forecast))
+        self._kept = {**dict(reversed(again)), **self._kept}
+
+    def _has_room(self, forecast: AnsweredForecast, count: int) -> bool:
+        """Whether the forecast fits beside so many."""
+        return self._kept_bytes + _measure_size(forecast) <= MOST_KEPT_BYTES and count < MOST_KEPT
 
 
 def find_shape(deepar: DeepAr) -> BandShape:
@@ -149,3 +176,18 @@ def list_markets(slot: Slot, deepar: DeepAr) -> list[str]:
     """List the names of a model's markets, in the order of its products: those of its archive, at any version."""
     archive, _ = split_version(slot.model)
     return [name_market(archive, product) for product in list_products(deepar) or ("",)]
+
+
+def _make_key(forecast: AnsweredForecast) -> Key:
+    """What a later forecast shares that takes the place of this one."""
+    return forecast.model, forecast.version, forecast.start
+
+
+def _measure_size(forecast: AnsweredForecast) -> int:
+    """The bytes that a forecast is counted with: of its levels, and of its products' names, which travel with it."""
+    return len(forecast.quantiles) + sum(map(len, forecast.products))
+
+
+def _count_markets(forecast: AnsweredForecast) -> int:
+    """The markets that it is a forecast of."""
+    return max(1, len(forecast.products))

@@ -123,8 +123,8 @@ class Management:
                 if self._bands is not None:
                     self._bands.follow(models, whole=whole)
                 return None
-            case TakeForecasts():
-                return KeptLevels([], 0) if self._bands is None else self._bands.take()
+            case TakeForecasts(receipts):
+                return KeptLevels([], 0) if self._bands is None else self._bands.take(receipts)
             case Ping():
                 return repr(self._steps)
             case _:

@@ -173,8 +173,13 @@ class Server:
         return self.process.wait(PATIENCE_S)
 
     def said(self) -> str:
-        """The log so far."""
+        """The log so far. Each process writes its lines on a thread of its own: the last ones may be missing yet."""
         return self.log.read_text(errors="replace")
+
+    def await_said(self, text: str, count: int = 1) -> None:
+        """Wait until the log says this so many times, and fail if it says it more often."""
+        wait_until(lambda: self.said().count(text) >= count, f"the log says {text!r}, {count} times")
+        assert self.said().count(text) == count
 
 
 def invoke(client: Any, model: str, body: bytes, **arguments: Any) -> Answer:

@@ -95,7 +95,10 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert measure_coverage(after, prices) > 0.8
         home = max(server.processes("worker"), key=lambda row: row["pid"] in find_holders(server))
         os.kill(home["pid"], signal.SIGKILL)
-        wait_until(lambda: all(row["up"] for row in server.processes("worker")), "the worker is back")
+        wait_until(
+            lambda: all(row["up"] and row["pid"] != home["pid"] for row in server.processes("worker")),
+            "the worker is back",
+        )
         assert ask_forecast(server, 8) == after
         send_prices(server, 8, prices)
         after = ask_forecast(server, 9)
@@ -111,8 +114,8 @@ def test_bands_follow_prices_and_survive_everything(s3: S3Server, tmp_path: Path
         assert ask_forecast(server, 9) == after
         check_reports(server)
         assert server.fleet("forget", NAME).json()["reset"]
+        assert NAME not in read_accuracy(server), "until the next forecast of it is kept, which takes a second at most"
         assert ask_forecast(server, 9) == before
-        assert NAME not in read_accuracy(server)
 
 
 def pack_correlation(*names: str) -> bytes:

@@ -83,10 +83,9 @@ def test_a_poisonous_request_costs_two_workers_and_nobody_else_anything(
             assert server.total("fleetcast_worker_restarts_total") == 2
             load.more(20)
         assert {outcome.problem for outcome in load.outcomes} == {""}
-        lines = [json.loads(line) for line in server.said().splitlines() if line.startswith("{")]
-        assert {line["request_id"] for line in lines if line["event"] == "suspect_request"} & {
-            f"poison-{i}" for i in range(4)
-        }
+        poison = {f"poison-{i}" for i in range(4)}
+        wait_until(lambda: list_suspect_requests(server) & poison, "the log names a request that a worker died of")
+        lines = list_log_lines(server)
         assert all(CULPRIT.name in line["models"] for line in lines if line["event"] == "suspects" and "child" in line)
         row = server.models()[CULPRIT.name]
         assert (row["state"], row["reason"]) == ("quarantined", "2 workers died while it ran")
@@ -98,6 +97,16 @@ def test_a_poisonous_request_costs_two_workers_and_nobody_else_anything(
         answer = server.post(NEVER_LOADED)
         assert (answer.status_code, "quarantined" in answer.text) == (424, True), "a load is blamed as a run is"
         assert server.total("fleetcast_worker_restarts_total") == 4
+
+
+def list_log_lines(server: Server) -> list[dict[str, Any]]:
+    """The lines of the log that are JSON."""
+    return [json.loads(line) for line in server.said().splitlines() if line.startswith("{")]
+
+
+def list_suspect_requests(server: Server) -> set[str]:
+    """The ids of requests that were under way at workers that died."""
+    return {line["request_id"] for line in list_log_lines(server) if line["event"] == "suspect_request"}
 
 
 def test_a_single_worker_is_ended_twice_by_one_model_at_most(

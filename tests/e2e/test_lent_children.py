@@ -182,10 +182,15 @@ def test_large_bodies_go_both_ways(house: Server) -> None:
 
 def test_a_lent_child_answers_part_by_part(house: Server) -> None:
     """More than a client may leave unread, in order; an answer whose process ends is cut."""
-    pid = lend(house, "parts")
-    whole = ask_parts(house, n=20, ends=False)
-    assert whole == b"".join(bytes([ord("a") + i]) * 100_000 for i in range(20)) + b"end"
-    assert read_row(house, "parts")["leases"] == 1
+
+    def ask_lent() -> int:
+        """The child's pid where it is still lent afterwards: it is returned when nobody asks it for a second."""
+        pid = lend(house, "parts")
+        whole = ask_parts(house, n=20, ends=False)
+        assert whole == b"".join(bytes([ord("a") + i]) * 100_000 for i in range(20)) + b"end"
+        return pid if read_row(house, "parts")["leases"] == 1 else 0
+
+    pid = wait_until(ask_lent, "it is lent before and after")
     with pytest.raises(httpx.RemoteProtocolError):
         ask_parts(house, n=2, ends=True)
     assert ask(house, "parts").json()["pid"] != pid

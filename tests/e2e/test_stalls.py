@@ -69,7 +69,7 @@ def test_a_worker_that_stays_stopped_is_replaced(s3: S3Server, store: str, serve
         os.kill(victim["pid"], signal.SIGSTOP)
         wait_until(partial(is_up, server, "worker", 0, 2), "the next worker is up")
         server.ask(models[1].question(0))
-        assert "worker_timeout_s" in server.said()
+        wait_until(lambda: "worker_timeout_s" in server.said(), "the log names the setting")
         assert server.total("fleetcast_worker_restarts_total") == 1
 
 

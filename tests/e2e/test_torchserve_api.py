@@ -130,7 +130,7 @@ def test_what_the_settings_name_is_registered_from_the_start(server: Server) -> 
     assert predict(server, "first/1.0").text == "version 0"
     (described,) = manage(server, "GET", "/first").json()
     assert (described["loadedAtStartup"], described["minWorkers"]) == (True, 1)
-    assert "not_registered_at_start" in server.said()
+    wait_until(lambda: "not_registered_at_start" in server.said(), "the log says what was not there")
     assert manage(server, "DELETE", "/first").status_code == 200
 
 

@@ -22,18 +22,23 @@ class ActualsRollout:
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+        self._receipts: dict[int, str] = {}  # of what came last, by worker
 
     def __repr__(self) -> str:
         """For example `<ActualsRollout to <Workers 3 of 3 up>>`."""
         return f"<ActualsRollout to {self._workers!r}>"
 
     async def take_forecasts(self) -> Sequence[KeptLevels]:
-        """The forecasts that workers have since the last time. What a worker has that ends is lost with it."""
+        """The forecasts that workers have since the last time. What a worker has that ends is lost with it.
+
+        A worker that answers too late hands the same over at the next time.
+        """
         try:
-            answers, _ = await self._workers.ask_all(TakeForecasts(), LIST_S)
+            answers, _ = await self._workers.ask_all(TakeForecasts(list(self._receipts.values())), LIST_S)
         except ControlError as error:
             log.warning("forecasts_not_taken", error=str(error))
             return []
+        self._receipts |= {index: taken.receipt for index, taken in answers}
         return [taken for _, taken in answers]
 
     async def announce_bands(self, models: Bands, *, whole: bool) -> list[int]:

@@ -8,10 +8,10 @@ is sound, and answers each `ForkChild` with a child that is ready in millisecond
 never touches CUDA. It adopts every process that a child leaves behind (it is their subreaper), and kills it.
 
 A *child* confines itself before the archive's first line runs (`inside/confinement.py`): a session and process group of
-its own, its own folder, a user of its own where the worker is root, Landlock where the kernel has it, limits of address
-space, open files, processes, file sizes and processor time, no descriptors but its channel and its output, an
-environment without credentials, and modules that are not ours (`inside/module_space.py`). Then it loads the handler
-(`inside/torchserve_handler.py`, `inside/sagemaker_script.py`) and answers batches, one at a time.
+its own, its own folder, a user of its own where the worker is root (`inside/child_users.py`), Landlock where the kernel
+has it, limits of address space, open files, processes, file sizes and processor time, no descriptors but its channel
+and its output, an environment without credentials, and modules that are not ours (`inside/module_space.py`). Then it
+loads the handler (`inside/torchserve_handler.py`, `inside/sagemaker_script.py`) and answers batches, one at a time.
 
 The worker's side: `code_host.py` owns the template and starts children, on the threads of the loads' code lane;
 `child_process.py` is one child as the step thread sees it, which it never waits for; `child_output.py` turns what a

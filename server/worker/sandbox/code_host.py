@@ -40,7 +40,6 @@ from server.settings import Settings
 from server.temporary_folders import make_folder
 from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.inside.confinement import keep_variables
-from server.worker.sandbox.inside.template import FIRST_USER
 from server.worker.sandbox.memory_use import is_folder_larger
 from server.worker.sandbox.messages import (
     MAX_PACKET,
@@ -57,7 +56,6 @@ from server.worker.sandbox.requirements import install, read_requirements
 
 PREFIX = "fleetcast-code-"
 EVERY_KEY = "*"
-USERS, SHARES = 4336, 16  #: users that no person has, and by how many workers of a host they are shared
 WARM_S, FORK_S = 120.0, 20.0  #: how long a template may take to import torch, and to fork
 END_S = 10.0  #: how long a killed process may take to end before its folder is removed all the same
 CLEANERS = 4
@@ -82,7 +80,6 @@ class CodePolicy:
     memory_bytes: int
     timeout_s: float
     threads: int = 1
-    worker: int = 0
     processes: int = 64
     install_s: float = 0.0
     program: str = SAGEMAKER_PROGRAM
@@ -101,7 +98,6 @@ class CodePolicy:
             int(settings.code_memory_bytes),
             settings.code_timeout_s,
             plan.threads,
-            plan.index,
             settings.code_processes,
             settings.code_install_s if settings.code_requirements == "install" else 0.0,
             settings.code_program,
@@ -243,7 +239,6 @@ class CodeHost:
         self._folder: Path | None = None
         self._batching: dict[str, Batching] = {}
         self._deaths: OrderedDict[ModelName, deque[float]] = OrderedDict()
-        self._users_in_use: set[int] = set()
         self._cleaners = ThreadPoolExecutor(CLEANERS, thread_name_prefix="code-end")
 
     def __repr__(self) -> str:
@@ -290,9 +285,8 @@ class CodeHost:
         ours, theirs = socket.socketpair()
         reads, writes = os.pipe()
         with theirs, self._lock:
-            user = self._take_user()
             cpu_s = self.policy.timeout_s * (self.policy.threads + 1)  # all threads' processor time counts
-            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, user=user, gpu=self.policy.gpu)
+            limits = ChildLimits(self.policy.memory_bytes, cpu_s, self.policy.processes, gpu=self.policy.gpu)
             try:
                 template = self._keep_template()
                 batching = self._find_batching(model)
@@ -300,7 +294,6 @@ class CodeHost:
                 asked = ForkChild(model, str(folder), entry, limits, *told)
                 pid, pidfd = template.fork(asked, [theirs.fileno(), writes])
             except BaseException as error:
-                self._users_in_use.discard(user or 0)
                 ours.close()
                 os.close(reads)
                 if isinstance(error, OSError):
@@ -308,7 +301,7 @@ class CodeHost:
                 raise
             finally:
                 os.close(writes)
-        release = _Release(self._cleaners, folder, user, self._users_in_use)
+        release = _Release(self._cleaners, folder)
         return ChildProcess(model, pid, pidfd, ours, reads, folder, timeout_s=self.policy.timeout_s, release=release)
 
     def follow_batching(self, models: Mapping[str, Batching | None], *, whole: bool) -> None:
@@ -366,16 +359,6 @@ class CodeHost:
                 self._folder.chmod(0o711)  # children of other users enter their own folders in it
             return self._folder
 
-    def _take_user(self) -> int | None:
-        """A user that no other child of this worker has, where this process is root."""
-        if os.geteuid() != 0:
-            return None
-        share = USERS // SHARES
-        first = FIRST_USER + self.policy.worker % SHARES * share
-        user = next((user for user in range(first, first + share) if user not in self._users_in_use), first)
-        self._users_in_use.add(user)
-        return user
-
 
 @dataclass(frozen=True, slots=True)
 class _Release:
@@ -383,11 +366,9 @@ class _Release:
 
     cleaners: ThreadPoolExecutor
     folder: Path
-    user: int | None
-    users: set[int]
 
     def __call__(self, pidfd: int) -> "Future[None]":
-        """The future of its end. INVARIANT: the user is another child's only when no process of this one is left."""
+        """The future of its end."""
         try:
             return self.cleaners.submit(self._clean, pidfd)
         except RuntimeError:  # the worker ends: the template removes all
@@ -402,7 +383,6 @@ class _Release:
             poll.poll(END_S * 1e3)
             os.close(pidfd)
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.users.discard(self.user or 0)
 
 
 def _unpack(archive: Archive, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Measures what a child takes: memory, with that of what it has started, and the disk. On any thread of a worker."""
 
+import contextlib
 import os
 import re
 import resource
@@ -105,11 +106,12 @@ def _measure_process(pid: int) -> int:
 
 
 def _list_children(pid: int) -> list[int]:
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        return [int(word) for task in tasks for word in (task / "children").read_text().split()]
-    except OSError:
-        return []
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has ended
+        for task in list(Path(f"/proc/{pid}/task").iterdir()):
+            with contextlib.suppress(OSError):  # a thread that has ended; what the others have started is still there
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def is_folder_larger(folder: Path, most_bytes: int, pid: int = 0) -> bool:

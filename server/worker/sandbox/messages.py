@@ -9,7 +9,7 @@ MAX_PACKET = 64 * 1024  #: of a message between worker and template
 
 
 class ChildLimits(Struct, frozen=True):
-    """What a child may take. `user`: None keeps ours.
+    """What a child may take.
 
     `memory_bytes`: of address space beyond what the template has. `gpu`: it may use the GPU that its worker sees, and
     its address space has no limit then, because CUDA reserves far more of it than it takes memory.
@@ -20,7 +20,6 @@ class ChildLimits(Struct, frozen=True):
     processes: int
     open_files: int = 256
     file_bytes: int = 1024 * 1024 * 1024
-    user: int | None = None
     gpu: bool = False
 
 

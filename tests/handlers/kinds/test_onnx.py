@@ -375,12 +375,13 @@ def test_a_model_leaves_no_file_open_and_no_path_in_messages() -> None:
     sound, unsound = (
         make_onnx([helper.make_node(kind, ["x"], ["y"])], ("n", 2), ("n", 2)) for kind in ("Relu", "Nonsense")
     )
+    OnnxModel(sound)  # the first one of a process has ONNX Runtime open what it keeps
     before = count_descriptors()
     loaded = OnnxModel(sound)
     with pytest.raises(ArchiveInvalid) as caught:
         OnnxModel(unsound)
     assert "/proc/" not in str(caught.value)
-    assert count_descriptors() == before
+    assert count_descriptors() <= before, "what other tests have left may close meanwhile"
     assert loaded.run({"x": np.array([[-1.0, 2.0]], np.float32)})["y"].tolist() == [[0.0, 2.0]]
 
 

@@ -20,9 +20,10 @@ from loadtest.driver.run_result import BUSY, CACHE, LOST, NO_ANSWER, NO_CONNECTI
 from loadtest.observe.processes import find_free_port
 from loadtest.observe.server_access import ServerAccess
 from tests.loadtest.peer import Peer, run_peer
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
 
 ROOT = Path(__file__).parents[3]
+WHERE_NOBODY_STALLS = " in a run in which the machine does not keep the driver or the peer waiting"
 
 
 def load(peer: Peer, model: str = "hit", rate: float = 200, seconds: float = 0.5) -> tuple[Schedule, LoadTarget]:
@@ -38,24 +39,33 @@ def test_a_stall_is_seen_by_all_who_would_have_asked() -> None:
 
     A closed loop of one connection would have seen one slow request, and a p90 as if nothing had been.
     """
-    with run_peer(Peer(stall_at=100, stall_s=0.8)) as peer:
-        run = send_schedule(*load(peer, seconds=1.5))
-    assert peer.asked == 300
-    due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
-    assert (run.latency[100:260] >= 0.8 - due - 0.001).all()
-    assert (run.sent[100:180] < run.schedule.at[100] + 0.8).all()  # those of its first half were sent within it
-    assert (run.status == 200).all()
+
+    def is_seen() -> bool:
+        with run_peer(Peer(stall_at=100, stall_s=0.8)) as peer:
+            run = send_schedule(*load(peer, seconds=1.5))
+        assert peer.asked == 300
+        assert (run.status == 200).all()
+        due = run.schedule.at[100:260] - run.schedule.at[100]  # those due within the stall, at 200/s
+        waited = (run.latency[100:260] >= 0.8 - due - 0.001).all()
+        return bool(waited and (run.sent[100:180] < run.schedule.at[100] + 0.8).all())  # its first half is sent within
+
+    wait_until(is_seen, f"it is seen{WHERE_NOBODY_STALLS}")
 
 
 @pytest.mark.slow
 def test_waits_for_a_connection_count_and_are_called_out() -> None:
     """One connection to a server that takes 20 ms cannot carry 200/s: latency grows, and the run is invalid."""
-    with run_peer(Peer(delay_s=0.02)) as peer:
-        run = send_schedule(*load(peer), connections=1)
-    assert peer.connections == 1
-    assert (run.status == 200).all()
-    assert run.latency[-1] > 1.0
-    assert [reason.endswith(NO_CONNECTION) for reason in run.invalid()] == [True]
+
+    def is_called_out() -> bool:
+        with run_peer(Peer(delay_s=0.02)) as peer:
+            run = send_schedule(*load(peer), connections=1)
+        assert peer.connections == 1
+        assert (run.status == 200).all()
+        assert run.latency[-1] > 1.0
+        (reason,) = run.invalid()
+        return reason.endswith(NO_CONNECTION)
+
+    wait_until(is_called_out, f"the reason is the connections{WHERE_NOBODY_STALLS}")
 
 
 class SlowToMake(Sequence[bytes]):
@@ -101,10 +111,10 @@ def test_what_was_never_sent_makes_a_run_invalid() -> None:
 def test_silence_counts_as_waiting() -> None:
     """Sent but not answered until the end: no answer, with the whole wait as latency, not left out."""
     with run_peer(Peer()) as peer:
-        run = send_schedule(*load(peer, "silence"), patience_s=0.3)
+        run = send_schedule(*load(peer, "silence"), patience_s=1.0)
     assert (run.status == NO_ANSWER).all()
     assert not np.isnan(run.sent).any()
-    assert run.latency.min() > 0.25
+    assert run.latency.min() > 0.9
 
 
 @pytest.mark.slow
@@ -152,10 +162,14 @@ def lack_descriptors() -> None:
 @pytest.mark.slow
 def test_connections_are_kept() -> None:
     """A server that answers between two requests sees far fewer connections than requests."""
-    with run_peer(Peer()) as peer:
-        send_schedule(*load(peer))
-    assert peer.asked == 100
-    assert peer.connections < 20
+
+    def are_few() -> bool:
+        with run_peer(Peer()) as peer:
+            send_schedule(*load(peer))
+        assert peer.asked == 100
+        return peer.connections < 20
+
+    wait_until(are_few, f"connections are kept{WHERE_NOBODY_STALLS}")
 
 
 @pytest.mark.slow

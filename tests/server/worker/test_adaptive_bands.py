@@ -14,7 +14,7 @@ from model_store.archives.archive import Archive, open_archive
 from model_store.cache.slots import Slot, State
 from model_store.names import ModelName, at_version
 from server.bands.adaptive_offsets import BandShape
-from server.ipc.operations import BandOffsets
+from server.ipc.operations import BandOffsets, KeptLevels
 from server.worker import adaptive_bands
 from server.worker.adaptive_bands import AdaptiveBands, find_shape
 from tests.e2e.forecasters import HISTORY as PATHS_HISTORY
@@ -95,7 +95,7 @@ def test_a_version_that_an_alias_or_a_rollback_names_has_its_archives_offsets() 
     np.testing.assert_array_equal(held.answer()[0], plain)
     for loaded in (newest, held):
         bands.keep(loaded.slot, "", [AnsweredLevels(0, bytes(12))])
-    assert [(each.model, each.version) for each in bands.take().forecasts] == [("m.mar", "v2"), ("m.mar", "v1")]
+    assert [(each.model, each.version) for each in bands.take([]).forecasts] == [("m.mar", "v2"), ("m.mar", "v1")]
     bands.forget(newest.slot)
     bands.follow(tell(shape), whole=True)
     np.testing.assert_array_equal(held.answer()[0], shifted)
@@ -119,16 +119,47 @@ def test_the_last_answer_of_a_start_is_kept_and_all_is_bounded(monkeypatch: pyte
     loaded, bands = Loaded(), AdaptiveBands(now=lambda: 7.0)
     bands.equip(loaded.slot, loaded.codec)
     bands.keep(loaded.slot, "desk", [AnsweredLevels(0, b"a" * 12), AnsweredLevels(0, b"b" * 12)])
-    (forecast,) = bands.take().forecasts
+    first = bands.take([])
+    (forecast,) = first.forecasts
     assert (forecast.quantiles, forecast.client, forecast.asked_at, forecast.version) == (b"b" * 12, "desk", 7, "v1")
     monkeypatch.setattr(adaptive_bands, "MOST_KEPT_BYTES", 100)
     bands.keep(loaded.slot, "", [AnsweredLevels(start, bytes(12)) for start in range(20)])
-    taken = bands.take()
+    taken = bands.take([first.receipt])
     assert (len(taken.forecasts), taken.dropped) == (8, 12)
-    assert bands.take().dropped == 0
+    assert bands.take([taken.receipt]).dropped == 0
     bands.forget(loaded.slot)
     bands.keep(loaded.slot, "", [AnsweredLevels(0, bytes(12))])
-    assert bands.take().forecasts == []
+    assert bands.take([]).forecasts == []
+
+
+def test_what_was_handed_over_in_vain_is_handed_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor waits for no worker for long, and has nothing of an answer that comes too late. Newer forecasts
+    have the room first, and replace those of the same start.
+    """
+
+    def list_starts(taken: KeptLevels) -> list[tuple[int, bytes]]:
+        return [(each.start, each.quantiles[:1]) for each in taken.forecasts]
+
+    loaded, bands = Loaded(), AdaptiveBands(now=lambda: 7.0)
+    bands.equip(loaded.slot, loaded.codec)
+    bands.keep(loaded.slot, "", [AnsweredLevels(start, b"a" * 12) for start in (0, 1, 2)])
+    expected = [(0, b"a"), (1, b"a"), (2, b"a")]
+    assert list_starts(bands.take([])) == expected
+    assert list_starts(bands.take(["another's"])) == expected
+    bands.keep(loaded.slot, "", [AnsweredLevels(start, b"b" * 12) for start in (1, 3)])
+    taken = bands.take([])
+    assert (list_starts(taken), taken.dropped) == ([(0, b"a"), (2, b"a"), (1, b"b"), (3, b"b")], 0)
+    bands.keep(loaded.slot, "", [AnsweredLevels(4, b"c" * 12)])
+    monkeypatch.setattr(adaptive_bands, "MOST_KEPT_BYTES", 40)
+    taken = bands.take([])
+    assert (list_starts(taken), taken.dropped) == ([(1, b"b"), (3, b"b"), (4, b"c")], 2)
+    taken = bands.take([])
+    assert (list_starts(taken), taken.dropped) == ([(1, b"b"), (3, b"b"), (4, b"c")], 2), "of the same forecasts"
+    monkeypatch.setattr(adaptive_bands, "MOST_KEPT", 2)
+    taken = bands.take([])
+    assert (list_starts(taken), taken.dropped) == ([(3, b"b"), (4, b"c")], 3)
+    assert bands.take([taken.receipt]).forecasts == []
+    assert bands.take([]).forecasts == []
 
 
 def test_archives_without_bands_are_left_alone() -> None:
@@ -169,7 +200,7 @@ def test_each_product_is_shifted_as_told_of_it_alone() -> None:
     np.testing.assert_array_equal(shifted[0], plain[0])
     np.testing.assert_allclose(shifted[1], expected[1], rtol=1e-5)
     bands.keep(loaded.slot, "desk", kept)
-    (forecast,) = bands.take().forecasts
+    (forecast,) = bands.take([]).forecasts
     assert (forecast.model, forecast.products, forecast.steps) == ("m.mar", ("energy", "reserve"), HORIZON)
     for product, levels in zip(forecast.split(), shifted, strict=True):
         np.testing.assert_array_equal(np.frombuffer(product.quantiles, np.float32).reshape(HORIZON, 3), levels)
@@ -210,12 +241,15 @@ def test_forecasts_of_products_are_bounded_by_all_their_levels(monkeypatch: pyte
     bands.equip(loaded.slot, loaded.codec)
     monkeypatch.setattr(adaptive_bands, "MOST_FORECAST_BYTES", 12)
     bands.keep(loaded.slot, "", [AnsweredLevels(0, bytes(24)), AnsweredLevels(1, bytes(48))])
-    taken = bands.take()
+    taken = bands.take([])
     assert ([each.start for each in taken.forecasts], taken.dropped) == ([0], 2)
     monkeypatch.setattr(adaptive_bands, "MOST_KEPT_BYTES", 2 * (24 + len("energy" + "reserve")) + 36)
     bands.keep(loaded.slot, "", [AnsweredLevels(start, bytes(24)) for start in range(3)])
-    taken = bands.take()
+    taken = bands.take([taken.receipt])
     assert (len(taken.forecasts), taken.dropped) == (2, 2)
+    bands.keep(loaded.slot, "", [AnsweredLevels(3, bytes(24))])  # what is handed over again has less room beside it
+    taken = bands.take([])
+    assert ([each.start for each in taken.forecasts], taken.dropped) == ([1, 3], 4)
 
 
 def test_paths_follow_prices_by_their_ranks() -> None:

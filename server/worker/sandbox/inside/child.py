@@ -60,22 +60,26 @@ LOADERS: dict[str, Callable[[ForkChild, Path], LoadedHandler]] = {
 }
 
 
-def run_child(asked: ForkChild, channel: int, output: int, *, use_landlock: bool, keep_reading: bool) -> NoReturn:
-    """Be the child, from the fork to the end of the process."""
+def run_child(
+    asked: ForkChild, user: int | None, channel: int, output: int, *, use_landlock: bool, keep_reading: bool
+) -> NoReturn:
+    """Be the child, from the fork to the end of the process. `user`: whom it becomes; None keeps the template's."""
     try:
         worker = keep_descriptors(channel, output)
-        _become_child(asked, worker, use_landlock=use_landlock, keep_reading=keep_reading)
+        _become_child(asked, user, worker, use_landlock=use_landlock, keep_reading=keep_reading)
     except BaseException:  # nothing may return to the template's loop
         traceback.print_exc()
     finally:
         os._exit(FAILED)
 
 
-def _become_child(asked: ForkChild, worker: socket.socket, *, use_landlock: bool, keep_reading: bool) -> None:
+def _become_child(
+    asked: ForkChild, user: int | None, worker: socket.socket, *, use_landlock: bool, keep_reading: bool
+) -> None:
     folder = Path(asked.folder)
     _say_where_it_ends()
     try:
-        confine(folder, asked.limits, use_landlock=use_landlock, keep_reading=keep_reading)
+        confine(folder, asked.limits, user, use_landlock=use_landlock, keep_reading=keep_reading)
         module_space.enter(folder / "model", asked.entry.folder, asked.packages)
         _set_threads(asked.threads)
         handler = LOADERS[asked.entry.style](asked, folder / "model")

@@ -54,8 +54,8 @@ def keep_variables(variables: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name in KEPT_VARIABLES or name.startswith("LC_")}
 
 
-def confine(folder: Path, limits: ChildLimits, *, use_landlock: bool, keep_reading: bool) -> None:
-    """Give up everything but the folder, the channel and the output. Raises OSError, LandlockError.
+def confine(folder: Path, limits: ChildLimits, user: int | None, *, use_landlock: bool, keep_reading: bool) -> None:
+    """Give up all but the folder, the channel and the output, and become the user. Raises OSError, LandlockError.
 
     `keep_reading`: another user may not read the packages: the child keeps root's right to read, under Landlock.
     """
@@ -65,15 +65,15 @@ def confine(folder: Path, limits: ChildLimits, *, use_landlock: bool, keep_readi
     Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
-    if limits.user is not None:
-        _change_user(folder, limits.user, keep_reading=keep_reading)
+    if user is not None:
+        _change_user(folder, user, keep_reading=keep_reading)
     libc = ctypes.CDLL(None)
     libc.prctl(_SET_DUMPABLE, 1)  # else its /proc would be root's, and torch could not read its own
     libc.prctl(_SET_PDEATHSIG, int(signal.SIGKILL))  # a change of the user clears it
     libc.prctl(_SET_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     os.chdir(folder / "model")
     _set_variables(folder, gpu=limits.gpu)
-    _set_limits(limits)
+    _set_limits(limits, shares_user=user is None)
     if use_landlock:
         readable = [*map(Path, SYSTEM_PATHS), Path(f"/proc/{os.getpid()}"), *python_paths()]
         devices = Path("/dev").glob(GPU_DEVICES) if limits.gpu else []
@@ -151,12 +151,12 @@ def _set_variables(folder: Path, *, gpu: bool) -> None:
     os.environ.update(kept, HOME=str(folder), TMPDIR=str(folder / "tmp"))
 
 
-def _set_limits(limits: ChildLimits) -> None:
+def _set_limits(limits: ChildLimits, *, shares_user: bool) -> None:
     space = _address_space() + limits.memory_bytes + MORE_MEMORY_BYTES
     for which, most in (
         *(() if limits.gpu else ((resource.RLIMIT_AS, space),)),
         (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_NPROC, limits.processes + (_count_own_threads() if limits.user is None else 0)),
+        (resource.RLIMIT_NPROC, limits.processes + (_count_own_threads() if shares_user else 0)),
         (resource.RLIMIT_FSIZE, limits.file_bytes),
         (resource.RLIMIT_CORE, 0),
     ):

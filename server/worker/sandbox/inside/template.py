@@ -23,6 +23,7 @@ from typing import Any
 
 from server.worker.sandbox.inside import landlock, torchserve_package
 from server.worker.sandbox.inside.child import run_child
+from server.worker.sandbox.inside.child_users import FIRST_USER, ChildUsers
 from server.worker.sandbox.inside.confinement import python_paths, set_subreaper
 from server.worker.sandbox.inside.module_space import index_modules
 from server.worker.sandbox.messages import (
@@ -36,15 +37,16 @@ from server.worker.sandbox.messages import (
 
 SWEEP_MS = 250  #: how often processes that children left behind are looked for
 REAP_S = 0.002  #: between two looks at processes that have been killed
-FIRST_USER = 61184  #: the first of the users that no person has, as systemd's DynamicUser
 
 
 class Template:
-    """See the module. `children`: the living ones, pid -> pidfd."""
+    """See the module. `children`: the living ones, pid -> pidfd. INVARIANT: a user is free when nothing runs as it."""
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
         self._children: dict[int, int] = {}
+        self._users = ChildUsers() if os.geteuid() == 0 else None
+        self._user_of: dict[int, int] = {}  # of the same children, where each has one
         self._landlock = landlock.find_version()
         self._unreadable = ""  # by other users, of Python and the packages
 
@@ -75,6 +77,8 @@ class Template:
         for pid in list(self._children):
             os.kill(pid, signal.SIGKILL)
             self._bury(pid)
+        if self._users is not None:
+            self._users.close()
 
     def _obey(self) -> bool:
         """Do one thing that the worker says; False when it has gone."""
@@ -94,12 +98,24 @@ class Template:
 
     def _fork(self, asked: ForkChild, channel: int, output: int) -> int:
         """The pid of a new child. In the child this does not return."""
-        pid = os.fork()
+        user = None if self._users is None else self._users.take()
+        try:
+            pid = os.fork()
+        except OSError:
+            self._free_user(user)
+            raise
         if pid == 0:
             self._control.detach()  # its descriptor is closed by number, and may be another's then
-            run_child(asked, channel, output, use_landlock=self._landlock > 0, keep_reading=bool(self._unreadable))
+            use_landlock, keep_reading = self._landlock > 0, bool(self._unreadable)
+            run_child(asked, user, channel, output, use_landlock=use_landlock, keep_reading=keep_reading)
         self._children[pid] = os.pidfd_open(pid)
+        if user is not None:
+            self._user_of[pid] = user
         return pid
+
+    def _free_user(self, user: int | None) -> None:
+        if self._users is not None and user is not None:
+            self._users.give_back(user)
 
     def _bury(self, pid: int) -> None:
         """The child is dead or dying: kill its group, reap it, and kill what it leaves behind.
@@ -114,6 +130,7 @@ class Template:
         os.waitpid(pid, 0)
         os.close(self._children.pop(pid))
         self._kill_orphans()
+        self._free_user(self._user_of.pop(pid, None))
 
     def _kill_orphans(self) -> None:
         """Kill processes whose parents, children of archives, have ended: this process has adopted them.

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,14 @@ from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
 from server.worker.model_loader import LoadedModel, LoadSteps, StartCode
+from server.worker.sandbox.child_process import ChildProcess
 from server.worker.sandbox.code_host import CodeHost
 from server.worker.scheduler import Job, Scheduler
 from server.worker.step_loop import StepLoop
+from tests.patience import PATIENCE_S
 from tests.server.worker.long_jobs import make_unsliced_jobs
 from tests.server.worker.sandbox.code_archives import is_alive, make_code_archive
+from tests.server.worker.sandbox.conftest import run_host
 from tests.server.worker.test_step_loop import SLAB, FakeLoader, Front, let_loop_run
 
 pytestmark = pytest.mark.slow
@@ -37,6 +40,20 @@ def handle(data, context):
     return [len(data)] * len(data)
 """
 
+
+#: Says its pid; `wait`: when its folder has a file `go`; `die`: it ends.
+WAITER = """
+import os, time
+def handle(data, context):
+    if data is None:
+        return None
+    for row in data:
+        if row["body"] == "die":
+            os._exit(1)
+        while row["body"] == "wait" and not os.path.exists(os.path.join(os.environ["HOME"], "go")):
+            time.sleep(0.005)
+    return [os.getpid()] * len(data)
+"""
 
 SPLITTER = """
 def handle(data, context):
@@ -134,7 +151,28 @@ def play(
     asyncio.run(run())
 
 
-def test_code_that_waits_for_memory_lets_others_go_first(host: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def patient() -> Iterator[CodeHost]:
+    """Children that may wait for as long as the test does."""
+    yield from run_host(PATIENCE_S)
+
+
+def list_children(steps: StepLoop, model: str) -> list[ChildProcess]:
+    """The processes of a model; none where it is not loaded."""
+    return [
+        child
+        for slot, replicas in steps._residents.children.items()
+        if slot.model == model
+        for child in replicas.children
+    ]
+
+
+def let_go(child: ChildProcess) -> None:
+    """Let the request that waits in this process be answered."""
+    (child.folder / "go").write_text("")
+
+
+def test_code_that_waits_for_memory_lets_others_go_first(patient: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """One child is busy and cannot go; another waits for its room; a row behind that is loaded and answered."""
     monkeypatch.setattr(code_batches, "SAMPLE_S", 1e9)  # children are charged what the test says
 
@@ -143,35 +181,38 @@ def test_code_that_waits_for_memory_lets_others_go_first(host: CodeHost, monkeyp
         rows.send("a/row")  # what its family needs once is made before the clock counts
         await rows.settled()
         await steps.unload(ModelName("a/row"))
-        front.ask(1, "code/busy", 2.5)
+        front.ask(1, "code/busy", "wait")
         await let_loop_run(lambda: "code/busy" in {row["model"] for row in steps.describe() if row["state"] == "ready"})
-        front.ask(2, "code/waits", 0)
+        front.ask(2, "code/waits", "pid")
         await let_loop_run(lambda: len(steps._loads.built) == 1)
         rows.send("a/row")
         await rows.settled()
         assert len(rows.answers) == 2
         assert front.answers == {}
+        (busy,) = list_children(steps, "code/busy")
+        let_go(busy)
         await let_loop_run(lambda: len(front.answers) == 2)
 
-    play(host, scenario)
+    play(patient, scenario, handler=WAITER)
 
 
-def test_a_request_is_told_its_deadline_while_the_code_runs_on(host: CodeHost) -> None:
+def test_a_request_is_told_its_deadline_while_the_code_runs_on(patient: CodeHost) -> None:
     """The child is not ended for it, and answers the next one."""
 
     async def scenario(steps: StepLoop, front: CodeFront) -> None:
-        front.ask(1, "code/slow", 0)
+        front.ask(1, "code/slow", "pid")
         await let_loop_run(lambda: 1 in front.answers)
-        (pid,) = (row["pid"] for row in steps.describe())
-        front.ask(2, "code/slow", 1.0, deadline_s=0.2)
-        front.ask(3, "code/slow", 0)
+        (child,) = list_children(steps, "code/slow")
+        front.ask(2, "code/slow", "wait", deadline_s=0.2)
+        front.ask(3, "code/slow", "pid")
         await let_loop_run(lambda: 2 in front.refusals)
         assert front.refusals[2].situation is Situation.DEADLINE
         assert 3 not in front.answers
+        let_go(child)
         await let_loop_run(lambda: 3 in front.answers)
-        assert [row["pid"] for row in steps.describe()] == [pid]
+        assert [row["pid"] for row in steps.describe()] == [child.pid]
 
-    play(host, scenario)
+    play(patient, scenario, handler=WAITER)
 
 
 def test_requests_of_a_child_that_dies_are_refused_and_the_next_starts_another(host: CodeHost) -> None:

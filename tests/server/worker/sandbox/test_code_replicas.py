@@ -13,26 +13,12 @@ from server.worker.step_loop import StepLoop
 from tests.patience import PATIENCE_S
 from tests.server.worker.sandbox.code_archives import is_alive
 from tests.server.worker.sandbox.conftest import run_host
-from tests.server.worker.sandbox.test_code_batches import CodeFront, CodeLoader, play
+from tests.server.worker.sandbox.test_code_batches import WAITER, CodeFront, CodeLoader, let_go, list_children, play
 from tests.server.worker.test_step_loop import let_loop_run, list_resident
 
 pytestmark = pytest.mark.slow
 
 MODEL = ModelName("code/m")
-
-#: Says its pid; `wait`: when its folder has a file `go`; `die`: it ends.
-WAITER = """
-import os, time
-def handle(data, context):
-    if data is None:
-        return None
-    for row in data:
-        if row["body"] == "die":
-            os._exit(1)
-        while row["body"] == "wait" and not os.path.exists(os.path.join(os.environ["HOME"], "go")):
-            time.sleep(0.005)
-    return [os.getpid()] * len(data)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,28 +33,13 @@ def measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(code_batches, "SAMPLE_S", 1e9)
 
 
-def list_children(steps: StepLoop, model: str = MODEL) -> list[ChildProcess]:
-    """The processes of a model; none where it is not loaded."""
-    return [
-        child
-        for slot, replicas in steps._residents.children.items()
-        if slot.model == model
-        for child in replicas.children
-    ]
-
-
-def let_go(child: ChildProcess) -> None:
-    """Let the request that waits in this process be answered."""
-    (child.folder / "go").write_text("")
-
-
 async def scale(steps: StepLoop, front: CodeFront, count: int) -> list[ChildProcess]:
     """Load the model and give it so many processes, as far as they have room."""
     front.ask(1000, MODEL, "pid")
     await let_loop_run(lambda: 1000 in front.answers)
     steps.replicas.follow_counts({MODEL: count}, whole=False)
-    assert await steps.replicas.wait_settled(MODEL) == len(list_children(steps))
-    return list_children(steps)
+    assert await steps.replicas.wait_settled(MODEL) == len(list_children(steps, MODEL))
+    return list_children(steps, MODEL)
 
 
 def test_a_slow_request_does_not_block_the_next(host: CodeHost) -> None:
@@ -106,13 +77,13 @@ def test_busy_processes_end_after_their_batch(host: CodeHost) -> None:
             front.ask(ident, MODEL, "wait")
         await let_loop_run(lambda: all(child.is_busy for child in children))
         steps.replicas.follow_counts({}, whole=True)
-        assert list_children(steps) == children
+        assert list_children(steps, MODEL) == children
         for child in children:
             let_go(child)
         await let_loop_run(lambda: len(front.answers) == len(children) + 2)
         assert front.refusals == {}
         assert {int(front.answers[ident]) for ident in range(len(children))} == {child.pid for child in children}
-        assert len(list_children(steps)) == 1
+        assert len(list_children(steps, MODEL)) == 1
 
     play(host, scenario, handler=WAITER, slabs=20)
 
@@ -126,13 +97,13 @@ def test_a_death_costs_one_batch_and_the_next_request_starts_another(host: CodeH
         front.ask(2, MODEL, "die")
         await let_loop_run(lambda: 2 in front.refusals)
         assert "Worker died" in front.refusals[2].detail.message
-        assert list_children(steps) == [first]
+        assert list_children(steps, MODEL) == [first]
         let_go(first)
         front.ask(3, MODEL, "pid")
         await let_loop_run(lambda: {1, 3} <= front.answers.keys())
         assert await steps.replicas.wait_settled(MODEL) == 2
         assert front.refusals.keys() == {2}
-        assert second.pid not in {child.pid for child in list_children(steps)}
+        assert second.pid not in {child.pid for child in list_children(steps, MODEL)}
 
     play(host, scenario, handler=WAITER, slabs=8)
 
@@ -147,7 +118,7 @@ def test_replicas_take_the_place_of_idle_models_alone(host: CodeHost) -> None:
         assert (len(children), list_resident(steps)) == (2, {MODEL})
         front.ask(2, MODEL, "pid")
         await let_loop_run(lambda: 2 in front.answers)
-        assert len(list_children(steps)) == 2, "it is not tried again at once"
+        assert len(list_children(steps, MODEL)) == 2, "it is not tried again at once"
 
     play(host, scenario, handler=WAITER, slabs=7)
 
@@ -160,7 +131,7 @@ def test_grown_replicas_go_before_their_model(host: CodeHost) -> None:
         second.charge *= 2
         (slot,) = steps._residents.children
         steps._residents.recharge(slot, first.charge + second.charge)
-        assert list_children(steps) == [first]
+        assert list_children(steps, MODEL) == [first]
         front.ask(1, MODEL, "pid")
         await let_loop_run(lambda: 1 in front.answers)
         assert int(front.answers[1]) == first.pid

@@ -1,6 +1,7 @@
 """What a child takes: memory, measured again where it has done something, and the disk, with files that are deleted."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,31 @@ for line in sys.stdin:
         assert len(measured) == 3
         child.stdin.close()
     assert sampler.measure([], now=40.0) == {}
+
+
+@pytest.mark.slow
+def test_threads_that_end_meanwhile_hide_nothing() -> None:
+    """A child that starts threads all the time is measured with what it has started: one of them has often ended
+    between the list of them and the look at it.
+    """
+    code = """
+import os, threading, time
+if os.fork() == 0:
+    held = bytearray(b"x") * 40_000_000
+    os.write(1, b"held\\n")
+    time.sleep(1000)
+while True:
+    threads = [threading.Thread(target=time.sleep, args=(0.001,)) for _ in range(20)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True) as child:
+        assert child.stdout is not None
+        try:
+            assert child.stdout.readline() == b"held\n"
+            sizes = [measure_memory(child.pid) for _ in range(200)]
+        finally:
+            os.killpg(child.pid, signal.SIGKILL)
+    assert min(sizes) >= 40_000_000

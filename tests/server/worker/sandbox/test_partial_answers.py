@@ -2,16 +2,19 @@
 
 import asyncio
 import struct
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from server.code_messages import MAX_PARTS, CodeAnswer, CodeRequest
+from server.worker.sandbox import child_output
 from server.worker.sandbox.child_process import ChildEnded
 from server.worker.sandbox.code_host import CodeHost
 from server.worker.sandbox.inside.partial_answers import PartialAnswers
 from tests.patience import PATIENCE_S
 from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
+from tests.server.worker.test_step_loop import let_loop_run
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +46,7 @@ def handle(data, context):
         try:
             send_intermediate_predict_response(answers, context.request_ids, "", 200, context)
         except ValueError as error:
-            print(error)
+            print(error, flush=True)
     threading.Thread(target=late).start()
     return [f"{word}." for word in words]
 """
@@ -61,8 +64,10 @@ async def ask(child: Asker, *words: str, streams: tuple[bool, ...]) -> tuple[Any
     return await asyncio.wait_for(done, PATIENCE_S), parts
 
 
-def test_parts_come_before_the_answers_or_joined_with_them(host: CodeHost) -> None:
+def test_parts_come_before_the_answers_or_joined_with_them(host: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """As each request wants; requests of a batch may have the same id. What comes too late is refused in the child."""
+    said: list[str] = []
+    monkeypatch.setattr(child_output, "log", SimpleNamespace(info=lambda _, **fields: said.append(fields["text"])))
 
     async def test() -> None:
         child = Asker(start(host, make_code_archive(HANDLER)))
@@ -70,7 +75,7 @@ def test_parts_come_before_the_answers_or_joined_with_them(host: CodeHost) -> No
         assert [(index, part.body) for index, part in parts] == [(0, b"a0 "), (0, b"a1 "), (0, b"a2 ")]
         assert [part.content_type for _, part in parts] == ["text/x-words"] * 3
         assert [answer.body for answer in outcome] == [b"a.", b"b0 b1 b2 b."]
-        await asyncio.sleep(0.1)  # the late part, of a thread
+        await let_loop_run(lambda: any("this one has returned" in line for line in said))
         outcome, parts = await ask(child, "c", streams=(False,))
         assert (outcome[0].body, outcome[0].content_type, parts) == (b"c0 c1 c2 c.", "text/x-words", [])
         await child.close()
