@@ -241,10 +241,10 @@ class LoadLanes:
                 outcome = next(run.steps)
         except StopIteration as end:
             outcome = end.value
-        except LoadError as error:
-            outcome = error
+        except LoadError as error:  # no variable keeps it: its traceback holds this frame, and the archive's bytes
+            return error, time.perf_counter() - started
         except Exception as error:  # a bug of ours must cost one model, not the worker
-            outcome = unexpected(run.model, error)
+            return unexpected(run.model, error), time.perf_counter() - started
         return outcome, time.perf_counter() - started
 
     def _pass_on(self, lane: Lane, run: LoadRun, end: StepEnd) -> None:

@@ -151,6 +151,8 @@ class ModelLoader:
         """Find and verify; everything but the golden sample of a row, which needs the device. Raises LoadError.
 
         An archive that is invalid because it was damaged on its way is fetched again, at most REPAIRS times.
+        INVARIANT: no variable here keeps an error. Its traceback holds this frame, and so the archive's bytes, which
+        would then stay until the garbage collector comes.
         """
         name, version = split_version(model)
         if version:
@@ -167,21 +169,20 @@ class ModelLoader:
                 with timing_part("build"):
                     built = self._build_fetched(model, found)
             except LoadError as error:
-                problem = error
+                fresh = None
+                if repairs_left and isinstance(error, ArchiveInvalid) and self._store.may_be_damaged(found):
+                    yield AskStore(has_copy=False)
+                    with timing_part("store"):
+                        fresh = self._store.repair(model, found)
+                if fresh is None:
+                    self._store.forget(model)
+                    raise
+                found = fresh
+                yield BuildFetched(found.stale, found.size)
             else:
                 del found  # a process may take long to start, and its archive's bytes are not needed for that
                 return built if isinstance(built, LoadedModel) else (yield from self._start_code(model, built))
-            if not (repairs_left and isinstance(problem, ArchiveInvalid) and self._store.may_be_damaged(found)):
-                break
-            yield AskStore(has_copy=False)
-            with timing_part("store"):
-                fresh = self._store.repair(model, found)
-            if fresh is None:
-                break
-            found = fresh
-            yield BuildFetched(found.stale, found.size)
-        self._store.forget(model)
-        raise problem
+        raise AssertionError("the last time is without repair: it returns or raises")
 
     def _load_version(self, model: ModelName, name: ModelName, version: str) -> LoadSteps:
         """The same for `model`, which is a version of the archive `name`."""

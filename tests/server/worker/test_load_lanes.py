@@ -1,7 +1,9 @@
 """The lanes of loads, with a clock and a store of the test's own: who asks, who waits, and who waits for nobody."""
 
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -175,6 +177,38 @@ def test_keys_that_hang_keep_no_model_waiting_that_is_on_disk() -> None:
         assert owner.tiers()["a/hung7"] == "store"
 
     play(scenario)
+
+
+class HeldBytes:
+    """Stands for an archive, which a load holds while it builds."""
+
+
+@pytest.mark.parametrize("error", [ArchiveInvalid("broken"), ValueError("a bug of ours")])
+def test_a_load_that_failed_leaves_nothing_to_the_collector(error: Exception) -> None:
+    """An error that a frame of its own traceback kept would hold the archive's bytes until the collector comes."""
+
+    async def scenario(owner: Owner, store: HeldStore) -> None:
+        watched = list[weakref.ref[HeldBytes]]()
+
+        def build(model: ModelName, *, revalidate: bool = False) -> LoadedModel:
+            del model, revalidate
+            held = HeldBytes()
+            watched.append(weakref.ref(held))
+            raise type(error)(*error.args)
+
+        store.build = build  # type: ignore[method-assign]
+        store.fresh.add("a/broken")
+        owner.start("a/broken")
+        await let_loop_run(lambda: "a/broken" in owner.ended)
+        assert isinstance(owner.ended.pop("a/broken"), LoadError)
+        await let_loop_run(lambda: not owner.lanes.disk.running)
+        await let_loop_run(lambda: watched[0]() is None)
+
+    gc.disable()
+    try:
+        play(scenario)
+    finally:
+        gc.enable()
 
 
 def test_all_that_ends_is_told_though_one_end_fails() -> None:

@@ -1,5 +1,6 @@
 """Archives that are damaged on their way from the store: fetched again, a bounded number of times, and never served."""
 
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,7 +12,7 @@ from structlog.testing import capture_logs
 from handlers.base import Family
 from handlers.kinds import RowModel, Target
 from handlers.work import SessionLimits, WorkLimits
-from model_store.archives.archive import Limits
+from model_store.archives.archive import Archive, Limits
 from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName
 from model_store.stores.disk_cache import DiskTier
@@ -86,6 +87,27 @@ def test_a_broken_upload_is_not_fetched_in_vain(odd: OddS3, tags: Tags, download
     with pytest.raises(ArchiveInvalid):
         run_load(make_loader().load(NAME))
     assert len(odd.requests) == downloads
+
+
+@pytest.mark.parametrize("damages", [0, 1])
+def test_a_load_that_failed_leaves_no_archive_to_the_collector(odd: OddS3, damages: int) -> None:
+    """Neither of a broken upload, nor of bytes that were damaged on their way and fetched again."""
+    odd.objects[NAME], odd.habits.tags = repack(DATA, weights_safetensors=b"nothing"), "weak"
+    loader, before = make_loader(), count_archives()
+    gc.disable()
+    try:
+        odd.habits.damages = damages
+        with pytest.raises(ArchiveInvalid) as caught:
+            run_load(loader.load(NAME))
+        del caught
+        assert count_archives() == before
+    finally:
+        gc.enable()
+
+
+def count_archives() -> int:
+    """The archives that this process holds."""
+    return sum(isinstance(each, Archive) for each in gc.get_objects())
 
 
 @pytest.mark.slow
