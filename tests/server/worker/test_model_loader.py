@@ -1,6 +1,7 @@
 """Archives that are damaged on their way from the store: fetched again, a bounded number of times, and never served."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -100,14 +101,14 @@ def test_a_load_that_failed_leaves_no_archive_to_the_collector(odd: OddS3, damag
         with pytest.raises(ArchiveInvalid) as caught:
             run_load(loader.load(NAME))
         del caught
-        assert count_archives() == before
+        assert count_archives() <= before  # fewer where a thread of another test lets go of one
     finally:
         gc.enable()
 
 
 def count_archives() -> int:
-    """The archives that this process holds."""
-    return sum(isinstance(each, Archive) for each in gc.get_objects())
+    """The archives that this process holds. Other objects are asked nothing: some of torch's warn at the first look."""
+    return Counter(map(type, gc.get_objects()))[Archive]
 
 
 @pytest.mark.slow
