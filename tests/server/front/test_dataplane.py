@@ -124,13 +124,19 @@ def test_a_dead_worker_costs_one_more_try() -> None:
     asyncio.run(scenario())
 
 
+def make_deserted_plane() -> DataPlane:
+    """A plane whose only worker has died."""
+    made = make_plane()
+    made.note_up(0)
+    made.router.worker_down(0)
+    return made
+
+
 def test_requests_wait_for_the_next_worker_where_all_have_died(monkeypatch: pytest.MonkeyPatch) -> None:
     """New ones too, up to a number of them and for a time."""
 
     async def scenario() -> None:
-        made = make_plane()
-        made.note_up(0)
-        made.router.worker_down(0)
+        made = make_deserted_plane()
         waiting = asyncio.ensure_future(made.infer(make_request(b"x")))
         await asyncio.sleep(0)
         monkeypatch.setattr(dataplane, "MOST_WAITING", 1)
@@ -149,9 +155,7 @@ def test_no_request_waits_for_a_worker_where_the_supervisor_has_died() -> None:
     """Nobody would start one: who waits already and who comes is refused at once."""
 
     async def scenario() -> None:
-        made = make_plane()
-        made.note_up(0)
-        made.router.worker_down(0)
+        made = make_deserted_plane()
         waiting = asyncio.ensure_future(made.infer(make_request(b"x")))
         await asyncio.sleep(0)
         assert not waiting.done()

@@ -26,7 +26,7 @@ class Channel:
         return KeptLevels([], 1, f"{self.name}{len(self.asked)}")
 
 
-def fail(error: BaseException) -> Callable[[], object]:
+def make_failing(error: BaseException) -> Callable[[], object]:
     """What raises this."""
 
     def raise_error() -> None:
@@ -47,9 +47,9 @@ def test_a_receipt_is_sent_of_what_has_arrived() -> None:
         return [taken.receipt for taken in asyncio.run(rollout.take_forecasts())]
 
     assert (take(), channels[0].asked[-1]) == (["a1", "b1"], [])
-    channels[0].before = fail(TimeoutError())
+    channels[0].before = make_failing(TimeoutError())
     assert (take(), channels[0].asked[-1]) == (["b2"], ["a1", "b1"])
-    channels[0].before = fail(ChannelClosed())
+    channels[0].before = make_failing(ChannelClosed())
     assert (take(), channels[1].asked[-1]) == (["b3"], ["a1", "b2"])
     channels[0].before = children[1].ready.clear
     assert take() == ["a4"], "the other one has ended before it was asked"

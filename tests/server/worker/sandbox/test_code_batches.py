@@ -152,8 +152,8 @@ def play(
 
 
 @pytest.fixture(scope="module")
-def patient() -> Iterator[CodeHost]:
-    """Children that may wait for as long as the test does."""
+def slow_host() -> Iterator[CodeHost]:
+    """One whose children may wait for as long as the test does."""
     yield from run_host(PATIENCE_S)
 
 
@@ -172,7 +172,9 @@ def let_go(child: ChildProcess) -> None:
     (child.folder / "go").write_text("")
 
 
-def test_code_that_waits_for_memory_lets_others_go_first(patient: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_waits_for_memory_lets_others_go_first(
+    slow_host: CodeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One child is busy and cannot go; another waits for its room; a row behind that is loaded and answered."""
     monkeypatch.setattr(code_batches, "SAMPLE_S", 1e9)  # children are charged what the test says
 
@@ -193,10 +195,10 @@ def test_code_that_waits_for_memory_lets_others_go_first(patient: CodeHost, monk
         let_go(busy)
         await let_loop_run(lambda: len(front.answers) == 2)
 
-    play(patient, scenario, handler=WAITER)
+    play(slow_host, scenario, handler=WAITER)
 
 
-def test_a_request_is_told_its_deadline_while_the_code_runs_on(patient: CodeHost) -> None:
+def test_a_request_is_told_its_deadline_while_the_code_runs_on(slow_host: CodeHost) -> None:
     """The child is not ended for it, and answers the next one."""
 
     async def scenario(steps: StepLoop, front: CodeFront) -> None:
@@ -212,7 +214,7 @@ def test_a_request_is_told_its_deadline_while_the_code_runs_on(patient: CodeHost
         await let_loop_run(lambda: 3 in front.answers)
         assert [row["pid"] for row in steps.describe()] == [child.pid]
 
-    play(patient, scenario, handler=WAITER)
+    play(slow_host, scenario, handler=WAITER)
 
 
 def test_requests_of_a_child_that_dies_are_refused_and_the_next_starts_another(host: CodeHost) -> None:
