@@ -172,9 +172,7 @@ def let_go(child: ChildProcess) -> None:
     (child.folder / "go").write_text("")
 
 
-def test_code_that_waits_for_memory_lets_others_go_first(
-    slow_host: CodeHost, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_that_waits_for_memory_lets_others_go_first(slow_host: CodeHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """One child is busy and cannot go; another waits for its room; a row behind that is loaded and answered."""
     monkeypatch.setattr(code_batches, "SAMPLE_S", 1e9)  # children are charged what the test says
 
