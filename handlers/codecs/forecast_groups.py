@@ -9,7 +9,7 @@ INVARIANT: an answer has the numbers that `DeepAr` gives for the same request al
 order, only over more rows. `tests/handlers/codecs/test_forecast_groups.py` compares them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Level
 from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
-from handlers.codecs.tensors import check_finite
+from handlers.codecs.tensors import Place, check_finite
 from handlers.errors import RequestError, RunFailed
 
 REGULAR = {"mean", "quantiles"}  #: output types that are computed together
@@ -75,55 +75,104 @@ class GroupNumbers(NamedTuple):
     failures: dict[int, RunFailed]
 
 
+class ForecastBlock(NamedTuple):
+    """Forecasts of a call that were decoded as arrays: `rows` [n, channels, steps] of those at `places` of the call.
+
+    `at`: their places in the group.
+    """
+
+    group: "ForecastGroup"
+    at: Places
+    places: Sequence[int]
+    rows: Float32
+
+
 class GroupEncode(Struct, eq=False, gc=False):  # made in a tenth of the time that a frozen dataclass takes
-    """Stands for the encoder of one forecast that is encoded with the others of its group.
+    """Stands for the encoder of one forecast of a group that is taken out of its block.
 
     `answered`: a list where the archive keeps the levels that it answers.
     """
 
     group: "ForecastGroup"
     at: int
-    item_id: str | int | None
     answered: list[AnsweredLevels] | tuple[()] = ()
 
 
-class DecodedForecast(Struct, eq=False, gc=False):
-    """Its rows [1, channels, context], and its encoder."""
+class DecodedForecast(NamedTuple):
+    """A forecast that was decoded by itself: its rows [1, channels, context], and its encoder."""
 
     rows: Float32
-    encode: "GroupEncode | Encode"
+    encode: Encode
+
+
+class DecodedForecasts(NamedTuple):
+    """What became of a call's forecasts: those that were decoded as arrays, and the others by their places."""
+
+    blocks: list[ForecastBlock]
+    alone: dict[int, DecodedForecast | RequestError]
 
 
 def decode_together(
-    asked: Sequence[AskedForecast], configuration: Configuration
-) -> list[DecodedForecast | RequestError]:
-    """Decode the forecasts of a call, in order. Those of one recipe, start and length are decoded as arrays."""
-    found: list[DecodedForecast | RequestError | None] = [None] * len(asked)
+    asked: Sequence[AskedForecast], configuration: Configuration, place: Place | None = None
+) -> DecodedForecasts:
+    """Decode the forecasts of a call. Those of one recipe, start and length are decoded as arrays.
+
+    `place`: gives memory for the rows of a block, whose last axis may be shorter than the archive's context.
+    """
+    blocks = list[ForecastBlock]()
     for places in _group_regular(asked, configuration):
         group = ForecastGroup([asked[i].codec for i in places], configuration)
-        for i, each in zip(places, group.decode([asked[i].instance for i in places]), strict=True):
-            found[i] = each
-    return [_decode_alone(one, configuration) if each is None else each for one, each in zip(asked, found, strict=True)]
+        _add_block(blocks, group, places, group.decode([asked[i].instance for i in places], place))
+    return _decode_others(blocks, len(asked), lambda i: asked[i], configuration)
 
 
 def decode_columns(
-    codecs: Sequence[DeepAr], columns: ForecastColumns, configuration: Configuration
-) -> list[DecodedForecast | RequestError]:
-    """Decode forecasts that came as columns, in order. Those of one recipe and start are decoded as arrays."""
-    found: list[DecodedForecast | RequestError | None] = [None] * len(codecs)
-    if _is_regular(configuration):
-        groups: dict[object, list[int]] = {}
-        for i, (codec, start) in enumerate(zip(codecs, columns.starts, strict=True)):
-            if codec.recipe is not None:
-                groups.setdefault((id(codec.recipe), start), []).append(i)
-        for places in groups.values():
-            group = ForecastGroup([codecs[i] for i in places], configuration)
-            for i, each in zip(places, group.decode_columns(columns, places), strict=True):
-                found[i] = each
-    return [
-        _decode_alone(AskedForecast(codecs[i], columns.read_instance(i)), configuration) if each is None else each
-        for i, each in enumerate(found)
-    ]
+    codecs: Sequence[DeepAr], columns: ForecastColumns, configuration: Configuration, place: Place | None = None
+) -> DecodedForecasts:
+    """Decode forecasts that came as columns. Those of one recipe and start are decoded as arrays. See above."""
+    blocks = list[ForecastBlock]()
+    for places in _group_columns(codecs, columns.starts) if _is_regular(configuration) else ():
+        group = ForecastGroup([codecs[i] for i in places], configuration)
+        _add_block(blocks, group, places, group.decode_columns(columns, places, place))
+    return _decode_others(
+        blocks, len(codecs), lambda i: AskedForecast(codecs[i], columns.read_instance(i)), configuration
+    )
+
+
+def _group_columns(codecs: Sequence[DeepAr], starts: Sequence[str]) -> Iterable[Sequence[int]]:
+    """The places of forecasts that can be decoded as arrays, by recipe and start."""
+    recipes = [codec.recipe for codec in codecs]
+    if recipes[0] is not None and recipes.count(recipes[0]) == len(recipes) and starts.count(starts[0]) == len(starts):
+        return [range(len(codecs))]  # as mostly
+    groups: dict[object, list[int]] = {}
+    for i, (recipe, start) in enumerate(zip(recipes, starts, strict=True)):
+        if recipe is not None:
+            groups.setdefault((id(recipe), start), []).append(i)
+    return groups.values()
+
+
+def _add_block(
+    blocks: list[ForecastBlock], group: "ForecastGroup", places: Sequence[int], decoded: "_Decoded | None"
+) -> None:
+    """Add what is regular of a group."""
+    if decoded is None or not decoded.regular.any():
+        return
+    if decoded.regular.all():
+        blocks.append(ForecastBlock(group, group.everyone, places, decoded.rows))
+    else:
+        at = np.flatnonzero(decoded.regular)
+        blocks.append(ForecastBlock(group, at, [places[i] for i in at.tolist()], decoded.rows[at]))
+
+
+def _decode_others(
+    blocks: list[ForecastBlock], count: int, read: Callable[[int], AskedForecast], configuration: Configuration
+) -> DecodedForecasts:
+    """Decode one by one what is in no block."""
+    alone: dict[int, DecodedForecast | RequestError] = {}
+    if sum(len(block.places) for block in blocks) < count:
+        known = {i for block in blocks for i in block.places}
+        alone = {i: _decode_alone(read(i), configuration) for i in range(count) if i not in known}
+    return DecodedForecasts(blocks, alone)
 
 
 def select_places(places: Sequence[int]) -> Any:
@@ -185,6 +234,8 @@ class ForecastGroup:
         self._levels: Levels
         self.keeps_levels = any(codec.keeps_levels for codec in codecs)
         self.stamp = ""  #: of the first forecast step
+        self.everyone: Places = np.arange(len(codecs))  #: the places of all
+        self._item_ids: Sequence[str | int | None] = ()
         self._kept: dict[int, bytes] = {}
         self.numbers = 0  #: about the number of values in one answer
 
@@ -201,41 +252,45 @@ class ForecastGroup:
         """The time zone of a forecast."""
         return self._codecs[at].forecast.time_zone
 
+    def get_item_id(self, at: int) -> str | int | None:
+        """What the client calls a forecast's series."""
+        return self._item_ids[at]
+
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def decode(self, instances: Sequence[Instance[Any]]) -> list[DecodedForecast | RequestError | None]:
-        """Decode all; None for a forecast that is not regular."""
+    def decode(self, instances: Sequence[Instance[Any]], place: Place | None = None) -> "_Decoded | None":
+        """Decode all; None where nothing is regular."""
         steps = len(instances[0].target)
         instances = [_sort_named(self._first.inputs, each) for each in instances]
         if (started := self._start(instances[0].start, steps)) is None:
-            return [None] * len(instances)
+            return None
         regular, covariates, categories = self._check_lengths(instances, steps)
         history = np.empty((len(instances), steps))
         for row, each in zip(history, instances, strict=True):
             row[:] = np.asarray(each.target, np.float64)
         item_ids = [each.item_id for each in instances]
-        return self._decode_arrays(started, _Arrays(history, covariates, categories, item_ids), regular)
+        return self._decode_arrays(started, _Arrays(history, covariates, categories, item_ids), regular, place)
 
     def decode_columns(
-        self, columns: ForecastColumns, places: Sequence[int]
-    ) -> list[DecodedForecast | RequestError | None]:
-        """Decode the forecasts at these places of a call's columns."""
-        nothing: list[DecodedForecast | RequestError | None] = [None] * len(places)
+        self, columns: ForecastColumns, places: Sequence[int], place: Place | None = None
+    ) -> "_Decoded | None":
+        """Decode the forecasts at these places of a call's columns; None where nothing is regular."""
         sorted_columns = _sort_columns(self._first, columns)
         started = self._start(columns.starts[places[0]], columns.target.shape[1])
         if sorted_columns is None or started is None:
-            return nothing
+            return None
         series, cats = sorted_columns
         where = select_places(places)
         needed = columns.target.shape[1] + self._first.forecast.prediction_length
         covariates = np.zeros((len(places), 0, 0))
         if series:
             if any(each.shape[1] != needed for each in series):
-                return nothing
+                return None
             covariates = np.stack([each[where] for each in series], axis=1).astype(np.float64, copy=False)
         history = columns.target[where].astype(np.float64, copy=False)
-        arrays = _Arrays(history, covariates, cats[where], [columns.item_ids[i] for i in places])
-        return self._decode_arrays(started, arrays, np.ones(len(places), bool))
+        item_ids = columns.item_ids[where] if isinstance(where, slice) else [columns.item_ids[i] for i in where]
+        arrays = _Arrays(history, covariates, cats[where], item_ids)
+        return self._decode_arrays(started, arrays, np.ones(len(places), bool), place)
 
     def _start(self, start: str, steps: int) -> tuple[datetime, FirstStep] | None:
         """Check what all share; None where it is not regular, or wrong."""
@@ -248,38 +303,37 @@ class ForecastGroup:
         return found
 
     def _decode_arrays(
-        self, started: "tuple[datetime, FirstStep]", arrays: "_Arrays", regular: Flags
-    ) -> list[DecodedForecast | RequestError | None]:
-        """Make the rows of all; None for those that are not regular."""
+        self, started: "tuple[datetime, FirstStep]", arrays: "_Arrays", regular: Flags, place: Place | None
+    ) -> "_Decoded":
+        """Make the rows of all, at their place; of those that are not regular they may be anything.
+
+        Where the place has no room for the first steps of the context these are only checked.
+        """
         moment, first = started
-        self.stamp = first.stamp
+        self.stamp, self._item_ids = first.stamp, arrays.item_ids
         history, inputs = arrays.history, self._first.inputs
         count, steps = history.shape
         regular &= self._find_regular_histories(history, first.hour)
-        rows = inputs.rows(count)
+        rows = inputs.rows(count) if place is None else place(count)
+        context, kept = self._first.forecast.context_length, rows.shape[2]
         origin = count_seconds(moment.isoformat())
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = self._scale(history, self._centers, self._scales, self._kind)
             for c, channel in enumerate(self._channels):
-                at = steps - rows.shape[2] - channel.lag + channel.shift
-                window = slice(at, at + rows.shape[2])
+                at = steps - context - channel.lag + channel.shift
+                window = slice(at, at + context)
+                if channel.source == "calendar":  # whose features are finite
+                    rows[:, c] = inputs.compute_calendar(origin, at, channel)[-kept:]
+                    continue
                 if channel.source == "target":
-                    rows[:, c] = scaled[:, window]
-                elif channel.source == "calendar":
-                    rows[:, c] = inputs.compute_calendar(origin, at, channel)
+                    numbers = scaled[:, window]
                 elif channel.source == "dynamic_feat":
-                    rows[:, c] = self._scale_channel(arrays.covariates[:, channel.index, window], c)
+                    numbers = self._scale_channel(arrays.covariates[:, channel.index, window], c)
                 else:
-                    rows[:, c] = self._scale_channel(arrays.categories[:, channel.index, None], c)
-                if channel.source != "calendar":  # whose features are finite
-                    regular &= np.isfinite(rows[:, c]).all(axis=1)
-        keeps = self.keeps_levels
-        return [
-            DecodedForecast(row, GroupEncode(self, i, item_id, [] if keeps else ())) if is_regular else None
-            for i, (row, is_regular, item_id) in enumerate(
-                zip(rows[:, None], regular.tolist(), arrays.item_ids, strict=True)
-            )
-        ]
+                    numbers = self._scale_channel(arrays.categories[:, channel.index, None], c)
+                rows[:, c] = numbers[:, -kept:]
+                regular &= _are_finite_as_float32(numbers)
+        return _Decoded(rows, regular)
 
     def _check_lengths(self, instances: Sequence[Instance[Any]], steps: int) -> tuple[Flags, Float64, Float64]:
         """Whose covariates and categories are as many as the archive has; and these, zeros for all others."""
@@ -345,15 +399,17 @@ class ForecastGroup:
 
     def compute_answers(self, places: Places, outputs: Float32) -> GroupNumbers:
         """Make the answers of the forecasts at `places` from the network's outputs [n, prediction, levels]."""
-        codecs = [self._codecs[i] for i in places.tolist()]
+        is_whole = places is self.everyone
+        codecs = self._codecs if is_whole else [self._codecs[i] for i in places.tolist()]
+        where = slice(None) if is_whole else places
         numbers = outputs.astype(np.float64)
         calibrations = [codec.calibration for codec in codecs]  # `adapt` may replace one meanwhile
         with np.errstate(over="ignore", invalid="ignore"):
-            prices = self._unscale(numbers, places)
+            prices = self._unscale(numbers, where)
             growth = np.array([1.0 if each is None else each.growth for each in calibrations])[:, None, None]
             good = np.all(np.abs(prices) <= FLOAT32_MAX / growth, axis=(1, 2))  # NaN is not
             prices[~good] = 0.0
-        floors, caps = self._floors[places], self._caps[places]
+        floors, caps = self._floors[where], self._caps[where]
         prices = np.clip(prices, floors, caps)
         if any(calibrations):
             prices = np.clip(self._shift(prices, calibrations), floors, caps)
@@ -372,12 +428,12 @@ class ForecastGroup:
         if levels is not None:
             yield AnsweredLevels(count_seconds(self.stamp), levels)
 
-    def _unscale(self, numbers: Float64, places: Places) -> Float64:
+    def _unscale(self, numbers: Float64, where: Places | slice) -> Float64:
         """As `features.from_network`, with a scaler for each forecast."""
         if self._kind == "identity":
             return numbers
         unscaled = np.sinh(numbers) if self._kind == "asinh" else numbers
-        prices: Float64 = unscaled * self._scales[places][:, :, None] + self._centers[places][:, :, None]
+        prices: Float64 = unscaled * self._scales[where][:, :, None] + self._centers[where][:, :, None]
         return prices
 
     def _shift(self, prices: Float64, calibrations: Sequence[BandCalibration | None]) -> Float64:
@@ -446,6 +502,23 @@ def _sort_columns(codec: DeepAr, columns: ForecastColumns) -> tuple[list[Float64
         return None
     places = [cats[name] for name in forecast.cat]
     return [series[name] for name in forecast.dynamic_feat], columns.cats[:, places].astype(np.float64)
+
+
+class _Decoded(NamedTuple):
+    """The rows of a group, and which of them are regular."""
+
+    rows: Float32
+    regular: Flags
+
+
+def _are_finite_as_float32(numbers: Float64) -> Flags:
+    """Whose numbers [n, T] are finite as float32: the largest and the smallest say it, because rounding is monotone.
+
+    NaN is passed on by both.
+    """
+    extremes = np.stack([numbers.max(axis=1), numbers.min(axis=1)]).astype(np.float32)
+    finite: Flags = np.isfinite(extremes).all(axis=0)
+    return finite
 
 
 def _explain_failure(outputs: Float32) -> RunFailed:

@@ -14,7 +14,7 @@ import simdjson
 
 from handlers.base import Float32
 from handlers.codecs.deepar_schema import Configuration, Instance
-from handlers.codecs.forecast_groups import GroupEncode, GroupNumbers
+from handlers.codecs.forecast_groups import ForecastGroup, GroupNumbers
 from handlers.codecs.tensors import BLOCK, write_json
 
 #: The keys of an instance that is read here; what has others is read carefully, and may be wrong.
@@ -48,19 +48,20 @@ def read_configuration(text: bytes) -> Configuration | None:
         return None
 
 
-def write_predictions(encoders: Sequence[GroupEncode], numbers: GroupNumbers) -> list[bytes]:
-    """Write the predictions of one group as JSON, an object each, to the bytes that `DeepAr` writes."""
-    names = encoders[0].group.names
+def write_predictions(group: ForecastGroup, places: Sequence[int], numbers: GroupNumbers) -> list[bytes]:
+    """Write the predictions at these places of a group as JSON, an object each, to the bytes that `DeepAr` writes."""
+    names = group.names
     means = quantiles = None
     if numbers.means is not None:
         means = _write_rows(numbers.means)
     if numbers.quantiles is not None:
         quantiles = _write_rows(np.ascontiguousarray(numbers.quantiles.transpose(0, 2, 1)))
         template = b',"quantiles":{' + b",".join(_write_key(name) + b"[%b]" for name in names) + b"}"
-    found, start, get_zone = list[bytes](), numbers.start, encoders[0].group.get_zone
-    for i, encoder in enumerate(encoders):
-        item = b"" if encoder.item_id is None else b'"item_id":' + write_json(encoder.item_id) + b","
-        body = b"{" + item + _write_label(start, get_zone(encoder.at))
+    found, start = list[bytes](), numbers.start
+    for i, at in enumerate(places):
+        item_id = group.get_item_id(at)
+        item = b"" if item_id is None else b'"item_id":' + write_json(item_id) + b","
+        body = b"{" + item + _write_label(start, group.get_zone(at))
         if means is not None:
             body += b',"mean":[' + means[i] + b"]"
         if quantiles is not None:

@@ -185,6 +185,13 @@ class Replies:
             else:
                 yield job
 
+    def drop_done(self, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs that are not done; the leases of the others end. A refusal can end a call, and so all its items."""
+        for job in jobs:
+            if job.done:
+                self._release(job)
+        return [job for job in jobs if not job.done]
+
     def count_lent(self, slot: Slot, turn: Turn) -> None:
         """Count a request that a front had a lent child answer, as if it had gone through this worker."""
         queued_s, run_s = max(0.0, turn.began - turn.arrived), turn.ended - turn.began

@@ -9,7 +9,8 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,13 +24,13 @@ from handlers.kinds import RowModel, run_row_on_cpu
 from handlers.kinds.row_work import row_work
 from handlers.work import CALL_S, Work
 from server.worker.engine.accelerator import DeviceEngine
-from server.worker.engine.batch_inputs import LaneInputs, ListedInputs
+from server.worker.engine.batch_inputs import LaneInputs, ListedInputs, allocate_rows
 from server.worker.engine.cpu import Engine
 from server.worker.long_jobs import LONG_S, DeadlinePassed, LongJobs, RunCounts
 from server.worker.replies import Replies, get_slot
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
-from server.worker.together_batches import decode_calls
+from server.worker.together_batches import SHORT_NUMBERS, JobBlock, decode_calls
 
 DECODE_NUMBERS = 500_000  #: inputs of more numbers are long to decode; so is a body of more than `quick_bytes`
 MOST_SLICE_ROWS = 1 << 20  #: more than any request has
@@ -37,7 +38,6 @@ MOST_ROWS_AT_ONCE = 64  #: rows of a slice of one model: more of them are no fas
 MOST_PACES = 1024  #: families whose pace is remembered: an archive's author chooses its family
 KEPT = 0.7  #: weight of the pace that was measured before
 LEAST_INSTANCE_BYTES = 16  #: of an instance in a body: `{"start":"2024"}`
-SHORT_NUMBERS = 20_000  #: of an answer, which are written in 10 ms
 
 Inputs = ListedInputs | LaneInputs
 Encoder = Callable[[Float32], Encoded]
@@ -108,13 +108,13 @@ class RowBatches:
         model = self._residents.rows[get_slot(jobs[0])]
         pace, family = self.pace(model), model.family
         inputs: Any = self._engine.open_batch(family)  # either engine takes what it gave
-        running, encoders = self._take(group, jobs, pace, inputs, now)
-        jobs[:] = running
-        if not running:
+        taken = self._take(group, jobs, pace, inputs, now)
+        jobs[:] = taken.list_jobs()
+        if not jobs:
             return
         started = time.perf_counter()
-        offsets = [get_slot(job).offset for job in running]
-        models = {job.model for job in running}
+        offsets = taken.list_offsets()
+        models = {job.model for job in jobs}
         self._note_batch(models)
         try:
             answers = self._residents.with_memory(lambda: self._engine.run(family, offsets, inputs))
@@ -123,41 +123,65 @@ class RowBatches:
         ended = time.perf_counter()
         rows = inputs.rows
         pace.ran(rows, ended - started)
-        for job in running:
+        for job in taken.alone:  # items of calls are not traced
             if job.times is not None:
                 job.times.note_batch(began, started, ended, (rows, len(models)))
-        self._answer(running, encoders, answers, now, ended - started)
+        self._answer(taken, answers, now, ended - started)
         self._replies.count_batch(rows, len(models))
         self._replies.count_step(started - began, ended - started, time.perf_counter() - ended)
 
-    def _answer(
-        self, jobs: Sequence[Job], encoders: Sequence[Encoder], answers: Sequence[Float32], now: float, run_s: float
-    ) -> None:
+    def _answer(self, taken: "_Taken", answers: Sequence[Float32], now: float, run_s: float) -> None:
         """Answer the jobs of a batch; those of calls for many models group by group."""
-        left = dict.fromkeys(range(len(jobs)))
-        if _has_items(jobs):
+        alone, encoders = taken.alone, taken.encoders
+        left = dict.fromkeys(range(len(alone)))
+        if _has_items(alone):
             for places, encoded, media in encode_groups(encoders, answers):
-                self._replies.answer_items([jobs[i] for i in places], encoded, media, now, run_s)
+                self._replies.answer_items([alone[i] for i in places], encoded, media, now, run_s)
                 for i in places:
                     del left[i]
         for i in left:
-            self._replies.encode(jobs[i], encoders[i], answers[i], now, run_s)
+            self._replies.encode(alone[i], encoders[i], answers[i], now, run_s)
+        for (jobs, items), outputs in zip(taken.blocks, answers[len(alone) :], strict=True):
+            encoded = items.encode(outputs)
+            if items.keeps_levels:
+                for i, job in enumerate(jobs):
+                    job.answered = items.take_levels(i)
+            self._replies.answer_items(jobs, encoded, items.form.media, now, run_s)
 
     def _note_batch(self, models: Iterable[str]) -> None:
         """Write down what runs now: should the process die of it, the supervisor reads it."""
         names = "\n".join(models).encode()[: len(self._noted) - 1]
         self._noted[: len(names) + 1] = names + b"\0"
 
-    def _take(
-        self, group: str, jobs: Sequence[Job], pace: Pace, inputs: Inputs, now: float
-    ) -> tuple[list[Job], list[Encoder]]:
-        """The jobs that one slice has room for, decoded into `inputs`, and the encoders of their answers.
+    def _take(self, group: str, jobs: Sequence[Job], pace: Pace, inputs: Inputs, now: float) -> "_Taken":
+        """What one slice has room for, decoded into `inputs`.
 
-        Nothing else keeps their rows: on a device these lie in memory that the next batch uses.
+        Nothing else keeps its rows: on a device these lie in memory that the next batch uses. Items of calls are taken
+        as blocks where there is room for all jobs; requests of their own come first in that, and leave it to them.
         """
+        taken, room = _Taken([], [], [], []), pace.slice_rows
         if _has_items(jobs):
-            jobs = decode_calls(jobs, self._residents.rows, pace.quick_bytes, self._replies)
-        running, encoders, room = list[Job](), list[Encoder](), pace.slice_rows
+            family = self._residents.rows[get_slot(jobs[0])].family
+            place = partial(allocate_rows, family.read_shape) if pace.short_rows and len(jobs) <= room else None
+            rows, quick_bytes = self._residents.rows, pace.quick_bytes
+            jobs, taken.blocks[:] = decode_calls(jobs, rows, quick_bytes, self._replies, place)
+            room -= sum(len(block.jobs) for block in taken.blocks)
+        self._take_alone(group, jobs, pace, inputs, now, taken, room)
+        for block in taken.blocks:
+            inputs.keep_block(block.items.rows)
+        return taken
+
+    def _take_alone(
+        self,
+        group: str,
+        jobs: Sequence[Job],
+        pace: Pace,
+        inputs: Inputs,
+        now: float,
+        taken: "_Taken",
+        room: int,
+    ) -> None:
+        """Take jobs that run by themselves, of which the slice has room for so many rows; one of more has it alone."""
         for at, job in enumerate(jobs):
             call = job.call
             if call is None:
@@ -174,7 +198,7 @@ class RowBatches:
             if may_be_long and self._is_long_to_run(call, pace):
                 self._run_apart(job, self._residents.rows[get_slot(job)], _detach(call, inputs), pace, now)
                 continue
-            if running and rows > room:
+            if taken.alone and rows > room:
                 job.call = _detach(call, inputs)
                 self._scheduler.put_back(group, jobs[at:])
                 break
@@ -183,10 +207,7 @@ class RowBatches:
                 self._replies.encode(job, call.encode, call.rows, now, 0.0)
                 continue
             inputs.keep(call.rows)
-            running.append(job)
-            encoders.append(call.encode)
-            job.call, job.answered = None, call.answered
-        return running, encoders
+            taken.add(job, call)
 
     def pace(self, model: RowModel) -> Pace:
         """The pace of the model's family."""
@@ -254,6 +275,34 @@ class RowBatches:
             found.set_exception(error)
         else:
             found.set_result(answer)
+
+
+class _Taken(NamedTuple):
+    """The jobs of a batch: those that run by themselves with the encoders of their answers, then blocks of others."""
+
+    alone: list[Job]
+    encoders: list[Encoder]
+    rows: list[int]
+    blocks: list[JobBlock]
+
+    def add(self, job: Job, call: DecodedCall) -> None:
+        """Add a job that is decoded."""
+        self.alone.append(job)
+        self.encoders.append(call.encode)
+        self.rows.append(len(call.rows))
+        job.call, job.answered = None, call.answered
+
+    def list_jobs(self) -> list[Job]:
+        """All jobs."""
+        return [*self.alone, *(job for block in self.blocks for job in block.jobs)]
+
+    def list_offsets(self) -> list[int]:
+        """The offset of each request's model; of each row where there are blocks."""
+        offsets = [get_slot(job).offset for job in self.alone]
+        if not self.blocks:
+            return offsets
+        alone = [offset for offset, rows in zip(offsets, self.rows, strict=True) for _ in range(rows)]
+        return [*alone, *(get_slot(job).offset for block in self.blocks for job in block.jobs)]
 
 
 def _has_items(jobs: Sequence[Job]) -> bool:

@@ -2,17 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from handlers.codecs.codec import DecodedCall
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import Instance
 from handlers.codecs.forecast_groups import ForecastColumns, GroupNumbers, select_places
-from handlers.codecs.forecast_items import AnswerForm, decode_items, decode_rows
+from handlers.codecs.forecast_items import AnswerForm, DecodedItems, ItemBlock, decode_items, decode_rows
 from handlers.codecs.forecast_texts import read_instance
+from handlers.codecs.tensors import Place
 from handlers.errors import RequestError
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
@@ -22,6 +22,7 @@ from server.worker.replies import Replies, get_slot
 from server.worker.scheduler import Job
 from server.worker.together_calls import TogetherCall
 
+SHORT_NUMBERS = 20_000  #: of an answer, which are written in 10 ms
 SEVERAL = "the model has {} products, and a table has one column `target`: ask it by JSON"
 
 
@@ -42,11 +43,21 @@ def pack_numbers(names: Sequence[str], numbers: GroupNumbers) -> list[BlockRow]:
 AS_JSON, AS_NUMBERS = AnswerForm(PREDICTION), AnswerForm(NUMBERS, pack_numbers)
 
 
-def decode_calls(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes: float, replies: Replies) -> list[Job]:
-    """Give each job of a call for many models its decoded request, where it can be decoded with the others.
+class JobBlock(NamedTuple):
+    """Jobs of a call for many models that run and are answered as one."""
 
-    `quick_bytes`: instances of more are long to decode. Returns the jobs without those that are refused here; what has
-    no decoded request has a body, as a request of its own.
+    jobs: Sequence[Job]
+    items: ItemBlock
+
+
+def decode_calls(
+    jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes: float, replies: Replies, place: Place | None
+) -> tuple[list[Job], list[JobBlock]]:
+    """Decode the items of calls for many models, each call's with one another.
+
+    `quick_bytes`: instances of more are long to decode. `place`: gives memory for the rows of a block; None: there is
+    no room for blocks. Returns the jobs that run by themselves, and blocks. The former have a body as a request of its
+    own or, where they were decoded with others, their decoded request. Jobs that are refused here are in neither.
     """
     calls: dict[int, list[Job]] = {}
     for job in jobs:
@@ -56,9 +67,17 @@ def decode_calls(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
                 calls[id(job.together)] = [job]
             else:
                 items.append(job)
+    blocks = list[JobBlock]()
     for items in calls.values():
-        _decode_call(items, rows, quick_bytes, replies)
-    return build_bodies([job for job in jobs if not job.done], replies) if calls else list(jobs)
+        for block in _decode_call(items, rows, quick_bytes, replies, place):
+            if place is not None and block.items.numbers <= SHORT_NUMBERS:
+                blocks.append(block)
+            else:
+                for job, call in zip(block.jobs, block.items.split(), strict=True):
+                    job.call = call
+    taken = {id(job) for block in blocks for job in block.jobs}
+    alone = [job for job in jobs if id(job) not in taken] if len(taken) < len(jobs) else []
+    return build_bodies(replies.drop_done(alone), replies), blocks
 
 
 def build_bodies(jobs: Sequence[Job], replies: Replies) -> list[Job]:
@@ -77,10 +96,13 @@ def build_bodies(jobs: Sequence[Job], replies: Replies) -> list[Job]:
     return found
 
 
-def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes: float, replies: Replies) -> None:
+def _decode_call(
+    jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes: float, replies: Replies, place: Place | None
+) -> list[JobBlock]:
+    """Decode the items of one call: those that need not be decoded alone."""
     call: TogetherCall = jobs[0].together
     if call.configuration is None:
-        return
+        return []
     taken, codecs = list[Job](), list[DeepAr]()
     is_table = call.columns is not None
     for job, size in zip(jobs, _measure_instances(call.columns, jobs), strict=True):
@@ -95,17 +117,16 @@ def _decode_call(jobs: Sequence[Job], rows: Mapping[Slot, RowModel], quick_bytes
         taken.append(job)
         codecs.append(forecaster)
     if not taken:
-        return
+        return []
     form = AS_NUMBERS if call.wants_numbers else AS_JSON
     columns = None if call.columns is None else read_columns(call.columns, [job.request.id for job in taken])
     if columns is not None:
-        _keep(taken, decode_rows(codecs, columns, call.configuration, form), replies)
-        return
+        return _keep(taken, decode_rows(codecs, columns, call.configuration, form, place), replies)
     instances = [_read(job) for job in taken]
     read = [i for i, instance in enumerate(instances) if instance is not None]
-    some = [instances[i] for i in read]
-    found = decode_items([codecs[i] for i in read], some, call.configuration, form)  # type: ignore[arg-type]  # none is None
-    _keep([taken[i] for i in read], found, replies)
+    some: Any = [instances[i] for i in read]
+    found = decode_items([codecs[i] for i in read], some, call.configuration, form, place)
+    return _keep([taken[i] for i in read], found, replies)
 
 
 def _measure_instances(columns: RowColumns | None, jobs: Sequence[Job]) -> Iterable[int]:
@@ -117,12 +138,14 @@ def _measure_instances(columns: RowColumns | None, jobs: Sequence[Job]) -> Itera
     return [measure_instance(job.instance) for job in jobs]
 
 
-def _keep(jobs: Sequence[Job], found: Sequence[DecodedCall | RequestError], replies: Replies) -> None:
-    for job, decoded in zip(jobs, found, strict=True):
+def _keep(jobs: Sequence[Job], found: DecodedItems, replies: Replies) -> list[JobBlock]:
+    """Give jobs that are not in a block their decoded request, or refuse them. Returns the blocks."""
+    for i, decoded in found.alone.items():
         if isinstance(decoded, RequestError):
-            replies.refuse_request(job, decoded)
+            replies.refuse_request(jobs[i], decoded)
         else:
-            job.call = decoded
+            jobs[i].call = decoded
+    return [JobBlock([jobs[i] for i in block.places], block) for block in found.blocks]
 
 
 def _read(job: Job) -> Instance[Any] | None:

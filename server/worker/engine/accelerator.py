@@ -117,7 +117,8 @@ class DeviceEngine:
     def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32] | LaneInputs) -> Sequence[Float32]:
         """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes).
 
-        The inputs of `open_batch` are in their place already; other arrays are copied there.
+        The inputs of `open_batch` are in their place already; other arrays are copied there. An array may have rows of
+        several models. Then `offsets` has one for each row of all arrays.
 
         INVARIANT: it returns or raises only when the device does not use the rows any more. Raises
         torch.OutOfMemoryError.

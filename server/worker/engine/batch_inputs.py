@@ -4,6 +4,7 @@ On a device that is page-locked memory: a request's numbers are written once, wh
 """
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Self, cast
 
 import numpy as np
@@ -12,7 +13,17 @@ import numpy.typing as npt
 from handlers.base import Family, Float32, Shape
 from handlers.codecs.tensors import put_rows
 
+ALIGNED_BYTES = 64  #: as memory of torch is: sums over other addresses could be grouped otherwise
+
 Index = npt.NDArray[np.int64]  #: where rows start in a pool, in units of `memory_pool.ALIGN_BYTES`
+
+
+def allocate_rows(shape: Shape, count: int) -> Float32:
+    """Memory [count, *shape] that begins where an array of torch would, so that a forward can read it as it lies."""
+    floats = count * prod(shape)
+    memory = np.empty(floats + ALIGNED_BYTES // 4, np.float32)
+    start = -memory.ctypes.data % ALIGNED_BYTES // 4
+    return memory[start : start + floats].reshape(count, *shape)
 
 
 class ListedInputs(list[Float32]):
@@ -32,6 +43,8 @@ class ListedInputs(list[Float32]):
     def keep(self, part: Float32) -> None:
         """Take a request's inputs [n, *input_shape] into the batch, behind the others."""
         self.append(part)
+
+    keep_block = keep  #: inputs of several requests, answered as one
 
     def detach(self, part: Float32) -> Float32:
         """The inputs of a request that is not kept. They are its own."""
@@ -91,6 +104,20 @@ class LaneInputs:
         self.filled[-1] += len(part)
         self.sizes.append(len(part))
 
+    def keep_block(self, block: Float32) -> None:
+        """Take the inputs [n, *shape] of several requests, which are answered as one, into as many lanes as they need."""
+        left = block
+        while len(left):
+            begun = len(self._blocks)
+            room = len(self._blocks[-1]) - self.filled[-1] if begun else 0
+            if not room and self.is_staged and begun < len(self._lanes):
+                room = len(self._lanes[begun])
+            some = left[: room or len(left)]
+            put_rows(some, self.place)
+            self.filled[-1] += len(some)
+            left = left[len(some) :]
+        self.sizes.append(len(block))
+
     def detach(self, part: Float32) -> Float32:
         """The inputs of a request that is not kept, in memory that no other request gets."""
         if part is not self._placed:
@@ -112,7 +139,7 @@ class LaneInputs:
         self._lanes, self._placed = (), self._empty(0)
 
     def repeat(self, starts: Index) -> Index:
-        """The start of each request's model for every row of it."""
+        """The start of each request's model for every row of it; of rows of several models those come already."""
         return starts if self.rows == len(starts) else np.repeat(starts, self.sizes)
 
     def split(self, answers: Float32) -> Sequence[Float32]:

@@ -17,7 +17,7 @@ import torch
 from handlers.base import Family, Float32
 from handlers.kinds import run_row_on_cpu
 from handlers.kinds.row_work import row_work
-from server.worker.engine.batch_inputs import ListedInputs
+from server.worker.engine.batch_inputs import ALIGNED_BYTES, ListedInputs
 from server.worker.engine.execution_plan import (
     MOST_ROWS,
     UNKNOWN,
@@ -47,6 +47,7 @@ LEARN_S = 0.002  #: seconds that the step thread measures paths at a time
 
 log = structlog.get_logger()
 
+Inputs = Float32 | Sequence[Float32]
 Binding = tuple[torch.Tensor, Sequence[torch.Tensor]]
 
 
@@ -60,7 +61,7 @@ class Staging:
         self.most = max(1, min(MOST_ROWS, CPU_INPUT_BYTES // (4 * max(1, work.given, work.scratch))))
         self.capacity = max(1, min(CPU_ROWS, max_rows, self.most, CPU_STAGING_BYTES // (family.row_floats * 4)))
         self._rows = torch.empty((self.capacity, family.row_floats), dtype=torch.float32, device=device)
-        self._host = torch.empty((self.most, *family.input_shape), dtype=torch.float32)
+        self._host = torch.empty((self.most, *family.read_shape), dtype=torch.float32)
         self._host_numpy: Float32 = self._host.numpy()
         self._bound: dict[int, Binding] = {}
         self._same: dict[int, Binding] = {}
@@ -98,9 +99,19 @@ class Staging:
             self._same.clear()
             self._kept_bytes = count * self._scratch_bytes
 
-    def stage_inputs(self, parts: Sequence[Float32]) -> torch.Tensor:
-        """The requests' arrays, each [n, *input_shape], concatenated in staging."""
+    def stage_inputs(self, parts: Inputs) -> torch.Tensor:
+        """The requests' arrays, each [n, *input_shape], concatenated in staging without the steps that are not read.
+
+        One array is taken as it lies, where that is as it would lie in staging.
+        """
+        steps = self.family.read_shape[-1]
+        if isinstance(parts, np.ndarray):
+            if parts.shape[-1] == steps and parts.flags.c_contiguous and parts.ctypes.data % ALIGNED_BYTES == 0:
+                return torch.from_numpy(parts)
+            parts = [parts]
         count = sum(map(len, parts))
+        if self.family.read_shape != self.family.input_shape:
+            parts = [part[..., -steps:] for part in parts]
         np.concatenate(parts, out=self._host_numpy[:count])
         return self._host[:count]
 
@@ -125,7 +136,11 @@ class Engine:
         return ListedInputs()
 
     def run(self, family: Family, offsets: Sequence[int], parts: Sequence[Float32]) -> list[Float32]:
-        """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes)."""
+        """Answers [n, *output_shape] for each request's array [n, *input_shape] under the row at its offset (bytes).
+
+        An array may have rows of several models. Then `offsets` has one for each row of all arrays. The last axis of
+        the arrays may be as short as in `read_shape`.
+        """
         staging = self._staging_of(family)
         sizes = [len(part) for part in parts]
         flat = _repeat_offsets(offsets, sizes)
@@ -179,19 +194,20 @@ class Engine:
         self._unbind()
 
     def _run_forwards(
-        self, staging: Staging, pieces: Sequence[PlannedForward], offsets: Sequence[int], parts: Sequence[Float32]
+        self, staging: Staging, pieces: Sequence[PlannedForward], offsets: Sequence[int], rows: Inputs
     ) -> Float32:
-        """Run a batch in several forwards. `parts`: each row's inputs [1, *input_shape] -> answers [rows, ...]."""
-        answers = np.empty((len(parts), *staging.family.output_shape), np.float32)
-        for path, rows in pieces:
+        """Run a batch in several forwards. `rows`: each row's inputs [1, *input_shape], or all in one array."""
+        answers = np.empty((len(rows), *staging.family.output_shape), np.float32)
+        for path, places in pieces:
             most = self._most_rows(staging, path)
-            for at in range(0, len(rows), most):
-                some = rows[at : at + most]
+            for at in range(0, len(places), most):
+                some = places[at : at + most]
                 where = slice(some.start, some.stop) if isinstance(some, range) else some  # a view, no index
-                answers[where] = self._forward(staging, path, [offsets[i] for i in some], [parts[i] for i in some])
+                parts = rows[where] if isinstance(rows, np.ndarray) else [rows[i] for i in some]
+                answers[where] = self._forward(staging, path, [offsets[i] for i in some], parts)
         return answers
 
-    def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Sequence[Float32]) -> Float32:
+    def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Inputs) -> Float32:
         with torch.inference_mode():
             x = staging.stage_inputs(parts)
             if path is Path.IN_PLACE:
@@ -269,15 +285,17 @@ def _split_answers(answers: Float32, sizes: Sequence[int]) -> list[Float32]:
     return found
 
 
-def _split_rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Sequence[Float32]:
-    """Split arrays [n, *shape] into arrays [1, *shape]."""
+def _split_rows(parts: Sequence[Float32], sizes: Sequence[int]) -> Inputs:
+    """Split arrays [n, *shape] into arrays [1, *shape]; one array is its rows already."""
+    if len(parts) == 1:
+        return parts[0]
     if len(sizes) == sum(sizes):
         return parts
     return [part[i : i + 1] for part, size in zip(parts, sizes, strict=True) for i in range(size)]
 
 
 def _repeat_offsets(offsets: Sequence[int], sizes: Sequence[int]) -> Sequence[int]:
-    """Repeat each offset for every row of its request."""
-    if len(sizes) == sum(sizes):
+    """Repeat each offset for every row of its request, unless there is one for each row."""
+    if len(offsets) == sum(sizes):
         return offsets
     return [offset for offset, size in zip(offsets, sizes, strict=True) for _ in range(size)]

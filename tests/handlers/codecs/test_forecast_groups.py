@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -17,6 +17,7 @@ from handlers.codecs.features import KEPT_STEPS, compute_calendar_feature, find_
 from handlers.codecs.forecast_groups import (
     AskedForecast,
     DecodedForecast,
+    ForecastBlock,
     ForecastColumns,
     GroupEncode,
     decode_columns,
@@ -125,37 +126,67 @@ def answer_together(
             places.append(i)
         except RequestError as error:
             found[i] = str(error)
-    together = list[tuple[int, DecodedForecast]]()
-    for i, each in zip(places, decode_together(asked, shared), strict=True):
-        if isinstance(each, RequestError):
-            found[i] = str(each)
-        elif isinstance(each.encode, GroupEncode):
-            together.append((i, each))
-        else:
-            try:
-                text = each.encode(check_finite("predictions", outputs[i : i + 1]))
-                found[i] = text, each.rows.tobytes(), list(each.encode.answered), each.encode.marks
-            except RunFailed as error:
-                found[i] = str(error)
-    return _write_together(found, together, outputs)
-
-
-def _write_together(found: list[Any], together: Sequence[tuple[int, DecodedForecast]], outputs: Float32) -> list[Any]:
-    """Encode those that are computed as arrays, in two parts as if they had run in two batches."""
-    half = len(together) // 2
-    for part in (together[half:], together[:half]):
-        groups: dict[int, list[tuple[int, DecodedForecast, GroupEncode]]] = {}
-        for i, each in part:
-            if isinstance(each.encode, GroupEncode):
-                groups.setdefault(id(each.encode.group), []).append((i, each, each.encode))
-        for members in groups.values():
-            encoders = [encoder for _, _, encoder in members]
-            numbers = encode_group(encoders, outputs[[i for i, _, _ in members]])
-            texts = write_predictions(encoders, numbers)
-            for at, (i, each, encoder) in enumerate(members):
-                answer = b'{"predictions":[' + texts[at] + b"]}", each.rows.tobytes(), list(encoder.answered), ("", "")
-                found[i] = str(numbers.failures[at]) if at in numbers.failures else answer
+    decoded = decode_together(asked, shared)
+    told = {at: find_answer_alone(each, outputs[places[at]][None]) for at, each in decoded.alone.items()}
+    told |= {
+        at: each
+        for block in decoded.blocks
+        for at, each in zip(block.places, answer_block(block, outputs[[places[i] for i in block.places]]), strict=True)
+    }
+    assert sorted(told) == list(range(len(asked))), "each is in one block or alone"
+    for at, each in told.items():
+        found[places[at]] = each
     return found
+
+
+def find_answer_alone(each: DecodedForecast | RequestError, output: Float32) -> Any:
+    """What came of a forecast that was left to its own codec."""
+    if isinstance(each, RequestError):
+        return str(each)
+    try:
+        text = each.encode(check_finite("predictions", output))
+    except RunFailed as error:
+        return str(error)
+    return text, each.rows.tobytes(), list(each.encode.answered), each.encode.marks
+
+
+def answer_block(block: ForecastBlock, outputs: Float32) -> list[Any]:
+    """Encode those that are computed as arrays: all as one, and again in two parts as if these had been two batches."""
+    group, at = block.group, block.at
+    numbers = group.compute_answers(at, outputs)
+    levels = [list(group.take_levels(each)) for each in at.tolist()]
+    whole = list_answers(
+        block, range(len(at)), write_predictions(group, at.tolist(), numbers), levels, numbers.failures
+    )
+    encoders = [GroupEncode(group, each, [] if group.keeps_levels else ()) for each in at.tolist()]
+    half, parts = len(encoders) // 2, dict[int, Any]()
+    for places in (range(half, len(encoders)), range(half)):
+        if places:
+            some = [encoders[i] for i in places]
+            numbers = encode_group(some, outputs[places.start : places.stop])
+            texts, levels = (
+                write_predictions(group, [each.at for each in some], numbers),
+                [list(each.answered) for each in some],
+            )
+            answers = list_answers(block, places, texts, levels, numbers.failures)
+            parts |= dict(zip(places, answers, strict=True))
+    assert [parts[i] for i in range(len(encoders))] == whole
+    return whole
+
+
+def list_answers(
+    block: ForecastBlock,
+    places: Sequence[int],
+    texts: Sequence[bytes],
+    levels: Sequence[Any],
+    failures: Mapping[int, RunFailed],
+) -> list[Any]:
+    """The answers as `answer_alone` gives them. `places`: in the block."""
+    rows = [block.rows[i].tobytes() for i in range(len(block.rows))]
+    return [
+        str(failures[i]) if i in failures else (b'{"predictions":[' + text + b"]}", rows[place], kept, ("", ""))
+        for i, (place, text, kept) in enumerate(zip(places, texts, levels, strict=True))
+    ]
 
 
 @pytest.mark.slow
@@ -200,17 +231,13 @@ def test_columns_and_alone_are_equal(seed: int) -> None:
     outputs = np.random.default_rng(seed).normal(size=(count, AHEAD, len(LEVELS))).astype(np.float32)
     for configuration in (Configuration(), Configuration(quantiles=["0.5", "0.1"])):
         found: list[Any] = [None] * count
-        together = list[tuple[int, DecodedForecast]]()
-        for i, each in enumerate(decode_columns(codecs, columns, configuration)):
-            if isinstance(each, RequestError):
-                found[i] = str(each)
-            elif isinstance(each.encode, GroupEncode):
-                together.append((i, each))
-            else:
-                text = each.encode(check_finite("predictions", outputs[i : i + 1]))
-                found[i] = text, each.rows.tobytes(), list(each.encode.answered), each.encode.marks
-        assert len(together) > count // 4
-        _write_together(found, together, outputs)
+        decoded = decode_columns(codecs, columns, configuration)
+        for i, each in decoded.alone.items():
+            found[i] = find_answer_alone(each, outputs[i : i + 1])
+        assert sum(len(block.places) for block in decoded.blocks) > count // 4
+        for block in decoded.blocks:
+            for i, told in zip(block.places, answer_block(block, outputs[list(block.places)]), strict=True):
+                found[i] = told
         for i, codec in enumerate(codecs):
             instance = msgspec.to_builtins(columns.read_instance(i), enc_hook=lambda array: array.tolist())
             told = {key: value for key, value in instance.items() if value is not None}
@@ -231,11 +258,9 @@ def test_most_are_computed_as_arrays() -> None:
         assert instance is not None
         asked.append(AskedForecast(codec, instance))
     found = decode_together(asked, Configuration())
-    encoders = [each.encode for each in found if isinstance(each, DecodedForecast)]
-    groups = {id(each.group) for each in encoders if isinstance(each, GroupEncode)}
     recipes = {codec.recipe for codec in plain}
-    assert 2 <= len(groups) <= len(recipes) < len(plain)
-    assert sum(isinstance(each, GroupEncode) for each in encoders) > len(plain) - len(recipes)
+    assert 2 <= len(found.blocks) <= len(recipes) < len(plain)
+    assert sum(len(block.places) for block in found.blocks) > len(plain) - len(recipes)
 
 
 def test_many_predictions_are_written_in_one_pass() -> None:
@@ -247,11 +272,9 @@ def test_many_predictions_are_written_in_one_pass() -> None:
     texts = [json.dumps({"start": "2026-01-01 00:00:00", "target": target, "item_id": f"{i}"}) for i in range(700)]
     instances = [read_instance(text.encode()) for text in texts]
     found = decode_together([AskedForecast(codec, each) for each in instances if each is not None], Configuration())
-    encoders = [
-        each.encode for each in found if isinstance(each, DecodedForecast) and isinstance(each.encode, GroupEncode)
-    ]
+    (block,) = found.blocks
     outputs = np.random.default_rng(3).normal(size=(700, AHEAD, len(LEVELS))).astype(np.float32)
-    written = write_predictions(encoders, encode_group(encoders, outputs))
+    written = write_predictions(block.group, range(700), block.group.compute_answers(block.at, outputs))
     assert len(written) == 700
     for i in (0, 1, 272, 273, 699):
         _, encode = codec.decode(b'{"instances":[' + texts[i].encode() + b"]}")
