@@ -95,6 +95,7 @@ class DeepAr:
         self._forecast, self._budget, self._calibration = forecast, budget, calibration
         self._own_calibration = calibration  #: that of the archive
         self.keeps_levels = False  #: whether encoders say what they have answered
+        self.packed_bounds = _pack_bounds(forecast)  #: center, scale, floor and cap, as `forecast_groups` reads them
         self._reader = RequestReader(forecast.products)
         self._histories = HistoryReader.of(forecast, parse_step_seconds(forecast.frequency))
         self._inputs = Inputs(forecast, self._histories.read if self._histories else None)
@@ -470,6 +471,13 @@ def _select_steps(numbers: Float32 | None, at: int, real: npt.NDArray[np.intp] |
 def _numbers_a_step(asked: InstanceRequest) -> int:
     samples = asked.configuration.num_samples if "samples" in asked.configuration.output_types else 0
     return samples + len(asked.levels.names)
+
+
+def _pack_bounds(forecast: ForecastSpec) -> bytes:
+    """Center and scale of the first product, floor and cap as float64; one object, where a thousand models are read."""
+    floor = -np.inf if forecast.floor is None else forecast.floor
+    cap = np.inf if forecast.cap is None else forecast.cap
+    return np.array([forecast.scaler.center, forecast.scaler.scale, floor, cap]).tobytes()
 
 
 def _make_error_prediction(error: RequestError) -> Prediction:

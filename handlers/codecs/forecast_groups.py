@@ -24,6 +24,7 @@ from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Level
 from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
+from handlers.codecs.sorted_levels import sort_levels
 from handlers.codecs.tensors import Place, check_finite
 from handlers.errors import RequestError, RunFailed
 
@@ -223,16 +224,14 @@ class ForecastGroup:
     def __init__(self, codecs: Sequence[DeepAr], configuration: Configuration) -> None:
         self._codecs, self._configuration = codecs, configuration
         self._first = codecs[0]  #: its recipe is everybody's
-        forecasts = [codec.forecast for codec in codecs]
         self._channels = self._first.forecast.inputs
         self._kind = self._first.forecast.scaler.kind
-        self._centers = np.array([each.scaler.center for each in forecasts])[:, None]
-        self._scales = np.array([each.scaler.scale for each in forecasts])[:, None]
-        lows = [-np.inf if each.floor is None else each.floor for each in forecasts]
-        self._floors = np.array(lows)[:, None, None]
-        self._caps = np.array([np.inf if each.cap is None else each.cap for each in forecasts])[:, None, None]
+        bounds = np.frombuffer(b"".join([codec.packed_bounds for codec in codecs])).reshape(-1, 4).T
+        self._centers, self._scales = np.ascontiguousarray(bounds[:2])[..., None]
+        self._floors, self._caps = bounds[2:, :, None, None]
+        self._is_bounded = bool(np.isfinite(bounds[2:]).any())
         self._levels: Levels
-        self.keeps_levels = any(codec.keeps_levels for codec in codecs)
+        self.keeps_levels = True in [codec.keeps_levels for codec in codecs]
         self.stamp = ""  #: of the first forecast step
         self.everyone: Places = np.arange(len(codecs))  #: the places of all
         self._item_ids: Sequence[str | int | None] = ()
@@ -318,7 +317,7 @@ class ForecastGroup:
         context, kept = self._first.forecast.context_length, rows.shape[2]
         origin = count_seconds(moment.isoformat())
         with np.errstate(over="ignore", invalid="ignore"):
-            scaled = self._scale(history, self._centers, self._scales, self._kind)
+            regular &= self._find_scalable(history)
             for c, channel in enumerate(self._channels):
                 at = steps - context - channel.lag + channel.shift
                 window = slice(at, at + context)
@@ -326,14 +325,26 @@ class ForecastGroup:
                     rows[:, c] = inputs.compute_calendar(origin, at, channel)[-kept:]
                     continue
                 if channel.source == "target":
-                    numbers = scaled[:, window]
-                elif channel.source == "dynamic_feat":
+                    some = history[:, window.stop - kept : window.stop]
+                    rows[:, c] = self._scale(some, self._centers, self._scales, self._kind)
+                    continue
+                if channel.source == "dynamic_feat":
                     numbers = self._scale_channel(arrays.covariates[:, channel.index, window], c)
                 else:
                     numbers = self._scale_channel(arrays.categories[:, channel.index, None], c)
                 rows[:, c] = numbers[:, -kept:]
                 regular &= _are_finite_as_float32(numbers)
         return _Decoded(rows, regular)
+
+    def _find_scalable(self, history: Float64) -> Flags:
+        """Find the histories [n, T] whose numbers are all known, and finite once they are scaled and float32.
+
+        Scaling and rounding are monotone, so that the largest and the smallest number of a history say it.
+        """
+        extremes = np.stack([history.max(axis=1), history.min(axis=1)], axis=1)
+        scaled = self._scale(extremes, self._centers, self._scales, self._kind).astype(np.float32)
+        found: Flags = np.all(np.isfinite(scaled), axis=1)
+        return found
 
     def _check_lengths(self, instances: Sequence[Instance[Any]], steps: int) -> tuple[Flags, Float64, Float64]:
         """Whose covariates and categories are as many as the archive has; and these, zeros for all others."""
@@ -368,8 +379,8 @@ class ForecastGroup:
         return self._scale(values, centers, scales, scalers[0].kind)
 
     def _find_regular_histories(self, history: Float64, first_hour: int) -> Flags:
-        """Find the histories [n, T] that have all their values, and nothing doubtful; the others may be anything."""
-        regular: Flags = np.all(~np.isnan(history), axis=1)
+        """Find the histories [n, T] that have nothing doubtful; those that lack values may be anything."""
+        regular = np.ones(len(history), bool)
         readers = [codec.histories for codec in self._codecs]
         reader = readers[0]
         if reader is None:
@@ -404,16 +415,14 @@ class ForecastGroup:
         where = slice(None) if is_whole else places
         numbers = outputs.astype(np.float64)
         calibrations = [codec.calibration for codec in codecs]  # `adapt` may replace one meanwhile
+        is_shifted = any(calibrations)
         with np.errstate(over="ignore", invalid="ignore"):
             prices = self._unscale(numbers, where)
-            growth = np.array([1.0 if each is None else each.growth for each in calibrations])[:, None, None]
-            good = np.all(np.abs(prices) <= FLOAT32_MAX / growth, axis=(1, 2))  # NaN is not
-            prices[~good] = 0.0
-        floors, caps = self._floors[where], self._caps[where]
-        prices = np.clip(prices, floors, caps)
-        if any(calibrations):
-            prices = np.clip(self._shift(prices, calibrations), floors, caps)
-        prices.sort(axis=-1)
+        good = _find_prices(prices, calibrations if is_shifted else ())
+        prices = self._bound(prices, where)
+        if is_shifted:
+            prices = self._bound(self._shift(prices, calibrations), where)
+        sort_levels(prices)
         if self.keeps_levels:
             self._keep_levels(places, codecs, prices, good)
         kinds = self._configuration.output_types
@@ -421,6 +430,10 @@ class ForecastGroup:
         quantiles = self._levels.of(prices).astype(np.float32) if "quantiles" in kinds else None
         failures = {i: _explain_failure(outputs[i : i + 1]) for i in np.flatnonzero(~good).tolist()}
         return GroupNumbers(self.stamp, means, quantiles, failures)
+
+    def _bound(self, prices: Float64, where: Places | slice) -> Float64:
+        """Keep prices between floor and cap, of those that have one."""
+        return np.clip(prices, self._floors[where], self._caps[where]) if self._is_bounded else prices
 
     def take_levels(self, at: int) -> Iterator[AnsweredLevels]:
         """Give the levels that a forecast was answered with, once, where its archive keeps them."""
@@ -504,6 +517,17 @@ def _sort_columns(codec: DeepAr, columns: ForecastColumns) -> tuple[list[Float64
     return [series[name] for name in forecast.dynamic_feat], columns.cats[:, places].astype(np.float64)
 
 
+def _find_prices(prices: Float64, calibrations: Sequence[BandCalibration | None]) -> Flags:
+    """Whose numbers [n, prediction, levels] are prices, also when they are shifted; the others' become zero."""
+    if not calibrations and prices.min() >= -FLOAT32_MAX and prices.max() <= FLOAT32_MAX:  # as mostly; NaN is not
+        return np.ones(len(prices), bool)
+    growth = np.ones(len(prices))
+    growth[: len(calibrations)] = [1.0 if each is None else each.growth for each in calibrations]
+    found: Flags = np.all(np.abs(prices) <= FLOAT32_MAX / growth[:, None, None], axis=(1, 2))
+    prices[~found] = 0.0
+    return found
+
+
 class _Decoded(NamedTuple):
     """The rows of a group, and which of them are regular."""
 
@@ -516,8 +540,10 @@ def _are_finite_as_float32(numbers: Float64) -> Flags:
 
     NaN is passed on by both.
     """
+    if np.isfinite(np.array([numbers.max(), numbers.min()], np.float32)).all():  # as mostly
+        return np.ones(len(numbers), bool)
     extremes = np.stack([numbers.max(axis=1), numbers.min(axis=1)]).astype(np.float32)
-    finite: Flags = np.isfinite(extremes).all(axis=0)
+    finite: Flags = np.all(np.isfinite(extremes), axis=0)
     return finite
 
 

@@ -160,11 +160,11 @@ def _write_group(
     group: ForecastGroup, places: Sequence[int], form: AnswerForm, numbers: GroupNumbers
 ) -> Sequence[Any | RunFailed]:
     """The answers of the forecasts at these places of a group."""
-    answers: list[Any | RunFailed]
-    answers = [*write_predictions(group, places, numbers)] if form.pack is None else [*form.pack(group.names, numbers)]
-    for i, failed in numbers.failures.items():
-        answers[i] = failed
-    return answers
+    answers: Sequence[Any | RunFailed]
+    answers = write_predictions(group, places, numbers) if form.pack is None else form.pack(group.names, numbers)
+    if not numbers.failures:
+        return answers
+    return [numbers.failures.get(i, answer) for i, answer in enumerate(answers)]
 
 
 def _make_items(found: DecodedForecasts, form: AnswerForm) -> DecodedItems:

@@ -6,7 +6,7 @@ INVARIANT: numbers are little-endian; a missing one is NaN.
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, cast, overload
 
 import msgspec
 from msgspec import Struct
@@ -60,6 +60,28 @@ class BlockRow(Struct, gc=False, eq=False):
 
     block: NumbersBlock
     at: int
+
+
+class BlockRows(Sequence[BlockRow]):
+    """All forecasts of a block, in order."""
+
+    def __init__(self, block: NumbersBlock, count: int) -> None:
+        self.block, self._count = block, count
+
+    def __repr__(self) -> str:
+        """For example `<BlockRows of 500 forecasts>`."""
+        return f"<BlockRows of {self._count} forecasts>"
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, at: int) -> BlockRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[BlockRow]: ...
+    def __getitem__(self, at: int | slice) -> BlockRow | list[BlockRow]:
+        places = range(self._count)[at]
+        return BlockRow(self.block, places) if isinstance(places, int) else [BlockRow(self.block, i) for i in places]
 
 
 class PlainPrediction(Struct):

@@ -213,8 +213,16 @@ def _read_columns(head: AskedColumns, rest: memoryview, count: int) -> RowColumn
 # --- responses ----------------------------------------------------------------------------------------------------
 
 
-def write_answered(shared: Sequence[SharedAnswer], of: Sequence[int], bodies: Sequence[Answer]) -> bytes:
-    """The body of a response: for each item its place in `shared`, and its answer or why there is none."""
+def write_answered(
+    shared: Sequence[SharedAnswer],
+    of: Sequence[int],
+    bodies: Sequence[Answer],
+    whole: Sequence[tuple[NumbersBlock, Sequence[int]]] = (),
+) -> bytes:
+    """The body of a response: for each item its place in `shared`, and its answer or why there is none.
+
+    `whole`: blocks of which all rows are answers, and the places of their items, which have an empty body.
+    """
     own = [b"" if isinstance(body, BlockRow) else body for body in bodies]
     blocks: dict[int, tuple[NumbersBlock, list[int], list[int]]] = {}
     for place, body in enumerate(bodies):
@@ -223,6 +231,9 @@ def write_answered(shared: Sequence[SharedAnswer], of: Sequence[int], bodies: Se
             places.append(place)
             rows.append(body.at)
     heads, parts = list[BlockHead](), list[Buffer](own)
+    for block, items in whole:
+        heads.append(BlockHead(block.start, block.steps, block.has_mean, list(block.levels), list(items)))
+        parts += block.columns
     for block, places, rows in blocks.values():
         heads.append(BlockHead(block.start, block.steps, block.has_mean, list(block.levels), places))
         size = block.steps * FLOAT_BYTES

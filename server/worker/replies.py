@@ -11,6 +11,7 @@ from model_store.names import split_version
 from server.access_log import LOST, REFUSED, ArrivalBuffer
 from server.errors import Refused, Situation
 from server.ipc.lends import Turn
+from server.ipc.packed import BlockRows
 from server.metrics import WorkerMetrics
 from server.worker.resident_models import ResidentModels
 from server.worker.scheduler import Job, Scheduler
@@ -82,6 +83,9 @@ class Replies:
         `found`: the answer of each, or RunFailed.
         """
         now = self._now()
+        if isinstance(found, BlockRows) and not [job for job in jobs if job.done or job.deadline < now]:
+            self._answer_all(jobs, found, media, now, began, run_s)
+            return
         done, bodies, refused = list[Job](), list[Any](), list[tuple[Job, Refused]]()
         for job, body in zip(jobs, found, strict=True):
             if job.done:
@@ -94,16 +98,22 @@ class Replies:
                 done.append(job)
                 bodies.append(body)
         if done:
-            self._scheduler.finish_all(done)
-            slots = [get_slot(job) for job in done]
-            self._note_answers(done, slots, now, began, run_s)
-            done[0].origin.answer_items(done, media, bodies, began, run_s)
-            for job in done:
-                job.slot = None
-            for slot in self._residents.cache.release_all(slots):
-                self._residents.retire(slot)
+            self._answer_all(done, bodies, media, now, began, run_s)
         for job, why in refused:  # at last: a refusal can end the call, which gives up what is not finished
             self.refuse(job, why)
+
+    def _answer_all(
+        self, jobs: Sequence[Job], bodies: Sequence[Any], media: str, now: float, began: float, run_s: float
+    ) -> None:
+        """Send the answers of items of one call, none of which was done before."""
+        self._scheduler.finish_all(jobs)
+        slots = [get_slot(job) for job in jobs]
+        self._note_answers(jobs, slots, now, began, run_s)
+        jobs[0].origin.answer_items(jobs, media, bodies, began, run_s)
+        for job in jobs:
+            job.slot = None
+        for slot in self._residents.cache.release_all(slots):
+            self._residents.retire(slot)
 
     def _note_answers(self, done: Sequence[Job], slots: Sequence[Slot], now: float, began: float, run_s: float) -> None:
         """Count items that are answered, and keep their rows of the access log and their bands' levels."""
@@ -112,7 +122,7 @@ class Replies:
             if first is None or job.arrived != first.arrived or job.load_s != first.load_s:  # most came together
                 first, answered_s, queued_s = job, now - job.arrived, job.queued_s(began)
             slot.usage.note_answer(began, answered_s, queued_s, run_s)
-            if job.answered and bands is not None:
+            if bands is not None and job.answered:
                 bands.keep(slot, job.request.client, job.answered)
         if self._arrivals is not None:
             for job in done:

@@ -11,7 +11,7 @@ two cores: 12,300 requests a second; with halves 17,300). Up to FEW jobs are not
 fixed cost.
 """
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -60,7 +60,9 @@ class Job(msgspec.Struct, eq=False):  # made in half of the time that a dataclas
         return f"<Job {self.request.id} {self.model} {self.cache.name.lower()}{' done' if self.done else ''}>"
 
 
-_Queues = OrderedDict[str, OrderedDict[ModelName, deque[Job]]]  #: a group's jobs by client, and theirs by model
+_Queues = OrderedDict[
+    str, OrderedDict[ModelName, list[Job]]
+]  #: a group's jobs by client, and theirs by model: few each
 
 
 class QueueFull(Exception):
@@ -133,7 +135,7 @@ class Scheduler:
 
     def add_ready(self, group: str, job: Job) -> None:
         """Queue a job whose model is resident for one of the group's next batches."""
-        self._queues(group).setdefault(job.request.client, OrderedDict()).setdefault(job.model, deque()).append(job)
+        self._queues(group).setdefault(job.request.client, OrderedDict()).setdefault(job.model, []).append(job)
 
     def add_all_ready(self, group: str, client: str, jobs: Iterable[Job]) -> None:
         """Queue jobs of one client, as `add_ready` does each of them."""
@@ -141,7 +143,7 @@ class Scheduler:
         for job in jobs:
             queue = models.get(job.model)
             if queue is None:
-                models[job.model] = deque((job,))
+                models[job.model] = [job]
             else:
                 queue.append(job)
 
@@ -151,7 +153,7 @@ class Scheduler:
         for job in reversed(jobs):
             models = queues.setdefault(job.request.client, OrderedDict())
             queues.move_to_end(job.request.client, last=False)
-            models.setdefault(job.model, deque()).appendleft(job)
+            models.setdefault(job.model, []).insert(0, job)
             models.move_to_end(job.model, last=False)
 
     def park(self, group: str) -> None:
@@ -200,7 +202,7 @@ class Scheduler:
         while queues and len(batch) < most:
             client, models = queues.popitem(last=False)
             model, queue = models.popitem(last=False)
-            batch.append(queue.popleft())
+            batch.append(queue.pop(0))
             if queue:
                 models[model] = queue
             if models:

@@ -16,7 +16,7 @@ from handlers.codecs.tensors import Place
 from handlers.errors import RequestError
 from handlers.kinds import RowModel
 from model_store.cache.slots import Slot
-from server.ipc.packed import NUMBERS, BlockRow, NumbersBlock, TableRow, measure_instance, write_instance
+from server.ipc.packed import NUMBERS, BlockRows, NumbersBlock, TableRow, measure_instance, write_instance
 from server.ipc.together import PREDICTION, RowColumns
 from server.worker.replies import Replies, get_slot
 from server.worker.scheduler import Job
@@ -26,7 +26,7 @@ SHORT_NUMBERS = 20_000  #: of an answer, which are written in 10 ms
 SEVERAL = "the model has {} products, and a table has one column `target`: ask it by JSON"
 
 
-def pack_numbers(names: Sequence[str], numbers: GroupNumbers) -> list[BlockRow]:
+def pack_numbers(names: Sequence[str], numbers: GroupNumbers) -> BlockRows:
     """The answers of a group as rows of one block."""
     columns, count = list[bytes](), 0
     if numbers.means is not None:
@@ -36,8 +36,7 @@ def pack_numbers(names: Sequence[str], numbers: GroupNumbers) -> list[BlockRow]:
         columns += [each.tobytes() for each in np.ascontiguousarray(numbers.quantiles.transpose(2, 0, 1))]
         count, steps = numbers.quantiles.shape[:2]
     levels = [] if numbers.quantiles is None else list(names)
-    block = NumbersBlock(numbers.start, steps, numbers.means is not None, levels, columns)
-    return [BlockRow(block, i) for i in range(count)]
+    return BlockRows(NumbersBlock(numbers.start, steps, numbers.means is not None, levels, columns), count)
 
 
 AS_JSON, AS_NUMBERS = AnswerForm(PREDICTION), AnswerForm(NUMBERS, pack_numbers)

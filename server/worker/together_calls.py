@@ -15,7 +15,7 @@ from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.forecast_texts import read_configuration
 from server.errors import Detail, Refused, Situation
 from server.ipc.frames import CHUNK, Request
-from server.ipc.packed import BlockRow, TableRow
+from server.ipc.packed import BlockRow, BlockRows, NumbersBlock, TableRow
 from server.ipc.together import Answer, SharedAnswer, read_asked, write_answered
 from server.worker.scheduler import Job
 
@@ -59,6 +59,7 @@ class TogetherCall:
         self._shared: dict[SharedAnswer, int] = {}
         self._of = [0] * count  # for each item its answer in those
         self._bodies: list[Answer] = [b""] * count
+        self._blocks: list[tuple[NumbersBlock, Sequence[int]]] = []  # of answers, each with all its items' places
         self._missing, self._checked = count, 0
         self.kept_bytes = 0  #: of its items' answers
         self._ended = False
@@ -121,8 +122,9 @@ class TogetherCall:
         self._drop_jobs(steps)
 
     def _drop_jobs(self, steps: Submits) -> None:
-        for job in self.jobs:
-            steps.cancel(job)
+        if self._missing:
+            for job in self.jobs:
+                steps.cancel(job)
         self._jobs.clear()
 
     @property
@@ -158,16 +160,22 @@ class TogetherCall:
         """Keep the answers of several items that ran together in a batch, which began then."""
         if self._ended:
             return
-        inference_us, of, kept = int(inference_s * 1e6), self._of, self._bodies
+        if isinstance(bodies, BlockRows):
+            size = len(jobs) * bodies.block.row_bytes
+            self._blocks.append((bodies.block, [job.request.id for job in jobs]))
+        else:
+            size = _measure_answers(bodies)
+            for job, body in zip(jobs, bodies, strict=True):
+                self._bodies[job.request.id] = body
+        inference_us, of = int(inference_s * 1e6), self._of
         first, shared = None, 0
-        for job, body in zip(jobs, bodies, strict=True):
+        for job in jobs:
             if first is None or job.load_s != first.load_s or job.cache != first.cache or job.tier != first.tier:
                 times = (int(job.queued_s(began) * 1e6), int(job.load_s * 1e6), inference_us)  # all came with the call
                 answer = SharedAnswer(Situation.OK, job.cache, job.tier, content_type, *times)
                 first, shared = job, self._shared.setdefault(answer, len(self._shared))
-            place = job.request.id
-            of[place], kept[place] = shared, body
-        self._count(len(jobs), _measure_answers(bodies))
+            of[job.request.id] = shared
+        self._count(len(jobs), size)
 
     def answer_part(self, job: Job, content_type: str, body: bytes, head: bytes) -> bool:
         """No item asks for an answer in parts."""
@@ -201,12 +209,12 @@ class TogetherCall:
             self._fail(Situation.OVERLOADED, NO_ROOM)
         elif not self._missing:
             self._ended = True
-            self._end(Situation.OK, write_answered(list(self._shared), self._of, self._bodies))
+            self._end(Situation.OK, write_answered(list(self._shared), self._of, self._bodies, self._blocks))
         self._checked = self.kept_bytes - self.kept_bytes % CHUNK
 
     def _fail(self, situation: Situation, message: str) -> None:
         """Refuse the whole call."""
-        self._ended, self._bodies = True, []
+        self._ended, self._bodies, self._blocks = True, [], []
         self._end(situation, msgspec.json.encode(Detail(message)))
 
 

@@ -105,7 +105,7 @@ class LaneInputs:
         self.sizes.append(len(part))
 
     def keep_block(self, block: Float32) -> None:
-        """Take the inputs [n, *shape] of several requests, which are answered as one, into as many lanes as they need."""
+        """Take the inputs [n, *shape] of several requests, which are answered as one, into the lanes they need."""
         left = block
         while len(left):
             begun = len(self._blocks)

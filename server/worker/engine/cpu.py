@@ -106,8 +106,9 @@ class Staging:
         """
         steps = self.family.read_shape[-1]
         if isinstance(parts, np.ndarray):
-            if parts.shape[-1] == steps and parts.flags.c_contiguous and parts.ctypes.data % ALIGNED_BYTES == 0:
-                return torch.from_numpy(parts)
+            lying = torch.from_numpy(parts)
+            if parts.shape[-1] == steps and lying.is_contiguous() and lying.data_ptr() % ALIGNED_BYTES == 0:
+                return lying
             parts = [parts]
         count = sum(map(len, parts))
         if self.family.read_shape != self.family.input_shape:
