@@ -92,10 +92,10 @@ class DeepAr:
 
         Raises ArchiveInvalid if the input recipe cannot be run.
         """
-        self._forecast, self._budget, self._calibration = forecast, budget, calibration
+        self._forecast, self._budget = forecast, budget
+        self.calibration = calibration  #: what shifts its levels now; `adapt` may replace it
         self._own_calibration = calibration  #: that of the archive
         self.keeps_levels = False  #: whether encoders say what they have answered
-        self.packed_bounds = _pack_bounds(forecast)  #: center, scale, floor and cap, as `forecast_groups` reads them
         self._reader = RequestReader(forecast.products)
         self._histories = HistoryReader.of(forecast, parse_step_seconds(forecast.frequency))
         self._inputs = Inputs(forecast, self._histories.read if self._histories else None)
@@ -106,6 +106,7 @@ class DeepAr:
         if self._tails is not None:
             self._mean = self._tails.shift_mean(self._mean, self._trained)
         self._narrow = has_narrow_levels(self._trained)
+        self.packed_bounds = _pack_bounds(forecast, self._tails is not None)  #: as `forecast_groups` reads them
         self.recipe = find_shared_recipe(forecast)  #: what it shares with others; None: its forecasts are single
         products = len(forecast.products)
         self._several = products > 1
@@ -132,11 +133,6 @@ class DeepAr:
     def histories(self) -> HistoryReader | None:
         """The rules of its histories, if it has any."""
         return self._histories
-
-    @property
-    def calibration(self) -> BandCalibration | None:
-        """What shifts its levels now; `adapt` may replace it."""
-        return self._calibration
 
     @property
     def mean_weights(self) -> Float64:
@@ -168,7 +164,7 @@ class DeepAr:
             start = make_calibration(self._forecast) if own is None else own
             assert start is not None, "only adaptable archives are adapted"
             own = start.add(offsets)
-        self._calibration = own
+        self.calibration = own
 
     def decode(self, body: bytes) -> tuple[Float32, Encode]:
         """Decode a body into rows [n, channels, context] and the encoder of finite outputs [n, *network's].
@@ -400,7 +396,7 @@ class DeepAr:
             prices = from_network(numbers, forecast.scaler)
         if forecast.residual_to:
             prices = prices + np.stack([one.first.base for one in asked if one.first.base is not None])[..., None]
-        calibration = self._calibration  # which `adapt` may replace meanwhile
+        calibration = self.calibration  # which `adapt` may replace meanwhile
         if not (np.abs(prices) <= FLOAT32_MAX / (1 if calibration is None else calibration.growth)).all():
             raise RunFailed(OVERFLOWS)
         if calibration is not None:  # it has learnt from sorted prices within floor and cap
@@ -473,11 +469,14 @@ def _numbers_a_step(asked: InstanceRequest) -> int:
     return samples + len(asked.levels.names)
 
 
-def _pack_bounds(forecast: ForecastSpec) -> bytes:
-    """Center and scale of the first product, floor and cap as float64; one object, where a thousand models are read."""
+def _pack_bounds(forecast: ForecastSpec, has_tails: bool) -> bytes:
+    """Center and scale of the first product, floor, cap and whether there are tails, as float64.
+
+    One object, because a call for a thousand models reads that of each.
+    """
     floor = -np.inf if forecast.floor is None else forecast.floor
     cap = np.inf if forecast.cap is None else forecast.cap
-    return np.array([forecast.scaler.center, forecast.scaler.scale, floor, cap]).tobytes()
+    return np.array([forecast.scaler.center, forecast.scaler.scale, floor, cap, has_tails]).tobytes()
 
 
 def _make_error_prediction(error: RequestError) -> Prediction:

@@ -24,7 +24,7 @@ from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Level
 from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
-from handlers.codecs.sorted_levels import sort_levels
+from handlers.codecs.sorted_levels import SortedLevels, sort_levels
 from handlers.codecs.tensors import Place, check_finite
 from handlers.errors import RequestError, RunFailed
 
@@ -226,10 +226,11 @@ class ForecastGroup:
         self._first = codecs[0]  #: its recipe is everybody's
         self._channels = self._first.forecast.inputs
         self._kind = self._first.forecast.scaler.kind
-        bounds = np.frombuffer(b"".join([codec.packed_bounds for codec in codecs])).reshape(-1, 4).T
+        bounds = np.frombuffer(b"".join([codec.packed_bounds for codec in codecs])).reshape(-1, 5).T
         self._centers, self._scales = np.ascontiguousarray(bounds[:2])[..., None]
-        self._floors, self._caps = bounds[2:, :, None, None]
-        self._is_bounded = bool(np.isfinite(bounds[2:]).any())
+        self._floors, self._caps = bounds[2:4, :, None, None]
+        self._is_bounded = bool(np.isfinite(bounds[2:4]).any())
+        self._has_tails = bool(bounds[4].any())
         self._levels: Levels
         self.keeps_levels = True in [codec.keeps_levels for codec in codecs]
         self.stamp = ""  #: of the first forecast step
@@ -422,12 +423,12 @@ class ForecastGroup:
         prices = self._bound(prices, where)
         if is_shifted:
             prices = self._bound(self._shift(prices, calibrations), where)
-        sort_levels(prices)
+        ordered = sort_levels(prices)
         if self.keeps_levels:
             self._keep_levels(places, codecs, prices, good)
         kinds = self._configuration.output_types
         means = self._average(prices, codecs) if "mean" in kinds else None
-        quantiles = self._levels.of(prices).astype(np.float32) if "quantiles" in kinds else None
+        quantiles = _pick_levels(self._levels, ordered) if "quantiles" in kinds else None
         failures = {i: _explain_failure(outputs[i : i + 1]) for i in np.flatnonzero(~good).tolist()}
         return GroupNumbers(self.stamp, means, quantiles, failures)
 
@@ -442,12 +443,14 @@ class ForecastGroup:
             yield AnsweredLevels(count_seconds(self.stamp), levels)
 
     def _unscale(self, numbers: Float64, where: Places | slice) -> Float64:
-        """As `features.from_network`, with a scaler for each forecast."""
+        """As `features.from_network`, with a scaler for each forecast, in place."""
         if self._kind == "identity":
             return numbers
-        unscaled = np.sinh(numbers) if self._kind == "asinh" else numbers
-        prices: Float64 = unscaled * self._scales[where][:, :, None] + self._centers[where][:, :, None]
-        return prices
+        if self._kind == "asinh":
+            np.sinh(numbers, out=numbers)
+        numbers *= self._scales[where][:, :, None]
+        numbers += self._centers[where][:, :, None]
+        return numbers
 
     def _shift(self, prices: Float64, calibrations: Sequence[BandCalibration | None]) -> Float64:
         """Shift the levels of those that have a calibration, each by its offsets."""
@@ -472,14 +475,13 @@ class ForecastGroup:
             if codec.keeps_levels and good[i]:
                 self._kept[place] = levels[i].tobytes()
 
-    @staticmethod
-    def _average(prices: Float64, codecs: Sequence[DeepAr]) -> Float32:
-        if all(codec.tails is None for codec in codecs):  # one recipe has one rule then
-            weights = codecs[0].mean_weights[None, :, None]
-        else:
+    def _average(self, prices: Float64, codecs: Sequence[DeepAr]) -> Float32:
+        if self._has_tails:
             weights = np.stack([codec.mean_weights for codec in codecs])[:, :, None]
+        else:  # one recipe has one rule then
+            weights = codecs[0].mean_weights[None, :, None]
         means: Float64 = np.matmul(prices, weights)[:, :, 0]
-        for i, codec in enumerate(codecs):
+        for i, codec in enumerate(codecs if self._has_tails else ()):
             if codec.tails is not None:  # a tail reaches beyond floor and cap, and the mean with it
                 means[i] = codec.tails.bound(means[i])
         return means.astype(np.float32)
@@ -515,6 +517,18 @@ def _sort_columns(codec: DeepAr, columns: ForecastColumns) -> tuple[list[Float64
         return None
     places = [cats[name] for name in forecast.cat]
     return [series[name] for name in forecast.dynamic_feat], columns.cats[:, places].astype(np.float64)
+
+
+def _pick_levels(levels: Levels, ordered: SortedLevels) -> Float32:
+    """The requested levels [n, prediction, asked], as `Levels.of` computes them."""
+    columns, has_zeros = ordered
+    found = np.empty((len(levels.names), *columns[0].shape), np.float32)
+    for row, below, above, weight in zip(found, levels.below, levels.above, levels.weight, strict=True):
+        low, high = columns[below], columns[above]
+        if weight or has_zeros:  # else nothing would change: a sum with zero changes the sign of a zero alone
+            low = np.minimum(low + weight * (high - low), high)
+        row[...] = low
+    return found.transpose(1, 2, 0)
 
 
 def _find_prices(prices: Float64, calibrations: Sequence[BandCalibration | None]) -> Flags:

@@ -1,7 +1,8 @@
 """Sorts the quantile levels of many forecasts at once, to the bits that a sort of each alone gives. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,16 +11,23 @@ from handlers.codecs.features import Float64
 MOST_LEVELS = 8  #: of which comparisons of whole columns take less time than a sort of each few numbers
 
 
-def sort_levels(prices: Float64) -> None:
+class SortedLevels(NamedTuple):
+    """The columns of sorted prices, one for each level, and whether any price is zero."""
+
+    columns: Sequence[Float64]
+    has_zeros: bool
+
+
+def sort_levels(prices: Float64) -> SortedLevels:
     """Sort finite prices [..., levels] along the last axis, in place.
 
     Few levels are compared column by column, which gives the same numbers. Zeros of both signs are equal and yet two
     numbers: where there is any zero, it is left to the sort which of them comes first.
     """
-    levels = prices.shape[-1]
-    if levels > MOST_LEVELS or not prices.all():
+    levels, has_zeros = prices.shape[-1], not prices.all()
+    if levels > MOST_LEVELS or has_zeros:
         prices.sort(axis=-1)
-        return
+        return SortedLevels([prices[..., i] for i in range(levels)], has_zeros)
     columns = [np.ascontiguousarray(prices[..., i]) for i in range(levels)]
     spare = np.empty_like(columns[0])
     for low, high in _list_comparisons(levels):
@@ -28,6 +36,7 @@ def sort_levels(prices: Float64) -> None:
         columns[low], spare = spare, columns[low]
     for i, column in enumerate(columns):
         prices[..., i] = column
+    return SortedLevels(columns, has_zeros)
 
 
 @lru_cache(maxsize=MOST_LEVELS)

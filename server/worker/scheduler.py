@@ -60,9 +60,7 @@ class Job(msgspec.Struct, eq=False):  # made in half of the time that a dataclas
         return f"<Job {self.request.id} {self.model} {self.cache.name.lower()}{' done' if self.done else ''}>"
 
 
-_Queues = OrderedDict[
-    str, OrderedDict[ModelName, list[Job]]
-]  #: a group's jobs by client, and theirs by model: few each
+_Queues = OrderedDict[str, OrderedDict[ModelName, list[Job]]]  #: a group's jobs by client, and theirs by model
 
 
 class QueueFull(Exception):
