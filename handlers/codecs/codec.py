@@ -147,22 +147,18 @@ class FamilyCodec:
         self._name = tensor.input_name
         self._shapes = {tensor.input_name: tensor.input_shape}
         self._output_shape = tensor.output_shape
-        self._deepar = None if forecast is None else DeepAr(forecast, budget, calibration)
+        #: What reads and writes its forecasts; None where it answers tensors.
+        self.forecaster = None if forecast is None else DeepAr(forecast, budget, calibration)
         self._budget, self._facts = budget, facts
         self._signature = open_inference.Signature(self._shapes, {OUTPUT: tensor.output_shape})
 
     def __repr__(self) -> str:
-        return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self._deepar or 'tensors only'}>"
+        return f"<FamilyCodec {self._shapes} -> {self._output_shape}, {self.forecaster or 'tensors only'}>"
 
     @property
     def adaptable(self) -> DeepAr | None:
         """What adapts its bands to observed prices; None where it answers tensors, or has no band."""
-        return self._deepar if self._deepar is not None and self._deepar.is_adaptable else None
-
-    @property
-    def forecaster(self) -> DeepAr | None:
-        """What reads and writes its forecasts; None where it answers tensors."""
-        return self._deepar
+        return self.forecaster if self.forecaster is not None and self.forecaster.is_adaptable else None
 
     def describe(self, *, whole: bool = False) -> dict[str, object]:
         """Describe what a forecast request must know of the archive, in plain values; empty if it answers tensors.
@@ -170,7 +166,9 @@ class FamilyCodec:
         `whole`: all of it, else what a list of a thousand models has room for.
         """
         describe = describe_recipe if whole else describe_forecast
-        forecast: dict[str, object] = {} if self._deepar is None else {"forecast": describe(self._deepar.forecast)}
+        forecast: dict[str, object] = (
+            {} if self.forecaster is None else {"forecast": describe(self.forecaster.forecast)}
+        )
         return {**forecast, **self._facts} if whole else forecast
 
     def decode(
@@ -203,8 +201,8 @@ class FamilyCodec:
             description = self._describe_tensors()
             return DecodedCall(nothing, lambda _: (description, JSON))
         document = open_inference_requests.InferDocument(body, content_type)
-        if self._deepar is not None and document.is_text_for(DEEPAR_INPUT):
-            return self._infer_forecast(document.read(DEEPAR_ROWS), self._deepar, model, place)
+        if self.forecaster is not None and document.is_text_for(DEEPAR_INPUT):
+            return self._infer_forecast(document.read(DEEPAR_ROWS), self.forecaster, model, place)
         call = document.read(self._signature)
         if call.n > 1 and self._budget is not None:
             self._budget(call.n)
@@ -235,11 +233,11 @@ class FamilyCodec:
         return DecodedCall(rows, encode_text, encode.numbers, encode.answered, encode.marks)
 
     def _describe_tensors(self) -> bytes:
-        if self._deepar is None:
+        if self.forecaster is None:
             return open_inference.describe_tensors(self._signature)
         return open_inference.describe_tensors(
             self._signature,
-            forecast=describe_recipe(self._deepar.forecast),
+            forecast=describe_recipe(self.forecaster.forecast),
             forecast_input=open_inference.list_tensor(DEEPAR, DEEPAR_INPUT, DEEPAR.inputs[DEEPAR_INPUT]),
             forecast_output=open_inference.list_tensor(DEEPAR, DEEPAR_OUTPUT, DEEPAR.outputs[DEEPAR_OUTPUT]),
         )
@@ -262,11 +260,11 @@ class FamilyCodec:
         return DecodedCall(rows, write, encode.numbers, encode.answered, encode.marks)
 
     def _forecaster(self, field: str | None) -> DeepAr:
-        if self._deepar is None:
+        if self.forecaster is None:
             name, shape = next(iter(self._shapes.items()))
             message = f"the archive has no `forecast` and answers tensors only: send {name!r} {list(shape)}"
             raise RequestError(message, field=field)
-        return self._deepar
+        return self.forecaster
 
     def _encode_json(self, outputs: Float32) -> Encoded:
         return tensors.write_json({"predictions": check_finite("predictions", outputs)[0]}), JSON

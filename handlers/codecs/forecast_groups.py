@@ -178,6 +178,8 @@ def _decode_others(
 
 def select_places(places: Sequence[int]) -> Any:
     """An index of these places: a slice, which copies nothing, where they follow each other."""
+    if isinstance(places, range):
+        return slice(places.start, places.stop)
     first, last = places[0], places[-1]
     return slice(first, last + 1) if list(places) == list(range(first, last + 1)) else list(places)
 
@@ -342,10 +344,19 @@ class ForecastGroup:
 
         Scaling and rounding are monotone, so that the largest and the smallest number of a history say it.
         """
+        largest = max(abs(float(history.max())), abs(float(history.min())))
+        if self._most_scaled(largest) <= FLOAT32_MAX / 2:  # as mostly; NaN is not
+            return np.ones(len(history), bool)
         extremes = np.stack([history.max(axis=1), history.min(axis=1)], axis=1)
         scaled = self._scale(extremes, self._centers, self._scales, self._kind).astype(np.float32)
         found: Flags = np.all(np.isfinite(scaled), axis=1)
         return found
+
+    def _most_scaled(self, number: float) -> float:
+        """The largest that a number of at most this size may become in any model's units, before any arcsinh."""
+        if self._kind == "identity":
+            return number
+        return float((number + np.abs(self._centers).max()) / np.abs(self._scales).min())
 
     def _check_lengths(self, instances: Sequence[Instance[Any]], steps: int) -> tuple[Flags, Float64, Float64]:
         """Whose covariates and categories are as many as the archive has; and these, zeros for all others."""
@@ -370,8 +381,9 @@ class ForecastGroup:
         """As `features.to_network`, with a scaler for each row."""
         if kind == "identity":
             return values
-        scaled: Float64 = (values - centers) / scales
-        return np.arcsinh(scaled) if kind == "asinh" else scaled
+        scaled: Float64 = values - centers
+        scaled /= scales
+        return np.arcsinh(scaled, out=scaled) if kind == "asinh" else scaled
 
     def _scale_channel(self, values: Float64, place: int) -> Float64:
         """Scale the numbers [n, T] of a channel that has scalers of its own."""

@@ -225,7 +225,7 @@ def write_answered(
     """
     own = [b"" if isinstance(body, BlockRow) else body for body in bodies]
     blocks: dict[int, tuple[NumbersBlock, list[int], list[int]]] = {}
-    for place, body in enumerate(bodies):
+    for place, body in enumerate(bodies) if sum(len(items) for _, items in whole) < len(bodies) else ():
         if isinstance(body, BlockRow):
             _, places, rows = blocks.setdefault(id(body.block), (body.block, [], []))
             places.append(place)

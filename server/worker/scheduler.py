@@ -189,22 +189,16 @@ class Scheduler:
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
         """A group and half of its jobs (see `unpark`), at most `limit`, taken in turns. Includes jobs that are done."""
         group, queues = self._ready.popitem(last=False)
-        half = (sum(sum(map(len, models.values())) for models in queues.values()) + 1) // 2
-        most, batch = min(max(half, self._few), limit), list[Job]()
+        most = limit
         first = next(iter(next(iter(queues.values())).values()))[0]
         if group in self._whole or first.together is not None:  # the items of a call are answered together
             self._whole.discard(group)
-            most = limit
+        else:
+            half = (sum(sum(map(len, models.values())) for models in queues.values()) + 1) // 2
+            most = min(max(half, self._few), limit)
         if len(queues) == 1 and most == limit and (whole := _take_whole(queues, limit)) is not None:
             return group, whole
-        while queues and len(batch) < most:
-            client, models = queues.popitem(last=False)
-            model, queue = models.popitem(last=False)
-            batch.append(queue.pop(0))
-            if queue:
-                models[model] = queue
-            if models:
-                queues[client] = models
+        batch = _take_turns(queues, most)
         if queues:
             self._ready[group] = queues
         return group, batch
@@ -262,6 +256,23 @@ class Scheduler:
         )
         for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)
+
+
+def _take_turns(queues: _Queues, most: int) -> list[Job]:
+    """Remove so many jobs of a group, of its clients in turn, and of each client's models."""
+    batch = list[Job]()
+    while queues and len(batch) < most:
+        client, models = queues.popitem(last=False)
+        while models and len(batch) < most:
+            model, queue = models.popitem(last=False)
+            batch.append(queue.pop(0))
+            if queue:
+                models[model] = queue
+            if queues:  # the next client's turn
+                break
+        if models:
+            queues[client] = models
+    return batch
 
 
 def _take_whole(queues: _Queues, limit: int) -> list[Job] | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from handlers.codecs.codec import FamilyCodec
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import Instance
 from handlers.codecs.forecast_groups import ForecastColumns, GroupNumbers, select_places
@@ -103,11 +104,10 @@ def _decode_call(
     if call.configuration is None:
         return []
     taken, codecs = list[Job](), list[DeepAr]()
-    is_table = call.columns is not None
+    is_table, most = call.columns is not None, min(quick_bytes, FamilyCodec.quick_bytes)
     for job, size in zip(jobs, _measure_instances(call.columns, jobs), strict=True):
-        codec = rows[get_slot(job)].codec
-        forecaster = codec.forecaster
-        if forecaster is None or size > quick_bytes or size > codec.quick_bytes:
+        forecaster = rows[get_slot(job)].codec.forecaster
+        if forecaster is None or size > most:
             continue
         if is_table and forecaster.recipe is None and len(forecaster.forecast.products) > 1:
             message = SEVERAL.format(len(forecaster.forecast.products))
@@ -169,8 +169,8 @@ def read_columns(columns: RowColumns, places: Sequence[int]) -> ForecastColumns 
         arrays.append(np.frombuffer(raw, f"<{head.code}").reshape(-1, size)[where])
     starts = head.starts * len(places) if len(head.starts) == 1 else [head.starts[i] for i in places]
     item_ids = [head.item_ids[i] for i in places] if head.item_ids else [None] * len(places)
-    cats = [head.cats[i] for i in places] if head.cats else [[]] * len(places)
+    cats = np.zeros((len(places), 0), np.int64)
+    if head.cats:
+        cats = np.array([head.cats[i] for i in places], np.int64).reshape(len(places), -1)
     target, *series = arrays
-    return ForecastColumns(
-        starts, item_ids, target, series, np.array(cats, np.int64).reshape(len(places), -1), head.names
-    )
+    return ForecastColumns(starts, item_ids, target, series, cats, head.names)

@@ -203,9 +203,12 @@ class Engine:
             most = self._most_rows(staging, path)
             for at in range(0, len(places), most):
                 some = places[at : at + most]
-                where = slice(some.start, some.stop) if isinstance(some, range) else some  # a view, no index
-                parts = rows[where] if isinstance(rows, np.ndarray) else [rows[i] for i in some]
-                answers[where] = self._forward(staging, path, [offsets[i] for i in some], parts)
+                if isinstance(some, range):  # views, no index
+                    where = slice(some.start, some.stop)
+                    answers[where] = self._forward(staging, path, offsets[where], rows[where])
+                    continue
+                parts = rows[some] if isinstance(rows, np.ndarray) else [rows[i] for i in some]
+                answers[some] = self._forward(staging, path, [offsets[i] for i in some], parts)
         return answers
 
     def _forward(self, staging: Staging, path: Path, offsets: Sequence[int], parts: Inputs) -> Float32:
