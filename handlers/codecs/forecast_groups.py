@@ -9,7 +9,7 @@ INVARIANT: an answer has the numbers that `DeepAr` gives for the same request al
 order, only over more rows. `tests/handlers/codecs/test_forecast_groups.py` compares them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds
-from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Encode, Levels
+from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Levels
 from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
@@ -28,18 +28,8 @@ from handlers.codecs.sorted_levels import SortedLevels, sort_levels
 from handlers.codecs.tensors import Place, check_finite
 from handlers.errors import RequestError, RunFailed
 
-REGULAR = {"mean", "quantiles"}  #: output types that are computed together
-LEAST = 2  #: forecasts that are worth it
-
 Flags = npt.NDArray[np.bool_]
 Places = npt.NDArray[np.intp]
-
-
-class AskedForecast(NamedTuple):
-    """One forecast of a call: the contract of its model's archive, and what is asked. A target may be an array."""
-
-    codec: DeepAr
-    instance: Instance[Any]
 
 
 class ForecastColumns(NamedTuple):
@@ -76,18 +66,6 @@ class GroupNumbers(NamedTuple):
     failures: dict[int, RunFailed]
 
 
-class ForecastBlock(NamedTuple):
-    """Forecasts of a call that were decoded as arrays: `rows` [n, channels, steps] of those at `places` of the call.
-
-    `at`: their places in the group.
-    """
-
-    group: "ForecastGroup"
-    at: Places
-    places: Sequence[int]
-    rows: Float32
-
-
 class GroupEncode(Struct, eq=False, gc=False):  # made in a tenth of the time that a frozen dataclass takes
     """Stands for the encoder of one forecast of a group that is taken out of its block.
 
@@ -97,83 +75,6 @@ class GroupEncode(Struct, eq=False, gc=False):  # made in a tenth of the time th
     group: "ForecastGroup"
     at: int
     answered: list[AnsweredLevels] | tuple[()] = ()
-
-
-class DecodedForecast(NamedTuple):
-    """A forecast that was decoded by itself: its rows [1, channels, context], and its encoder."""
-
-    rows: Float32
-    encode: Encode
-
-
-class DecodedForecasts(NamedTuple):
-    """What became of a call's forecasts: those that were decoded as arrays, and the others by their places."""
-
-    blocks: list[ForecastBlock]
-    alone: dict[int, DecodedForecast | RequestError]
-
-
-def decode_together(
-    asked: Sequence[AskedForecast], configuration: Configuration, place: Place | None = None
-) -> DecodedForecasts:
-    """Decode the forecasts of a call. Those of one recipe, start and length are decoded as arrays.
-
-    `place`: gives memory for the rows of a block, whose last axis may be shorter than the archive's context.
-    """
-    blocks = list[ForecastBlock]()
-    for places in _group_regular(asked, configuration):
-        group = ForecastGroup([asked[i].codec for i in places], configuration)
-        _add_block(blocks, group, places, group.decode([asked[i].instance for i in places], place))
-    return _decode_others(blocks, len(asked), lambda i: asked[i], configuration)
-
-
-def decode_columns(
-    codecs: Sequence[DeepAr], columns: ForecastColumns, configuration: Configuration, place: Place | None = None
-) -> DecodedForecasts:
-    """Decode forecasts that came as columns. Those of one recipe and start are decoded as arrays. See above."""
-    blocks = list[ForecastBlock]()
-    for places in _group_columns(codecs, columns.starts) if _is_regular(configuration) else ():
-        group = ForecastGroup([codecs[i] for i in places], configuration)
-        _add_block(blocks, group, places, group.decode_columns(columns, places, place))
-    return _decode_others(
-        blocks, len(codecs), lambda i: AskedForecast(codecs[i], columns.read_instance(i)), configuration
-    )
-
-
-def _group_columns(codecs: Sequence[DeepAr], starts: Sequence[str]) -> Iterable[Sequence[int]]:
-    """The places of forecasts that can be decoded as arrays, by recipe and start."""
-    recipes = [codec.recipe for codec in codecs]
-    if recipes[0] is not None and recipes.count(recipes[0]) == len(recipes) and starts.count(starts[0]) == len(starts):
-        return [range(len(codecs))]  # as mostly
-    groups: dict[object, list[int]] = {}
-    for i, (recipe, start) in enumerate(zip(recipes, starts, strict=True)):
-        if recipe is not None:
-            groups.setdefault((id(recipe), start), []).append(i)
-    return groups.values()
-
-
-def _add_block(
-    blocks: list[ForecastBlock], group: "ForecastGroup", places: Sequence[int], decoded: "_Decoded | None"
-) -> None:
-    """Add what is regular of a group."""
-    if decoded is None or not decoded.regular.any():
-        return
-    if decoded.regular.all():
-        blocks.append(ForecastBlock(group, group.everyone, places, decoded.rows))
-    else:
-        at = np.flatnonzero(decoded.regular)
-        blocks.append(ForecastBlock(group, at, [places[i] for i in at.tolist()], decoded.rows[at]))
-
-
-def _decode_others(
-    blocks: list[ForecastBlock], count: int, read: Callable[[int], AskedForecast], configuration: Configuration
-) -> DecodedForecasts:
-    """Decode one by one what is in no block."""
-    alone: dict[int, DecodedForecast | RequestError] = {}
-    if sum(len(block.places) for block in blocks) < count:
-        known = {i for block in blocks for i in block.places}
-        alone = {i: _decode_alone(read(i), configuration) for i in range(count) if i not in known}
-    return DecodedForecasts(blocks, alone)
 
 
 def select_places(places: Sequence[int]) -> Any:
@@ -193,31 +94,6 @@ def encode_group(encoders: Sequence[GroupEncode], outputs: Float32) -> GroupNumb
             assert isinstance(each.answered, list), "its group keeps levels"
             each.answered.extend(group.take_levels(each.at))
     return numbers
-
-
-def _group_regular(asked: Sequence[AskedForecast], configuration: Configuration) -> Iterator[list[int]]:
-    """The places of forecasts that can be decoded as arrays, by recipe, start and length of their histories."""
-    if not _is_regular(configuration):
-        return
-    groups: dict[object, list[int]] = {}
-    for i, (codec, instance) in enumerate(asked):
-        if codec.recipe is not None:
-            groups.setdefault((id(codec.recipe), instance.start, len(instance.target)), []).append(i)
-    yield from (places for places in groups.values() if len(places) >= LEAST)
-
-
-def _is_regular(configuration: Configuration) -> bool:
-    names = configuration.quantiles or ()
-    kinds = configuration.output_types
-    is_plain = bool(kinds) and REGULAR.issuperset(kinds) and not configuration.joint
-    return is_plain and len(set(names)) == len(names)
-
-
-def _decode_alone(one: AskedForecast, configuration: Configuration) -> DecodedForecast | RequestError:
-    try:
-        return DecodedForecast(*one.codec.decode_instances([one.instance], configuration))
-    except RequestError as error:
-        return error
 
 
 class ForecastGroup:
@@ -260,7 +136,7 @@ class ForecastGroup:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    def decode(self, instances: Sequence[Instance[Any]], place: Place | None = None) -> "_Decoded | None":
+    def decode(self, instances: Sequence[Instance[Any]], place: Place | None = None) -> "DecodedGroup | None":
         """Decode all; None where nothing is regular."""
         steps = len(instances[0].target)
         instances = [_sort_named(self._first.inputs, each) for each in instances]
@@ -275,7 +151,7 @@ class ForecastGroup:
 
     def decode_columns(
         self, columns: ForecastColumns, places: Sequence[int], place: Place | None = None
-    ) -> "_Decoded | None":
+    ) -> "DecodedGroup | None":
         """Decode the forecasts at these places of a call's columns; None where nothing is regular."""
         sorted_columns = _sort_columns(self._first, columns)
         started = self._start(columns.starts[places[0]], columns.target.shape[1])
@@ -306,7 +182,7 @@ class ForecastGroup:
 
     def _decode_arrays(
         self, started: "tuple[datetime, FirstStep]", arrays: "_Arrays", regular: Flags, place: Place | None
-    ) -> "_Decoded":
+    ) -> "DecodedGroup":
         """Make the rows of all, at their place; of those that are not regular they may be anything.
 
         Where the place has no room for the first steps of the context these are only checked.
@@ -337,7 +213,7 @@ class ForecastGroup:
                     numbers = self._scale_channel(arrays.categories[:, channel.index, None], c)
                 rows[:, c] = numbers[:, -kept:]
                 regular &= _are_finite_as_float32(numbers)
-        return _Decoded(rows, regular)
+        return DecodedGroup(rows, regular)
 
     def _find_scalable(self, history: Float64) -> Flags:
         """Find the histories [n, T] whose numbers are all known, and finite once they are scaled and float32.
@@ -554,7 +430,7 @@ def _find_prices(prices: Float64, calibrations: Sequence[BandCalibration | None]
     return found
 
 
-class _Decoded(NamedTuple):
+class DecodedGroup(NamedTuple):
     """The rows of a group, and which of them are regular."""
 
     rows: Float32

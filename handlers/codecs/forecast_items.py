@@ -12,19 +12,15 @@ from handlers.codecs.calibration import AnsweredLevels
 from handlers.codecs.codec import JSON, DecodedCall, Encoded
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import Configuration, Instance
-from handlers.codecs.forecast_groups import (
+from handlers.codecs.forecast_blocks import (
     AskedForecast,
     DecodedForecast,
     DecodedForecasts,
     ForecastBlock,
-    ForecastColumns,
-    ForecastGroup,
-    GroupEncode,
-    GroupNumbers,
     decode_columns,
     decode_together,
-    encode_group,
 )
+from handlers.codecs.forecast_groups import ForecastColumns, ForecastGroup, GroupEncode, GroupNumbers, encode_group
 from handlers.codecs.forecast_texts import write_predictions
 from handlers.codecs.tensors import Place, check_finite
 from handlers.errors import RequestError, RunFailed

@@ -14,16 +14,14 @@ from handlers.codecs.calibration import make_calibration
 from handlers.codecs.deepar import DeepAr
 from handlers.codecs.deepar_schema import Configuration
 from handlers.codecs.features import KEPT_STEPS, compute_calendar_feature, find_calendar_feature
-from handlers.codecs.forecast_groups import (
+from handlers.codecs.forecast_blocks import (
     AskedForecast,
     DecodedForecast,
     ForecastBlock,
-    ForecastColumns,
-    GroupEncode,
     decode_columns,
     decode_together,
-    encode_group,
 )
+from handlers.codecs.forecast_groups import ForecastColumns, GroupEncode, encode_group
 from handlers.codecs.forecast_texts import read_configuration, read_instance, write_predictions
 from handlers.codecs.tensors import check_finite
 from handlers.errors import RequestError, RunFailed
@@ -31,6 +29,7 @@ from model_store.archives.manifest import Feature, ForecastSpec, HistoryRules, I
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9)
 CONTEXT, AHEAD, LAG = 48, 24, 24
+READ = 10  #: last steps of a context, of networks that read no more
 NEEDED = CONTEXT + LAG
 CALENDAR: tuple[Feature, ...] = ("hour_sin", "weekday_cos", "year_sin", "weekend", "monday")
 CONFIGURATIONS: tuple[dict[str, Any], ...] = (
@@ -127,6 +126,7 @@ def answer_together(
         except RequestError as error:
             found[i] = str(error)
     decoded = decode_together(asked, shared)
+    assert check_short_rows(asked, shared) == sum(len(block.rows) for block in decoded.blocks)
     told = {at: find_answer_alone(each, outputs[places[at]][None]) for at, each in decoded.alone.items()}
     told |= {
         at: each
@@ -137,6 +137,20 @@ def answer_together(
     for at, each in told.items():
         found[places[at]] = each
     return found
+
+
+def check_short_rows(asked: Sequence[AskedForecast], shared: Configuration) -> int:
+    """The same forecasts are decoded as arrays, to the same numbers, where only the last steps have a place."""
+    count = 0
+    for channels in {len(each.codec.forecast.inputs) for each in asked}:
+        some = [each for each in asked if len(each.codec.forecast.inputs) == channels]
+        place = lambda n, channels=channels: np.empty((n, channels, READ), np.float32)  # noqa: E731
+        short = decode_together(some, shared, place).blocks
+        for one, other in zip(decode_together(some, shared).blocks, short, strict=True):
+            assert (list(one.places), one.at.tolist()) == (list(other.places), other.at.tolist())
+            assert np.array_equal(one.rows[..., -READ:], other.rows)
+            count += len(other.rows)
+    return count
 
 
 def find_answer_alone(each: DecodedForecast | RequestError, output: Float32) -> Any:
@@ -311,6 +325,26 @@ def test_levels_of_a_start_with_an_offset_are_kept() -> None:
     rows, encode = codec.decode(json.dumps(body).encode())
     encode(np.zeros((len(rows), AHEAD, len(LEVELS)), np.float32))
     assert [each.start for each in encode.answered] == [(31 + 3) * 86_400 + 1_767_225_600 + 3600]
+
+
+@pytest.mark.parametrize("number", [1e300, -1e300, 3.5e38, 7e39, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("kind", ["identity", "linear", "asinh"])
+def test_numbers_that_are_none_once_scaled_are_decoded_alone(kind: Any, number: float) -> None:
+    """Wherever in the history: also in steps that the network does not read, which have no place in its rows."""
+    forecast = ForecastSpec(
+        frequency="1h", context_length=CONTEXT, prediction_length=AHEAD, quantile_levels=LEVELS,
+        inputs=(InputChannel(source="target"),), scaler=Scaler(kind=kind, center=5.0, scale=30.0), tail="clamp",
+    )  # fmt: skip
+    target = np.full((3, CONTEXT), 60.0) + np.arange(float(CONTEXT))
+    target[1, 2] = number
+    columns = ForecastColumns(["2026-01-01 00:00:00"] * 3, [None] * 3, target, [], np.zeros((3, 0), np.int64), [])
+    codecs = [DeepAr(forecast) for _ in target]
+    blocks, alone = decode_columns(codecs, columns, Configuration(), lambda n: np.empty((n, 1, READ), np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = {"identity": number, "linear": (number - 5) / 30, "asinh": np.arcsinh((number - 5) / 30)}[kind]
+        is_one = bool(np.isfinite(np.float32(scaled)))
+    assert [list(block.places) for block in blocks] == [[0, 1, 2] if is_one else [0, 2]]
+    assert list(alone) == ([] if is_one else [1])
 
 
 def _takes_instants(codec: DeepAr) -> bool:
