@@ -9,7 +9,7 @@ import pytest
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Tier, WireError
-from server.ipc.packed import BlockRow, NumbersBlock, TableRow, measure_instance
+from server.ipc.packed import BlockRow, BlockRows, NumbersBlock, TableRow, measure_instance
 from server.ipc.together import (
     LENGTH,
     MOST_ITEMS,
@@ -113,6 +113,36 @@ def test_forecasts_of_a_block_come_back_as_rows_of_one() -> None:
         last = told[-1][1]
         assert not isinstance(last, BlockRow)
         assert bytes(last) == b"no"
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_whole_blocks_come_back_beside_rows_of_others(others: int) -> None:
+    """Blocks whose rows are all answers, of items in any order, with and without other answers beside them."""
+    blocks = [
+        NumbersBlock(name, 1, True, [], [array("f", [k * 10 + i for i in range(3)]).tobytes()])
+        for k, name in enumerate("abc")
+    ]
+    beside: list[Answer] = [BlockRow(blocks[2], 2), b"no"]
+    bodies: list[Answer] = [b"", b"", b"", b"", b"", b"", *beside[:others]]
+    body = write_answered([make_answer()], [0] * len(bodies), bodies, [(blocks[0], [4, 0, 2]), (blocks[1], [1, 3, 5])])
+    told = [each for _, each in read_answered(body, len(bodies))]
+    rows = [each for each in told if isinstance(each, BlockRow)]
+    numbers = [memoryview(row.block.columns[0]).cast("f")[row.at] for row in rows]
+    assert numbers == [1, 10, 2, 11, 0, 12, *[22][:others]]
+    assert [row.block.start for row in rows] == [*"abab", "a", "b", *["c"][:others]]
+    assert [bytes(each) for each in told if not isinstance(each, BlockRow)] == [b"no"][: others // 2]
+
+
+def test_a_block_is_a_sequence_of_its_rows() -> None:
+    """As a list of them would be."""
+    block = NumbersBlock("s", 1, True, [], [bytes(12)])
+    rows = BlockRows(block, 3)
+    assert [row.at for row in rows] == [0, 1, 2]
+    assert ([row.at for row in rows[1:]], rows[-1].at, len(rows)) == ([1, 2], 2, 3)
+    assert all(row.block is block for row in rows)
+    with pytest.raises(IndexError):
+        rows[3]
+    assert repr(rows) == "<BlockRows of 3 forecasts>"
 
 
 @pytest.mark.parametrize(

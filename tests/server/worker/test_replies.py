@@ -10,6 +10,7 @@ import torch
 from handlers.errors import RunFailed
 from model_store.names import ModelName
 from server.errors import Refused
+from server.ipc.packed import BlockRows, NumbersBlock
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 from server.worker.host_cache import HostCache
@@ -70,6 +71,47 @@ def test_a_call_that_ends_meanwhile_finishes_each_item_once(failing: tuple[int, 
             world.close()
 
     asyncio.run(answer())
+
+
+@pytest.mark.parametrize("gone", [(), (1,), (0, 2), (0, 1, 2)])
+def test_a_block_answers_those_that_still_wait(gone: tuple[int, ...]) -> None:
+    """Of items that were computed as a block some may be given up meanwhile: their leases end without an answer."""
+
+    async def answer() -> None:
+        world = World()
+        try:
+            await world.fill()
+            call = world.call = EndingCall(world)
+            models = ["a/0", "a/1", "a/2"]
+            jobs = world.submit(models, at_once=True)
+            for i in gone:
+                world.steps.cancel(jobs[i])
+            found = BlockRows(NumbersBlock("s", 1, True, [], [bytes(12)]), 3)
+            make_replies(world).answer_items(jobs, found, "text", 1000.0, 0.001)
+            assert call.answered == [model for i, model in enumerate(models) if i not in gone]
+            assert len(world.scheduler) == 0
+            assert [slot.leases for slot in world.cache] == [0, 0, 0, 0]
+        finally:
+            world.close()
+
+    asyncio.run(answer())
+
+
+def test_leases_of_jobs_that_are_given_up_end() -> None:
+    """The others stay as they are."""
+
+    async def drop() -> None:
+        world = World()
+        try:
+            await world.fill()
+            jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
+            world.steps.cancel(jobs[1])
+            assert make_replies(world).drop_done(jobs) == [jobs[0], jobs[2]]
+            assert {slot.model: slot.leases for slot in world.cache} == {"a/0": 1, "a/1": 0, "a/2": 1, "b/0": 0}
+        finally:
+            world.close()
+
+    asyncio.run(drop())
 
 
 def test_items_that_were_answered_together_waited_as_long_as_each_did() -> None:

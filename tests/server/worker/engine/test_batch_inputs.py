@@ -11,7 +11,7 @@ from handlers.codecs.codec import NPY, FamilyCodec
 from handlers.codecs.tensors import write_npy
 from handlers.forecasters import build_family, random_tensors
 from server.worker.engine.accelerator import DeviceEngine, DevicePool
-from server.worker.engine.batch_inputs import LaneInputs, ListedInputs
+from server.worker.engine.batch_inputs import ALIGNED_BYTES, LaneInputs, ListedInputs, allocate_rows
 from tests.server.fake_device import FakeDevice
 from tests.server.worker.engine.test_cpu import TCN, answer_plainly
 
@@ -112,11 +112,14 @@ def test_a_batch_that_ran_out_of_memory_can_run_again(count: int) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=400)
+@example(capacity=2, lanes=2, requests=[(1, "kept"), (2, "block"), (1, "kept")], leaves=False)
 @example(capacity=1, lanes=1, requests=[(2, "apart"), (1, "apart"), (1, "kept")], leaves=False)
 @given(
     capacity=st.integers(1, 6),
     lanes=st.integers(0, 2),
-    requests=st.lists(st.tuples(st.integers(1, 8), st.sampled_from(["kept", "refused", "apart", "from elsewhere"]))),
+    requests=st.lists(
+        st.tuples(st.integers(1, 8), st.sampled_from(["kept", "refused", "apart", "from elsewhere", "block"]))
+    ),
     leaves=st.booleans(),
 )
 def test_rows_stay_in_order_and_whole(
@@ -128,9 +131,12 @@ def test_rows_stay_in_order_and_whole(
     for number, (rows, fate) in enumerate(requests):
         right = np.full((rows, 1, 2), number, np.float32)
         placed = inputs.place(rows)
-        placed[...] = -1 if fate == "from elsewhere" else right
+        placed[...] = -1 if fate in ("from elsewhere", "block") else right
         if fate == "apart":
             apart.append((inputs.detach(placed), right))
+        elif fate == "block":
+            inputs.keep_block(right.copy())
+            kept.append(right)
         elif fate != "refused":
             inputs.keep(placed if fate == "kept" else right.copy())
             kept.append(right)
@@ -149,6 +155,30 @@ def test_rows_stay_in_order_and_whole(
     for answer, right in zip(inputs.split(flat), kept, strict=True):
         assert np.array_equal(answer, right)
     assert np.array_equal(inputs.repeat(np.arange(len(kept))), np.repeat(np.arange(len(kept)), [*map(len, kept)]))
+
+
+@pytest.mark.parametrize("count", [5, 12, 24])
+def test_a_block_is_cut_over_lanes_and_answered_as_one(count: int) -> None:
+    """Rows of many models in one array, behind a request of its own: in one lane, in both, and beyond them."""
+    made = make_engine(FakeDevice())
+    inputs = made.open_batch(FAMILY)
+    inputs.keep(decode(inputs, X[0]))
+    block = allocate_rows(FAMILY.read_shape, count)
+    block[...] = X[1 : count + 1, :, -9:]
+    inputs.keep_block(block)
+    assert inputs.is_staged == (count < 16)
+    models = [i * i % MODELS for i in range(count + 1)]
+    first, others = made.run(FAMILY, [model * SIZE for model in models], inputs)
+    check([first, *others[:, None]], models, list(X[: count + 1, None]))
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (1, 1), (5, 7)])
+def test_memory_for_rows_begins_where_torch_would_begin(shape: tuple[int, ...]) -> None:
+    """Whatever lies before it."""
+    kept = [allocate_rows(shape, count) for count in range(1, 20)]
+    assert [rows.ctypes.data % ALIGNED_BYTES for rows in kept] == [0] * len(kept)
+    assert [rows.shape for rows in kept] == [(count, *shape) for count in range(1, 20)]
+    assert torch.empty(100).data_ptr() % ALIGNED_BYTES == 0
 
 
 def test_on_the_cpu_inputs_are_a_list_of_arrays() -> None:

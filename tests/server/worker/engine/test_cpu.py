@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from handlers.base import Family, Float32
 from handlers.forecasters import build_family, random_tensors
+from server.worker.engine.batch_inputs import allocate_rows
 from server.worker.engine.cpu import Engine
 from server.worker.engine.memory_pool import Pool
 
@@ -56,6 +57,25 @@ def test_any_mix_and_repetition_equals_the_single_models(
     answers = engine.run(family, [offsets[model] for model, _ in models], parts)
     for (model, _), x, answer in zip(models, parts, answers, strict=True):
         np.testing.assert_allclose(answer, answer_plainly(family, model, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rows_of_many_models_may_come_in_one_array(architecture: str, shift: int) -> None:
+    """Wherever that lies in memory, without the steps that are not read: to the bits of requests of their own."""
+    config = CONFIGS[architecture] | {"context_length": 30} | ({"layers": 2} if architecture == "tcn" else {})
+    family = build_family(architecture, config)
+    engine, offsets = make_filled(family)
+    rows = np.random.default_rng(1).standard_normal((150, *family.input_shape), dtype=np.float32)
+    shared = [offsets[i * i % MODELS] for i in range(len(rows))]
+    expected = np.concatenate(engine.run(family, shared, [rows[i : i + 1] for i in range(len(rows))]))
+    read, steps = family.read_shape, family.read_shape[-1]
+    block = allocate_rows((rows[..., -steps:].size + shift,), 1)[0, shift:].reshape(len(rows), *read)
+    block[...] = rows[..., -steps:]
+    (found,) = engine.run(family, shared, [block])
+    assert np.array_equal(found, expected)
+    parts = [rows[:1], block[1:130], rows[130:131], block[131:]]
+    assert np.array_equal(np.concatenate(engine.run(family, shared, parts)), expected)
 
 
 def test_rows_survive_moves_between_steps() -> None:
