@@ -15,6 +15,7 @@ import torch
 from handlers.base import Family, Float32, Shape, Single
 from handlers.codecs.codec import JSON, Encoded, FamilyCodec, SingleCodec
 from handlers.codecs.datatypes import FP32
+from handlers.codecs.deepar import DeepAr
 from handlers.codecs.joint import JointCodec, JointModel
 from handlers.errors import RequestError, RunFailed
 from handlers.golden import find_mismatch
@@ -87,6 +88,10 @@ class RowModel:
     family: Family
     codec: FamilyCodec
     one_by_one: str = ""  #: why its rows cannot run together with those of other models; empty where they can
+    forecaster: DeepAr | None = field(init=False, repr=False, compare=False)  #: its codec's, at hand for calls of many
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forecaster", self.codec.forecaster)
 
     @property
     def family_key(self) -> str | None:

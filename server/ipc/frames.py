@@ -187,22 +187,37 @@ class FrameReader:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that `data` completes. Raises WireError for what cannot be a frame of ours."""
-        buffer = self._rest + data if self._rest else data
-        view = memoryview(buffer)
-        at, end = 0, len(buffer)
+        """The frames that `data` completes. Raises WireError for what cannot be a frame of ours.
+
+        Of what has come before, no more than the unfinished frame is copied.
+        """
+        at, end = 0, len(data)
+        view, rest = memoryview(data), self._rest
         try:
-            while end - at >= _PREFIX.size:
-                size, version = _PREFIX.unpack_from(buffer, at)
-                if version != VERSION or size > MAX_FRAME:
-                    raise WireError(f"not a frame of version {VERSION}: version {version}, {size} bytes")
-                start, stop = at + _PREFIX.size, at + _PREFIX.size + size
-                if stop > end:
-                    break
-                at = stop
-                yield _parse_frame(view[start:stop])
+            if rest:
+                size = _measure_frame(rest + data[: _PREFIX.size], 0)
+                at = end if size is None else min(end, size - len(rest))
+                self._rest = rest = b"".join((rest, view[:at]))
+                if len(rest) != size:
+                    return
+                self._rest = b""
+                yield _parse_frame(memoryview(rest)[_PREFIX.size :])
+            while (size := _measure_frame(data, at)) is not None and at + size <= end:
+                at += size
+                yield _parse_frame(view[at - size + _PREFIX.size : at])
         finally:
-            self._rest = buffer[at:]
+            if at < end:
+                self._rest = data[at:]
+
+
+def _measure_frame(buffer: bytes, at: int) -> int | None:
+    """The bytes of the frame that begins there, with its prefix; None where that is not complete. Raises WireError."""
+    if len(buffer) - at < _PREFIX.size:
+        return None
+    size, version = _PREFIX.unpack_from(buffer, at)
+    if version != VERSION or size > MAX_FRAME:
+        raise WireError(f"not a frame of version {VERSION}: version {version}, {size} bytes")
+    return _PREFIX.size + int(size)
 
 
 def _parse_frame(payload: memoryview) -> Frame:

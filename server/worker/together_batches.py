@@ -75,8 +75,10 @@ def decode_calls(
             else:
                 for job, call in zip(block.jobs, block.items.split(), strict=True):
                     job.call = call
+    if sum(len(block.jobs) for block in blocks) == len(jobs):  # as mostly
+        return [], blocks
     taken = {id(job) for block in blocks for job in block.jobs}
-    alone = [job for job in jobs if id(job) not in taken] if len(taken) < len(jobs) else []
+    alone = [job for job in jobs if id(job) not in taken]
     return build_bodies(replies.drop_done(alone), replies), blocks
 
 
@@ -106,7 +108,7 @@ def _decode_call(
     taken, codecs = list[Job](), list[DeepAr]()
     is_table, most = call.columns is not None, min(quick_bytes, FamilyCodec.quick_bytes)
     for job, size in zip(jobs, _measure_instances(call.columns, jobs), strict=True):
-        forecaster = rows[get_slot(job)].codec.forecaster
+        forecaster = rows[get_slot(job)].forecaster
         if forecaster is None or size > most:
             continue
         if is_table and forecaster.recipe is None and len(forecaster.forecast.products) > 1:
