@@ -28,7 +28,7 @@ def sort_levels(prices: Float64) -> SortedLevels:
     if levels > MOST_LEVELS or has_zeros:
         prices.sort(axis=-1)
         return SortedLevels([prices[..., i] for i in range(levels)], has_zeros)
-    columns = [np.ascontiguousarray(prices[..., i]) for i in range(levels)]
+    columns = [prices[..., i].copy() for i in range(levels)]  # a single price would be a view
     spare = np.empty_like(columns[0])
     for low, high in _list_comparisons(levels):
         np.minimum(columns[low], columns[high], out=spare)

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -14,6 +14,7 @@ from handlers.codecs.sorted_levels import MOST_LEVELS, sort_levels
 PRICES = st.one_of(st.floats(-1e300, 1e300), st.sampled_from([0.0, -0.0, 1.0, -1.0, 5e-324]))
 
 
+@example(np.array([[[-1.0, 1.0, 1.0, 0.5]]]))
 @given(arrays.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 10)), elements=PRICES))
 def test_any_prices_are_sorted_as_numpy_sorts_them(prices: Float64) -> None:
     """In place and as columns, bit by bit."""
