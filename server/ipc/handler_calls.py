@@ -25,8 +25,8 @@ class HandlerCall(Struct, frozen=True, array_like=True):
     """What a handler is told.
 
     `fields` are those of the request's head, encoded by `server.code_messages.encode_fields`. `parts` are its
-    parameters that are data beside the body. `properties` are what the dialect adds to the headers, such as TorchServe's `explain` and `url_path`. `streams`: the
-    dialect takes an answer part by part while it is made.
+    parameters that are data beside the body. `properties` are what the dialect adds to the headers, such as
+    TorchServe's `explain` and `url_path`. `streams`: the dialect takes an answer part by part while it is made.
     """
 
     request_id: str
