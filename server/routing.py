@@ -7,6 +7,7 @@ Replicas are listed and expire. Requests for a model that is still loading are n
 compute.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model_store.name_table import NameTable
@@ -110,6 +111,30 @@ class Router:
             lane.warm.pop(model)
         if load_s:
             lane.load_s += (load_s - lane.load_s) / 8
+
+    def count_starts(self, lane: WorkerLoad, models: Sequence[str]) -> list[bool]:
+        """As `count_start` for each of these."""
+        counts = [*map(lane.warm.has, models)]
+        lane.running += sum(counts)
+        return counts
+
+    def count_ends(
+        self,
+        lane: WorkerLoad,
+        models: Sequence[str],
+        counted: Sequence[bool],
+        *,
+        held: bool,
+        wait_s: float = 0.0,
+        load_s: float = 0.0,
+    ) -> None:
+        """As `count_end` for each of these, whose answers are alike."""
+        if not held or load_s or not all(map(lane.warm.has, models)):
+            for model, counts in zip(models, counted, strict=True):
+                self.count_end(lane, model, counts, held=held, wait_s=wait_s, load_s=load_s)
+            return
+        lane.running -= sum(counted)
+        lane.wait_s = wait_s + (lane.wait_s - wait_s) * (15 / 16) ** len(models)
 
     def replicas(self, model: str) -> list[int]:
         """The workers beside its home that this front sends the model's overflow to."""

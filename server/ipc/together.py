@@ -76,18 +76,36 @@ class RowColumns:
         numbers = sum(sizes[at] if len(sizes) == self.count else sizes[0] for sizes in head.sizes)
         return numbers * ITEM_BYTES[head.code] + ROW_BYTES
 
+    def cut_run(self, first: int, end: int) -> "RowColumns":
+        """Rows that follow each other, whose numbers are not copied."""
+        if end - first == self.count:
+            return self
+        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
+        sizes = [each[first:end] if len(each) == count else each for each in head.sizes]
+        starts = head.starts[first:end] if len(head.starts) == count else head.starts
+        series = [
+            view[width * (ends[first - 1] if first else 0) : width * ends[end - 1]]
+            for view, ends in zip(self.series, self._find_ends(), strict=True)
+        ]
+        its = AskedColumns(head.code, head.names, starts, head.item_ids[first:end], head.cats[first:end], sizes)
+        return RowColumns(its, series, end - first)
+
     def cut(self, at: int) -> TableRow:
         """A row by itself. Most are never wanted so: they are decoded as columns."""
         head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        if self._ends is None:
-            self._ends = [[*accumulate(sizes if len(sizes) == count else sizes * count)] for sizes in head.sizes]
         series = [
             view[width * (ends[at - 1] if at else 0) : width * ends[at]]
-            for view, ends in zip(self.series, self._ends, strict=True)
+            for view, ends in zip(self.series, self._find_ends(), strict=True)
         ]
         start = head.starts[at if len(head.starts) == count else 0]
         item_id, cat = head.item_ids[at] if head.item_ids else None, head.cats[at] if head.cats else []
         return TableRow(start, item_id, head.code, head.names, series, cat)
+
+    def _find_ends(self) -> list[list[int]]:
+        if self._ends is None:
+            count = self.count
+            self._ends = [[*accumulate(each if len(each) == count else each * count)] for each in self.head.sizes]
+        return self._ends
 
 
 class AskedBody(NamedTuple):
@@ -156,8 +174,12 @@ _asked, _answered = _HeadReader(AskedTogether), _HeadReader(AnsweredTogether)
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-def write_asked(head: AskedTogether, instances: Sequence[Instance]) -> bytes:
+def write_asked(head: AskedTogether, instances: Sequence[Instance] | RowColumns) -> bytes:
     """The body of a request. Its instances are all JSON, of `head.sizes`, or all rows of one table."""
+    if isinstance(instances, RowColumns):
+        head.sizes, head.columns = [], instances.head
+        packed = _encode(head)
+        return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *instances.series))
     parts: Sequence[Buffer] = cast("Sequence[Buffer]", instances)
     if instances and isinstance(instances[0], TableRow):
         rows = cast("Sequence[TableRow]", instances)
@@ -176,14 +198,14 @@ def _describe_rows(rows: Sequence[TableRow]) -> AskedColumns:
     sizes = [[len(part) // width for part in series] for series in zip(*[row.series for row in rows], strict=True)]
     no_ids = item_ids.count(None) == len(item_ids)
     return AskedColumns(
-        first.code, list(first.names), _say_once(starts), [] if no_ids else item_ids, cats, [*map(_say_once, sizes)]
+        first.code, list(first.names), say_once(starts), [] if no_ids else item_ids, cats, [*map(say_once, sizes)]
     )
 
 
 T = TypeVar("T")
 
 
-def _say_once(values: list[T]) -> list[T]:
+def say_once(values: list[T]) -> list[T]:
     """One value where all are the same."""
     return values[:1] if values.count(values[0]) == len(values) else values
 
@@ -234,8 +256,11 @@ def write_answered(shared: Sequence[SharedAnswer], of: Sequence[int], bodies: Se
     return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
 
 
-def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | BlockRow]]:
-    """What came of each of `count` items, and its answer. Raises WireError."""
+def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | NumbersBlock]]:
+    """What came of each of `count` items, and its answer. Raises WireError.
+
+    Items that a block answers are its rows in their order: it is the answer of each.
+    """
     head, rest = _answered.split(body)
     if not len(head.of) == len(head.sizes) == count:
         raise WireError(f"{count} items are answered by {len(head.of)}")
@@ -246,19 +271,28 @@ def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryvie
         for block in head.blocks
         for _ in range(len(block.levels) + block.has_mean)
     ]
-    parts = list(_cut(rest, [*head.sizes, *columns]))
-    bodies: list[memoryview | BlockRow] = [*parts[:count]]
-    at = count
+    own = len(head.sizes) if any(head.sizes) else 0
+    parts = list(_cut(rest, [*head.sizes[:own], *columns]))
+    bodies: list[memoryview | NumbersBlock] = [*parts[:own]] or [memoryview(b"")] * count
+    _check_places(head.blocks, count)
+    at = own
     for each in head.blocks:
-        if max(each.places, default=0) >= count:
-            raise WireError(f"a block answers more than {count} items")
         end = at + len(each.levels) + each.has_mean
         block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, parts[at:end])
         at = end
-        for row, place in enumerate(each.places):
-            bodies[place] = BlockRow(block, row)
+        for place in each.places:
+            bodies[place] = block
     shared = head.shared
     return list(zip([shared[i] for i in head.of], bodies, strict=True))
+
+
+def _check_places(blocks: Sequence[BlockHead], count: int) -> None:
+    """Raises WireError unless each block answers items in their order, and each item is answered once."""
+    if any(block.places != sorted(block.places) for block in blocks):
+        raise WireError("the items of a block are not in order")
+    places = [place for block in blocks for place in block.places]
+    if len(set(places)) < len(places) or max(places, default=0) >= count:
+        raise WireError(f"blocks answer an item twice, or more than {count} items")
 
 
 def _cut(view: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:

@@ -18,7 +18,7 @@ from server.front.columns.arrow_writer import Column, write_stream
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.slices import ITEM, Slices, join_parts
-from server.ipc.packed import BlockRow, NumbersBlock
+from server.ipc.packed import NumbersBlock
 
 MEAN = "mean"
 MOST_LEVELS = 2000  #: columns of levels, of all archives together
@@ -48,6 +48,7 @@ class AnsweredRun(NamedTuple):
 def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> Slices[list[AnsweredRun]]:
     """The runs of a call's items. Raises Refused for columns of too many levels."""
     runs, names, at = list[AnsweredRun](), dict[str, None](), 0
+    read: dict[int, int] = {}  # rows of a block that came before; its rows are in the order of the items
     while at < len(found):
         each, first = found[at], at
         at += 1
@@ -55,10 +56,11 @@ def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> S
             error = f"{each.situation.name.lower()}: {each.detail.say('rows')}"
             runs.append(AnsweredRun(models[first:at], "", 1, {}, error))
         else:
-            its = _get_row(each)
-            block, row = its.block, its.at
-            while at < len(found) and _is_next(found[at], block, row + at - first):
+            block = _get_block(each)
+            while at < len(found) and (found[at] is each or _is_of(found[at], block)):
                 at += 1
+            row = read.get(id(block), 0)
+            read[id(block)] = row + at - first
             runs.append(_cut_run(models[first:at], block, row))
         names.update(dict.fromkeys(runs[-1].numbers))
         if len(names) > MOST_LEVELS:
@@ -68,16 +70,13 @@ def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> S
     return runs
 
 
-def _get_row(found: Prediction) -> BlockRow:
-    assert isinstance(found.body, BlockRow), "a table of answers was asked for"
+def _get_block(found: Prediction) -> NumbersBlock:
+    assert isinstance(found.body, NumbersBlock), "a table of answers was asked for"
     return found.body
 
 
-def _is_next(found: Prediction | Refused, block: NumbersBlock, row: int) -> bool:
-    if not isinstance(found, Prediction):
-        return False
-    its = _get_row(found)
-    return its.block is block and its.at == row
+def _is_of(found: Prediction | Refused, block: NumbersBlock) -> bool:
+    return isinstance(found, Prediction) and found.body is block
 
 
 def _cut_run(models: Sequence[str], block: NumbersBlock, row: int) -> AnsweredRun:

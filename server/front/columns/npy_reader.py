@@ -21,12 +21,13 @@ from server.front.columns.asked_table import (
     AskedTable,
     Numbers,
     Series,
+    WholeSeries,
 )
 from server.front.columns.npy_header import MAGIC, BadNpy, Format, Header, read_header
 from server.front.columns.npz_members import ZIP, find_members
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import UNIT, Slices
-from server.ipc.packed import cast_numbers
+from server.ipc.packed import ITEM_BYTES, cast_numbers
 
 SHARED = ("start", "configuration")
 MOST_SHARED = len(SHARED)
@@ -166,7 +167,7 @@ def _make_table(columns: Sequence[_Column], shared: Mapping[str, str]) -> Slices
         elif each.numbers is None:
             categories[each.name] = yield from _read_cells(each, _make_int_reader(each))
         else:
-            series[each.name] = _make_series(each)
+            series[each.name] = _NpySeries(each)
     return AskedTable(rows, texts, series, categories, shared)
 
 
@@ -243,16 +244,27 @@ def _write_time(value: int, unit: str) -> str | None:
         raise BadNpy("a start lies outside of the years 1 to 9999") from None
 
 
-def _make_series(column: _Column) -> Series:
-    """What cuts the numbers of a row; float64 and float32 as they lie, without a copy."""
-    code = column.format.code
-    assert code is not None, "the type has been checked"
-    rows, cut = column.rows, column.cut
-    if column.is_fortran:
-        numbers = cast_numbers(column.data, code)
-        if code in "fd":
-            return lambda row: Numbers(code, numbers[row::rows].tobytes())
-        return lambda row: Numbers("d", array("d", numbers[row::rows]).tobytes())
-    if code in "fd":
-        return lambda row: Numbers(code, cut(row))
-    return lambda row: Numbers("d", array("d", cast_numbers(cut(row), code)).tobytes())
+class _NpySeries:
+    """Cuts the numbers of a row; float64 and float32 as they lie, without a copy."""
+
+    def __init__(self, column: _Column) -> None:
+        code = column.format.code
+        assert code is not None, "the type has been checked"
+        self._column, self._code = column, code
+        self._is_float = code in ITEM_BYTES
+
+    def cut(self, row: int) -> Numbers:
+        """The numbers of a row."""
+        column, code = self._column, self._code
+        if column.is_fortran:
+            picked = cast_numbers(column.data, code)[row :: column.rows]
+            return Numbers(code, picked.tobytes()) if self._is_float else Numbers("d", array("d", picked).tobytes())
+        cell = column.cut(row)
+        return Numbers(code, cell) if self._is_float else Numbers("d", array("d", cast_numbers(cell, code)).tobytes())
+
+    def take_whole(self) -> WholeSeries | None:
+        """See `Series`. Rows with fields do not lie side by side, and nor do those of Fortran's order."""
+        column = self._column
+        if column.is_fortran or not self._is_float or column.stride != column.size or column.numbers is None:
+            return None
+        return WholeSeries(self._code, column.data[column.offset :], [column.numbers])

@@ -14,6 +14,7 @@ from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
+from server.front.call_items import Item, list_models
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.arrow_reader import ARROW
 from server.front.columns.npy_writer import write_npy
@@ -21,7 +22,6 @@ from server.front.columns.table_calls import choose_answer, find_table, read_tab
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import (
     FanOut,
-    Item,
     Joint,
     JointPrediction,
     MultiModelCall,
@@ -136,8 +136,7 @@ class Forecasts:
     async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer, wanted: str) -> HttpReply:
         """One table of all answers; an item that failed has a row with its error."""
         found = await fan_out.infer()
-        models = [item.model if isinstance(item, Item) else "" for item in call.items]
-        runs = await pacer.run(read_runs(models, found))
+        runs = await pacer.run(read_runs(list_models(call.items), found))
         body = await pacer.run((write_arrow if wanted == ARROW else write_npy)(runs, self._limit))
         return HttpReply(OK, wanted, body, stats=summarise_items(found), counted=self.statuses(found))
 

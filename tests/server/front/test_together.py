@@ -12,9 +12,10 @@ from server.access.tokens import Scope, Token
 from server.errors import Refused, Situation
 from server.front.auth.permissions import PermittedPlane
 from server.front.backlog import Bounds
+from server.front.call_items import Item
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
-from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
+from server.front.fan_out import FanOut, MultiModelCall, Prediction
 from server.front.inference_plane import InferencePlane
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane

@@ -11,7 +11,7 @@ from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.inference import InferStats
 from server.front.slices import finish_slices
-from server.ipc.packed import BlockRow, NumbersBlock, read_json_prediction
+from server.ipc.packed import NumbersBlock, read_json_prediction
 from tests.server.front.columns.tables import START, pa
 
 LIMIT = Limit(100_000, "max_forecasts_bytes")
@@ -21,7 +21,7 @@ STATS = InferStats("hit", 0, None, 0)
 def make_prediction(levels: list[str], *rows: list[float], has_mean: bool = True) -> Prediction:
     """A prediction that is a block of its own."""
     columns = [array("f", row).tobytes() for row in rows]
-    return Prediction(BlockRow(NumbersBlock(START, len(rows[0]), has_mean, levels, columns), 0), STATS)
+    return Prediction(NumbersBlock(START, len(rows[0]), has_mean, levels, columns), STATS)
 
 
 def read_answer(models: list[str], found: list[Prediction | Refused], limit: Limit = LIMIT) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as drawn
 
 from server.errors import Refused
+from server.front.call_items import Item
 from server.front.columns.asked_table import AskedTable, check_columns, cut_rows
 from server.front.columns.npy_header import MOST_HEADER
 from server.front.columns.npy_reader import MOST_GATHERED, MOST_INTS, read_npy
-from server.front.fan_out import Item
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import finish_slices
 from server.ipc.packed import TableRow, write_instance
