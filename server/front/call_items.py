@@ -1,6 +1,6 @@
 """The items of a call for many models: one by one, or rows of a table that stay columns. Pure."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, overload
 
 import msgspec
@@ -26,6 +26,7 @@ class TableItems(Sequence[Item | Refused]):
 
     def __init__(self, models: Sequence[ModelName], rows: RowColumns) -> None:
         self.models, self.rows = models, rows
+        self._sizes: list[int] | None = None
 
     def __repr__(self) -> str:
         """For example `<TableItems of <RowColumns of 1000 rows, 2 series>>`."""
@@ -45,6 +46,12 @@ class TableItems(Sequence[Item | Refused]):
             return [self[i] for i in range(*at.indices(len(self.models)))]
         at = range(len(self.models))[at]
         return Item(self.models[at], self.rows.cut(at), self.rows.measure(at))
+
+    def measure(self) -> list[int]:
+        """The bytes that each item counts."""
+        if self._sizes is None:
+            self._sizes = self.rows.measure_all()
+        return self._sizes
 
 
 Items = Sequence[Item | Refused]
@@ -66,12 +73,13 @@ def list_named(items: Items) -> tuple[Sequence[int], Sequence[ModelName]]:
     return [i for i, _ in named], [model for _, model in named]
 
 
-def measure_items(items: Items, places: Sequence[int]) -> Iterable[int]:
+def measure_items(items: Items, places: Sequence[int]) -> list[int]:
     """The bytes that each of these items counts."""
     if isinstance(items, TableItems):
-        return map(items.rows.measure, places)
+        sizes = items.measure()
+        return sizes[places[0] : places[-1] + 1] if is_run(places) else [sizes[at] for at in places]
     found = (items[at] for at in places)
-    return (each.size or measure_instance(each.instance) for each in found if isinstance(each, Item))
+    return [each.size or measure_instance(each.instance) for each in found if isinstance(each, Item)]
 
 
 def select_instances(items: Items, places: Sequence[int]) -> Instances:
@@ -85,6 +93,11 @@ def select_rows(instances: Instances, places: Sequence[int]) -> Instances:
     """Those at these places, which ascend. Rows that follow each other stay columns, all others are cut."""
     if not isinstance(instances, RowColumns):
         return instances if len(places) == len(instances) else [instances[at] for at in places]
-    if places[-1] - places[0] + 1 == len(places):
+    if is_run(places):
         return instances.cut_run(places[0], places[-1] + 1)
     return [instances.cut(at) for at in places]
+
+
+def is_run(places: Sequence[int]) -> bool:
+    """Whether places that ascend follow each other."""
+    return places[-1] - places[0] + 1 == len(places)

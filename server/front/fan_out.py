@@ -6,9 +6,10 @@ however large a configuration.
 """
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import accumulate, compress
 from types import MappingProxyType
 from typing import Self, cast
 
@@ -252,14 +253,11 @@ class FanOut:
 
     def _count_wave(self, places: Sequence[int]) -> int:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
-        size, shared, most = 0, len(self._call.configuration), places[:MAX_UNDER_WAY]
-        for count, measured in enumerate(measure_items(self._call.items, most)):
-            counted = measured + shared - SMALL_BYTES
-            if counted > 0:
-                size += counted
-            if count and size > self._window:
-                return count
-        return len(most)
+        more = len(self._call.configuration) - SMALL_BYTES
+        sizes = [max(0, size + more) for size in measure_items(self._call.items, places[:MAX_UNDER_WAY])]
+        if sum(sizes) <= self._window:
+            return len(sizes)
+        return max(1, bisect_right(list(accumulate(sizes)), self._window))
 
     async def _read_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
         try:

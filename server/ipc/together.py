@@ -76,6 +76,14 @@ class RowColumns:
         numbers = sum(sizes[at] if len(sizes) == self.count else sizes[0] for sizes in head.sizes)
         return numbers * ITEM_BYTES[head.code] + ROW_BYTES
 
+    def measure_all(self) -> list[int]:
+        """The bytes that each row counts."""
+        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
+        if all(len(sizes) == 1 for sizes in head.sizes):
+            return [self.measure(0)] * count
+        numbers = zip(*(sizes if len(sizes) == count else sizes * count for sizes in head.sizes), strict=True)
+        return [each * width + ROW_BYTES for each in map(sum, numbers)]
+
     def cut_run(self, first: int, end: int) -> "RowColumns":
         """Rows that follow each other, whose numbers are not copied."""
         if end - first == self.count:

@@ -17,7 +17,7 @@ from server.front.columns.arrow_metadata import FLOAT, INT, UTF8
 from server.front.columns.arrow_writer import Column, write_stream
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
-from server.front.slices import ITEM, Slices, join_parts
+from server.front.slices import ITEM, Slices, join_few
 from server.ipc.packed import NumbersBlock
 
 MEAN = "mean"
@@ -97,11 +97,11 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     refuse_too_large(size, limit)
     yield total
     columns = [Column("item", INT, 0, [b"", _number_items(runs)])]
-    texts = [(model, run.steps) for run in runs for model in run.models]
-    columns.append(_write_texts("model", texts, [(run.rows, False) for run in runs]))
+    models = [(run.models, run.steps) for run in runs]
+    columns.append(_write_texts("model", models, [(run.rows, False) for run in runs]))
     yield total * 4
     failed = [(run.rows, run.error is not None) for run in runs]
-    columns.append(_write_texts("start", [(run.start, run.rows) for run in runs], failed))
+    columns.append(_write_texts("start", [((run.start,), run.rows) for run in runs], failed))
     steps = b"".join(array("i", range(run.steps)).tobytes() * len(run.models) for run in runs)
     columns.append(Column("step", INT, _count_nulls(failed), [_write_bits(failed), steps]))
     yield total * 2
@@ -110,11 +110,11 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
         parts = [run.numbers[name] if name in run.numbers else bytes(OFFSET * run.rows) for run in runs]
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         columns.append(Column(name, FLOAT, _count_nulls(missing), [_write_bits(missing), data]))
-        yield len(data) + len(runs) * 64
-    errors = [(run.error or "", run.rows) for run in runs]
+        yield (len(data) if len(parts) > 1 else 0) + len(runs) * 64
+    errors = [((run.error or "",), run.rows) for run in runs]
     columns.append(_write_texts("error", errors, [(run.rows, run.error is None) for run in runs]))
     yield total
-    return (yield from join_parts(write_stream(columns, total)))  # type: ignore[arg-type]  # it takes any buffer
+    return (yield from join_few(write_stream(columns, total)))
 
 
 def refuse_too_large(size: int, limit: Limit) -> None:
@@ -138,16 +138,17 @@ def _number_items(runs: Sequence[AnsweredRun]) -> bytes:
     return b"".join(parts)
 
 
-def _write_texts(name: str, texts: Sequence[tuple[str, int]], missing: Sequence[tuple[int, bool]]) -> Column:
-    """A column of texts, each for so many rows, null where it is missing."""
-    encoded = [(text.encode(), rows) for text, rows in texts]
-    borders, at = [bytes(OFFSET)], 0
-    for size, alike in groupby([(len(raw), rows) for raw, rows in encoded], lambda each: each[0]):
-        rows = sum(rows for _, rows in alike)
-        borders += _count_up(at + size, size, rows)
-        at += size * rows
-    data = b"".join([raw * rows for raw, rows in encoded])
-    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), b"".join(borders), data])
+def _write_texts(name: str, runs: Sequence[tuple[Sequence[str], int]], missing: Sequence[tuple[int, bool]]) -> Column:
+    """A column of runs of texts, each text for so many rows, null where it is missing."""
+    borders, parts, at = [bytes(OFFSET)], list[bytes](), 0
+    for texts, rows in runs:
+        encoded = [text.encode() for text in texts]
+        parts += [text * rows for text in encoded]
+        for size, alike in groupby(map(len, encoded)):
+            count = rows * len(list(alike))
+            borders += _count_up(at + size, size, count)
+            at += size * count
+    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), b"".join(borders), b"".join(parts)])
 
 
 def _count_up(first: int, step: int, count: int) -> Iterator[bytes]:

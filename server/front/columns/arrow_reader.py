@@ -254,18 +254,23 @@ def _read_borders(code: str, rows: int, buffers: _Buffers) -> Sequence[int]:
 
 
 def _read_texts(field: Field, rows: int, valid: Sequence[bool] | None, buffers: _Buffers) -> list[str | None]:
-    borders = _read_borders(_TEXTS[field.type], rows, buffers)
-    data, found, at = buffers.take(), list[str | None](), 0
-    for row in range(rows):
-        start, end = borders[row], borders[row + 1]
-        if not at <= start <= end <= len(data):  # in order, so that the texts together are no longer than the buffer
-            raise BadArrow(f"a text of the column {field.name[:40]!r} lies outside of its buffer")
-        at = end
-        try:
-            found.append(None if valid is not None and not valid[row] else bytes(data[start:end]).decode())
-        except UnicodeDecodeError:
-            raise BadArrow(f"a text of the column {field.name[:40]!r} is not UTF-8") from None
-    return found
+    borders = list(_read_borders(_TEXTS[field.type], rows, buffers))
+    data, first, last = buffers.take(), borders[0], borders[-1]
+    if not 0 <= first <= last <= len(data) or borders != sorted(borders):  # so that texts are no longer than the buffer
+        raise BadArrow(f"a text of the column {field.name[:40]!r} lies outside of its buffer")
+    raw = bytes(data[first:last])
+    cuts = pairwise(borders) if not first else pairwise([each - first for each in borders])
+    try:
+        if raw.isascii():
+            text = raw.decode()
+            found: list[str | None] = [text[start:end] for start, end in cuts]
+        else:
+            are_there = [True] * rows if valid is None else valid
+            cells = zip(cuts, are_there, strict=True)
+            found = [raw[start:end].decode() if there else None for (start, end), there in cells]
+    except UnicodeDecodeError:
+        raise BadArrow(f"a text of the column {field.name[:40]!r} is not UTF-8") from None
+    return found if valid is None else [text if there else None for text, there in zip(found, valid, strict=True)]
 
 
 def _read_lists(field: Field, rows: int, valid: Sequence[bool] | None, buffers: _Buffers) -> _Lists:

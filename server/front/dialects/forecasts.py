@@ -290,10 +290,14 @@ def build_error(refused: Refused) -> bytes:
     return msgspec.json.encode({"error": error})
 
 
-def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
+def summarise_items(found: Sequence[Prediction | Refused]) -> InferStats:
     """For the headers: how many the cache had, and the longest times."""
-    counts = Counter([id(each.stats) for each in found if isinstance(each, Prediction)])
-    by_id = {id(each.stats): each.stats for each in found if isinstance(each, Prediction)}  # many items share one
+    idents, counts, by_id = list(map(id, found)), Counter[int](), dict[int, InferStats]()
+    repeats = Counter(idents)  # many items share a prediction, and others what happened to them
+    for ident, item in dict(zip(idents, found, strict=True)).items():
+        if isinstance(item, Prediction):
+            counts[id(item.stats)] += repeats[ident]
+            by_id[id(item.stats)] = item.stats
     stats, cache, marks = list(by_id.values()), Counter[str](), list[InferStats]()
     for ident, each in by_id.items():
         if each.cache:
