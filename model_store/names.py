@@ -46,8 +46,8 @@ def parse_model_name(raw: str) -> ModelName:
 
 def parse_model_names(raws: Sequence[str | None]) -> list[ModelName] | None:
     """As many model names, by a few looks at all of them; None where one is missing or breaks a rule."""
-    if None in raws or "" in raws:
-        return None
+    if not raws or None in raws or "" in raws:
+        return None if raws else []
     names = cast("Sequence[str]", raws)
     joined = f"/{'/'.join(names)}/"
     is_broken = not joined.isprintable() or any(each in joined for each in ("\\", "//", "/./", "/../"))

@@ -89,13 +89,16 @@ class RowColumns:
         if end - first == self.count:
             return self
         head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        sizes = [each[first:end] if len(each) == count else each for each in head.sizes]
-        starts = head.starts[first:end] if len(head.starts) == count else head.starts
+        sizes = [say_once(each[first:end]) if len(each) == count else each for each in head.sizes]
+        starts = say_once(head.starts[first:end]) if len(head.starts) == count else head.starts
+        item_ids = head.item_ids[first:end]
+        if item_ids.count(None) == len(item_ids):
+            item_ids = []
         series = [
             view[width * (ends[first - 1] if first else 0) : width * ends[end - 1]]
             for view, ends in zip(self.series, self._find_ends(), strict=True)
         ]
-        its = AskedColumns(head.code, head.names, starts, head.item_ids[first:end], head.cats[first:end], sizes)
+        its = AskedColumns(head.code, head.names, starts, item_ids, head.cats[first:end], sizes)
         return RowColumns(its, series, end - first)
 
     def cut(self, at: int) -> TableRow:

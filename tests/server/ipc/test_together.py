@@ -9,11 +9,12 @@ import pytest
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Tier, WireError
-from server.ipc.packed import BlockRow, NumbersBlock, TableRow, measure_instance
+from server.ipc.packed import BlockRow, NumbersBlock, TableRow, measure_instance, write_instance
 from server.ipc.together import (
     LENGTH,
     MOST_ITEMS,
     Answer,
+    AnsweredTogether,
     AskedTogether,
     SharedAnswer,
     read_answered,
@@ -131,6 +132,37 @@ def test_answers_for_other_items_are_refused() -> None:
         read_answered(write_answered([make_answer()], [0], [b"a"]), 2)
     with pytest.raises(WireError, match="by nothing"):
         read_answered(write_answered([make_answer()], [1], [b"a"]), 1)
+
+
+def test_items_of_blocks_are_answered_once_and_in_order() -> None:
+    """Rows are the block's items in their order: places that descend, come twice or lie outside are refused."""
+    block = NumbersBlock("s", 1, False, ["0.5"], [array("f", range(2)).tobytes()])
+    written = write_answered([make_answer()], [0, 0], [BlockRow(block, 0), BlockRow(block, 1)])
+    end = LENGTH + int.from_bytes(written[:LENGTH], "little")
+    head = msgspec.msgpack.decode(written[LENGTH:end], type=AnsweredTogether)
+    for places in ([1, 0], [0, 0], [1, 1], [0, 2]):
+        head.blocks[0].places = places
+        packed = msgspec.msgpack.encode(head)
+        with pytest.raises(WireError, match="block"):
+            read_answered(len(packed).to_bytes(LENGTH, "little") + packed + written[end:], 2)
+    one = msgspec.structs.replace(head.blocks[0], places=[1])
+    packed = msgspec.msgpack.encode(msgspec.structs.replace(head, blocks=[one, one]))
+    with pytest.raises(WireError, match="twice"):
+        read_answered(len(packed).to_bytes(LENGTH, "little") + packed + written[end:], 2)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_a_run_of_rows_is_columns_too(uniform: bool) -> None:
+    """Any run has its rows, and its numbers are those of the whole, not copies."""
+    rows = make_rows(5, uniform=uniform)
+    whole = read_asked(write_asked(AskedTogether(["m.mar"] * 5, [], b"{}", 99), rows)).columns
+    assert whole is not None
+    for first in range(5):
+        for end in range(first + 1, 6):
+            run = whole.cut_run(first, end)
+            assert [write_instance(run.cut(at)) for at in range(run.count)] == [*map(write_instance, rows[first:end])]
+            assert run.measure_all() == [*map(measure_instance, rows[first:end])]
+            assert all(each.obj is whole.series[0].obj for each in run.series)
 
 
 def test_any_bytes_are_read_or_refused() -> None:
