@@ -77,7 +77,7 @@ def measure_items(items: Items, places: Sequence[int]) -> list[int]:
     """The bytes that each of these items counts."""
     if isinstance(items, TableItems):
         sizes = items.measure()
-        return sizes[places[0] : places[-1] + 1] if is_run(places) else [sizes[at] for at in places]
+        return sizes if len(places) == len(sizes) else [sizes[at] for at in places]
     found = (items[at] for at in places)
     return [each.size or measure_instance(each.instance) for each in found if isinstance(each, Item)]
 
@@ -90,14 +90,7 @@ def select_instances(items: Items, places: Sequence[int]) -> Instances:
 
 
 def select_rows(instances: Instances, places: Sequence[int]) -> Instances:
-    """Those at these places, which ascend. Rows that follow each other stay columns, all others are cut."""
-    if not isinstance(instances, RowColumns):
-        return instances if len(places) == len(instances) else [instances[at] for at in places]
-    if is_run(places):
-        return instances.cut_run(places[0], places[-1] + 1)
-    return [instances.cut(at) for at in places]
-
-
-def is_run(places: Sequence[int]) -> bool:
-    """Whether places that ascend follow each other."""
-    return places[-1] - places[0] + 1 == len(places)
+    """Those at these places, which ascend; rows that are columns stay so."""
+    if isinstance(instances, RowColumns):
+        return instances.select(places)
+    return instances if len(places) == len(instances) else [instances[at] for at in places]

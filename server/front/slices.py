@@ -59,8 +59,8 @@ def finish_slices(slices: Slices[T]) -> T:
 
 
 def join_few(parts: Sequence[bytes | bytearray | memoryview]) -> Slices[bytes]:
-    """A few parts in one buffer: at once where that is one unit of work."""
-    if sum(map(len, parts)) > COPIED:
+    """Parts in one buffer: at once where they are so few and small that this is one unit of work."""
+    if sum(map(len, parts)) + PART * len(parts) > COPIED:
         return (yield from join_parts(parts))  # type: ignore[arg-type]  # it takes any buffer
     yield UNIT
     return b"".join(parts)

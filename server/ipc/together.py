@@ -28,6 +28,7 @@ LENGTH = 4  #: bytes before a head
 
 _encode = msgspec.msgpack.Encoder().encode
 Head = TypeVar("Head", bound=Struct)
+T = TypeVar("T")
 
 
 class AskedColumns(Struct, array_like=True, forbid_unknown_fields=True):
@@ -76,31 +77,6 @@ class RowColumns:
         numbers = sum(sizes[at] if len(sizes) == self.count else sizes[0] for sizes in head.sizes)
         return numbers * ITEM_BYTES[head.code] + ROW_BYTES
 
-    def measure_all(self) -> list[int]:
-        """The bytes that each row counts."""
-        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        if all(len(sizes) == 1 for sizes in head.sizes):
-            return [self.measure(0)] * count
-        numbers = zip(*(sizes if len(sizes) == count else sizes * count for sizes in head.sizes), strict=True)
-        return [each * width + ROW_BYTES for each in map(sum, numbers)]
-
-    def cut_run(self, first: int, end: int) -> "RowColumns":
-        """Rows that follow each other, whose numbers are not copied."""
-        if end - first == self.count:
-            return self
-        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        sizes = [say_once(each[first:end]) if len(each) == count else each for each in head.sizes]
-        starts = say_once(head.starts[first:end]) if len(head.starts) == count else head.starts
-        item_ids = head.item_ids[first:end]
-        if item_ids.count(None) == len(item_ids):
-            item_ids = []
-        series = [
-            view[width * (ends[first - 1] if first else 0) : width * ends[end - 1]]
-            for view, ends in zip(self.series, self._find_ends(), strict=True)
-        ]
-        its = AskedColumns(head.code, head.names, starts, item_ids, head.cats[first:end], sizes)
-        return RowColumns(its, series, end - first)
-
     def cut(self, at: int) -> TableRow:
         """A row by itself. Most are never wanted so: they are decoded as columns."""
         head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
@@ -117,6 +93,36 @@ class RowColumns:
             count = self.count
             self._ends = [[*accumulate(each if len(each) == count else each * count)] for each in self.head.sizes]
         return self._ends
+
+    def measure_all(self) -> list[int]:
+        """The bytes that each row counts."""
+        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
+        if all(len(sizes) == 1 for sizes in head.sizes):
+            return [self.measure(0)] * count
+        numbers = zip(*(sizes if len(sizes) == count else sizes * count for sizes in head.sizes), strict=True)
+        return [each * width + ROW_BYTES for each in map(sum, numbers)]
+
+    def select(self, places: Sequence[int]) -> "RowColumns":
+        """The rows at these places, which ascend. Of rows that follow each other no number is copied."""
+        first, count = places[0], len(places)
+        if count == self.count:
+            return self
+        head, width, views = self.head, ITEM_BYTES[self.head.code], list[memoryview]()
+        for view, ends in zip(self.series, self._find_ends(), strict=True):
+            borders = [0, *(width * end for end in ends)]
+            if places[-1] - first + 1 == count:
+                views.append(view[borders[first] : borders[first + count]])
+            else:
+                views.append(memoryview(b"".join([view[borders[at] : borders[at + 1]] for at in places])))
+
+        def pick(values: list[T]) -> list[T]:
+            return [values[at] for at in places] if len(values) == self.count else values
+
+        starts, sizes = say_once(pick(head.starts)), [say_once(pick(each)) for each in head.sizes]
+        item_ids = pick(head.item_ids)
+        if item_ids.count(None) == count:
+            item_ids = []
+        return RowColumns(AskedColumns(head.code, head.names, starts, item_ids, pick(head.cats), sizes), views, count)
 
 
 class AskedBody(NamedTuple):
@@ -211,9 +217,6 @@ def _describe_rows(rows: Sequence[TableRow]) -> AskedColumns:
     return AskedColumns(
         first.code, list(first.names), say_once(starts), [] if no_ids else item_ids, cats, [*map(say_once, sizes)]
     )
-
-
-T = TypeVar("T")
 
 
 def say_once(values: list[T]) -> list[T]:

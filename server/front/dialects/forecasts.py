@@ -34,7 +34,7 @@ from server.front.inference_plane import InferencePlane
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.marks import add_marks
 from server.front.raw_json import MAX_ITEMS
-from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
+from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_few
 from server.front.statuses import USUAL_STATUS
 from server.routes.inference import FORECASTS
 from server.settings import Settings
@@ -260,7 +260,7 @@ def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
 def build_answer(found: Sequence[Prediction | JointPrediction | Refused]) -> Slices[bytes]:
     """The whole answer."""
     failed = sum(isinstance(each, Refused) for each in found)
-    return (yield from join_parts(_write_answer(found, failed)))
+    return (yield from join_few(list(_write_answer(found, failed))))
 
 
 def _write_answer(found: Sequence[Prediction | JointPrediction | Refused], failed: int) -> Iterator[bytes | memoryview]:

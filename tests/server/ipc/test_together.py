@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -152,17 +153,19 @@ def test_items_of_blocks_are_answered_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-def test_a_run_of_rows_is_columns_too(uniform: bool) -> None:
-    """Any run has its rows, and its numbers are those of the whole, not copies."""
+def test_some_rows_are_columns_too(uniform: bool) -> None:
+    """Any of them are what they were; of those that follow each other the numbers are the whole's, and no copies."""
     rows = make_rows(5, uniform=uniform)
     whole = read_asked(write_asked(AskedTogether(["m.mar"] * 5, [], b"{}", 99), rows)).columns
     assert whole is not None
-    for first in range(5):
-        for end in range(first + 1, 6):
-            run = whole.cut_run(first, end)
-            assert [write_instance(run.cut(at)) for at in range(run.count)] == [*map(write_instance, rows[first:end])]
-            assert run.measure_all() == [*map(measure_instance, rows[first:end])]
-            assert all(each.obj is whole.series[0].obj for each in run.series)
+    for places in (each for count in range(1, 6) for each in combinations(range(5), count)):
+        some, wanted = whole.select(places), [rows[at] for at in places]
+        assert [write_instance(some.cut(at)) for at in range(some.count)] == [*map(write_instance, wanted)]
+        assert some.measure_all() == [*map(measure_instance, wanted)]
+        head = AskedTogether(["m.mar"] * len(places), [], b"{}", 99)
+        assert write_asked(head, some) == write_asked(head, wanted)
+        if places[-1] - places[0] + 1 == len(places):
+            assert all(each.obj is whole.series[0].obj for each in some.series)
 
 
 def test_any_bytes_are_read_or_refused() -> None:
