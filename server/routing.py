@@ -84,6 +84,26 @@ class Router:
             return home
         return self._spill(model, home, order[1:], now) or home
 
+    def route_all(self, models: Sequence[str]) -> dict[WorkerLoad, list[int]] | None:
+        """The places of the models that each lane gets; None where one by one not all would get their homes.
+
+        INVARIANT: it is what `route` says of each, where those before it have been started.
+        """
+        if len(self.lanes) <= 1 or self.silent:
+            return {lane: [*range(len(models))] for lane in self.lanes.values()} if len(self.lanes) == 1 else None
+        placed: dict[WorkerLoad, list[int]] = {lane: [] for lane in self.lanes.values()}
+        running = {lane: lane.running for lane in placed}
+        total, share = sum(running.values()), FAIR_SHARE / len(placed)
+        for place, model in enumerate(models):
+            home = self.lanes[self.order(model)[0]]
+            if home.warm.has(model):
+                if running[home] > FREE_QUEUE + share * total:
+                    return None
+                running[home] += 1
+                total += 1
+            placed[home].append(place)
+        return {lane: places for lane, places in placed.items() if places}
+
     def order(self, model: str) -> list[int]:
         """All workers that are up, the model's home first (highest random weight, Thaler and Ravishankar 1996)."""
         order = self._orders.get(model)

@@ -200,7 +200,7 @@ class Backlog:
                 if not work.counts:
                     del self._work[client]
 
-    def start_all(
+    def count_all_ahead(
         self,
         models: Sequence[str],
         client: str,
@@ -209,11 +209,10 @@ class Backlog:
         bounds: Bounds,
         works: Sequence[bool],
     ) -> list[int] | None:
-        """Start a request of each model, where `check` admits all. Returns how many are ahead of each.
+        """Count the requests ahead of each of these, which `start_all` may start then.
 
-        None where one by one they may not all be admitted, or where they could be more or less ahead of each other
-        than models of which nothing is held: then nothing is started. INVARIANT: what it returns and counts is what
-        `count_ahead`, `check` and `start` return and count for one after the other.
+        None where one by one they may not all be admitted, or where one of a model is under way. INVARIANT: it is what
+        `count_ahead` says of each, and `check` admits it, where those before it have been started.
         """
         count, fresh = len(models), dict.fromkeys(models, 1)
         room = bounds.per_worker - self._total - (count - 1)  # the last one's
@@ -223,16 +222,20 @@ class Backlog:
             return None
         before = self._work[client].count_turns(1) if client in self._work else 0
         aheads = [*accumulate(works, initial=before + 1)]
-        worked = [*compress(models, works)]
-        if self._each_s and worked and self._check_deadline(before + len(worked), now, left_s) is not None:
+        worked = sum(works)
+        if self._each_s and worked and self._check_deadline(before + worked, now, left_s) is not None:
             return None
-        self._total += count
-        self._held.update(fresh)
+        return aheads[:count]
+
+    def start_all(self, models: Sequence[str], client: str, now: float, works: Sequence[bool]) -> None:
+        """As `start` for each of these, of which `count_all_ahead` has counted what is ahead."""
+        self._total += len(models)
+        self._held.update(dict.fromkeys(models, 1))
         if client:
-            self._held_by[client] = self._held_by.get(client, 0) + count
+            self._held_by[client] = self._held_by.get(client, 0) + len(models)
+        worked = [*compress(models, works)]
         if worked:
             self._start_work(worked, client, now)
-        return aheads[:count]
 
     def _start_work(self, models: Collection[str], client: str, now: float) -> None:
         """Work of each model, of which the client has none yet."""

@@ -68,23 +68,24 @@ class TogetherPlane(DataPlane):
         return found
 
     def _start_all(self, request: TogetherRequest, now: float) -> dict[WorkerLoad, _Lane] | None:
-        """Count all items as under way at the one worker that there is; None where they must be looked at one by one.
+        """Count all items as under way, each at its model's home; None where they must be looked at one by one.
 
         INVARIANT: what is counted then is what `_start_each` counts.
         """
-        models, client = request.models, request.client
-        if len(self.router.lanes) != 1:
-            return None
-        (worker,) = self.router.lanes.values()
-        link = self.links[worker.worker]
-        if link.lent is not None and any(map(link.lent.has, models)):
-            return None
-        works = [*map(worker.warm.has, models)]
-        aheads = link.backlog.start_all(models, client, now, request.deadline - now, self._bounds, works)
-        if aheads is None:
-            return None
-        counted = self.router.count_starts(worker, models)
-        return {worker: _Lane([*range(len(models))], counted, aheads)}
+        models, client, left_s = request.models, request.client, request.deadline - now
+        placed, lanes = self.router.route_all(models), dict[WorkerLoad, _Lane]()
+        for worker, places in (placed or {}).items():
+            its, link = _pick(models, places), self.links[worker.worker]
+            works = [*map(worker.warm.has, its)]
+            aheads = link.backlog.count_all_ahead(its, client, now, left_s, self._bounds, works)
+            if aheads is None or (link.lent is not None and any(map(link.lent.has, its))):
+                return None
+            lanes[worker] = _Lane(places, works, aheads)
+        for worker, lane in lanes.items():
+            its = _pick(models, lane.places)
+            self.router.count_starts(worker, its)
+            self.links[worker.worker].backlog.start_all(its, client, now, lane.counted)
+        return lanes
 
     def _start_each(self, request: TogetherRequest, found: Found, now: float) -> dict[WorkerLoad, _Lane]:
         """Route items, and count each as under way or say why it is not."""
@@ -130,8 +131,7 @@ class TogetherPlane(DataPlane):
         self, worker: WorkerLoad, lane: _Lane, request: TogetherRequest, found: Found, now: float
     ) -> None:
         """Ask one worker for its items, and put what comes of them into their places."""
-        is_whole = len(lane.places) == len(request.models)
-        models = request.models if is_whole else [request.models[at] for at in lane.places]
+        models = _pick(request.models, lane.places)
         answers: Answers | None = None
         try:
             body = _write_body(models, select_rows(request.instances, lane.places), request)
@@ -219,6 +219,11 @@ class TogetherPlane(DataPlane):
         if refused.situation in (Situation.OVERLOADED, Situation.DEADLINE) and worker.worker in self.links:
             refused.advise(self.links[worker.worker].backlog.expected_s(ahead, time.monotonic()))
         return refused
+
+
+def _pick(models: Sequence[ModelName], places: Sequence[int]) -> Sequence[ModelName]:
+    """The models at these places, which ascend."""
+    return models if len(places) == len(models) else [models[at] for at in places]
 
 
 def _write_body(models: Sequence[ModelName], instances: Instances, request: TogetherRequest) -> bytes:

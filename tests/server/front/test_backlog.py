@@ -251,7 +251,7 @@ def test_a_client_leaves_room_for_others() -> None:
 def start_each(
     backlog: Backlog, models: list[str], client: str, now: float, left_s: float, bounds: Bounds, works: list[bool]
 ) -> list[int] | None:
-    """What `start_all` does, one by one; None, and half of it done, where one is not admitted."""
+    """What `count_all_ahead` and `start_all` do, one by one; None, and half of it done, where one is not admitted."""
     aheads = []
     for model, is_work in zip(models, works, strict=True):
         aheads.append(backlog.count_ahead(model, client))
@@ -292,8 +292,8 @@ def test_many_at_once_are_as_one_by_one(
     left_s: float,
     has_learnt: bool,
 ) -> None:
-    """Whatever is under way: where all are started at once, each would have been, with as many ahead and all counts
-    alike, then and at their ends. Where they are not, nothing has changed.
+    """Whatever is under way: where all can be started at once, each would have been, with as many ahead and all counts
+    alike, then and at their ends.
     """
     backlogs = Backlog(), Backlog()
     models, works = [model for model, _ in asked], [is_work for _, is_work in asked]
@@ -305,10 +305,11 @@ def test_many_at_once_are_as_one_by_one(
             backlog.start(model, other, 1.0, is_work=is_work)
     together, alone = backlogs
     unchanged = repr(show(together))
-    aheads = together.start_all(models, client, 2.0, left_s, bounds, works)
+    aheads = together.count_all_ahead(models, client, 2.0, left_s, bounds, works)
+    assert repr(show(together)) == unchanged
     if aheads is None:
-        assert repr(show(together)) == unchanged
         return
+    together.start_all(models, client, 2.0, works)
     assert start_each(alone, models, client, 2.0, left_s, bounds, works) == aheads
     assert show(together) == show(alone)
     together.end_all(models, client, works)
@@ -323,8 +324,11 @@ def test_new_models_are_started_at_once(client: str) -> None:
     """The usual call, of models of which nothing is under way, beside other work: it is not looked at one by one."""
     backlog = Backlog()
     backlog.start("a", client, 0.0, is_work=True)
-    assert backlog.start_all(["b", "c", "d"], client, 0.0, FAR, Bounds(8, 1), [True, False, True]) == [2, 3, 3]
-    assert backlog.start_all(["e"], client, 0.0, FAR, Bounds(4, 1), [True]) is None
+    models, works = ["b", "c", "d"], [True, False, True]
+    assert backlog.count_all_ahead(models, client, 0.0, FAR, Bounds(8, 1), works) == [2, 3, 3]
+    backlog.start_all(models, client, 0.0, works)
+    assert backlog.count_all_ahead(["e"], client, 0.0, FAR, Bounds(4, 1), [True]) is None
+    assert backlog.count_all_ahead(["b", "e"], client, 0.0, FAR, Bounds(8, 9), [True, True]) is None
     backlog.start("b", client, 0.0, is_work=True)  # another call's, while these are under way
-    backlog.end_all(["b", "c", "d"], client, [True, False, True])
+    backlog.end_all(models, client, works)
     assert (len(backlog), backlog.count_ahead("b", client)) == (2, 3)
