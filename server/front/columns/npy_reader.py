@@ -34,6 +34,7 @@ MOST_SHARED = len(SHARED)
 MOST_INTS = 500_000  #: whole numbers of a column, which become float64 here
 MOST_GATHERED = 500_000  #: numbers of a row in Fortran's order, which are picked from as many places
 TOKENS = 16  #: what it counts to read a byte of a header
+WIDE = 4  #: bytes of a character of numpy's texts
 CELL = 64  #: what it counts to read a cell, beside its bytes
 NOT_A_TIME = -(2**63)
 _SECONDS = {"D": 86_400, "h": 3600, "m": 60, "s": 1}
@@ -162,8 +163,12 @@ def _make_table(columns: Sequence[_Column], shared: Mapping[str, str]) -> Slices
             raise BadNpy(f"the column {each.name!r} has {each.rows} rows, {columns[0].name!r} has {rows}")
         _check_type(each)
         if each.name in TEXTS:
-            read = _make_time_reader(each) if each.format.kind == "M" else _make_text_reader(each)
-            texts[each.name] = yield from _read_cells(each, read)
+            if each.format.kind == "M":
+                texts[each.name] = yield from _read_cells(each, _make_time_reader(each))
+            elif each.stride == each.size:
+                texts[each.name] = yield from _read_texts(each)
+            else:
+                texts[each.name] = yield from _read_cells(each, _make_text_reader(each))
         elif each.numbers is None:
             categories[each.name] = yield from _read_cells(each, _make_int_reader(each))
         else:
@@ -200,17 +205,37 @@ def _read_cells(column: _Column, read: Callable[[int], T]) -> Slices[list[T]]:
     return found
 
 
+def _read_texts(column: _Column) -> Slices[list[str | None]]:
+    """The texts of cells that lie side by side, many by one look where each character has one width."""
+    read, is_wide = _make_text_reader(column), column.format.kind == "U"
+    at_once, width = max(1, UNIT // (column.size + CELL)), column.size // (WIDE if is_wide else 1)
+    found = list[str | None]()
+    for first in range(0, column.rows, at_once):
+        rows = range(first, min(first + at_once, column.rows))
+        raw = bytes(column.data[column.offset + first * column.size : column.offset + rows.stop * column.size])
+        if not width:
+            found += [None] * len(rows)
+        elif is_wide or raw.isascii():
+            text = _decode(raw, column)
+            found += [text[at : at + width].rstrip("\0") or None for at in range(0, len(rows) * width, width)]
+        else:
+            found += map(read, rows)
+        yield len(rows) * (column.size + CELL)
+    return found
+
+
+def _decode(raw: bytes | memoryview, column: _Column) -> str:
+    """The text. Raises BadNpy."""
+    coding = "utf-32-le" if column.format.kind == "U" else "utf-8"
+    try:
+        return str(raw, coding)
+    except UnicodeDecodeError:
+        raise BadNpy(f"a text of the column {column.name[:40]!r} is not {coding.upper()}") from None
+
+
 def _make_text_reader(column: _Column) -> Callable[[int], str | None]:
     """What reads the text of a row; None for an empty one, since numpy has no other way to leave one out."""
-    coding = "utf-32-le" if column.format.kind == "U" else "utf-8"
-
-    def read(row: int) -> str | None:
-        try:
-            return str(column.cut(row), coding).rstrip("\0") or None
-        except UnicodeDecodeError:
-            raise BadNpy(f"a text of the column {column.name[:40]!r} is not {coding.upper()}") from None
-
-    return read
+    return lambda row: _decode(column.cut(row), column).rstrip("\0") or None
 
 
 def _make_int_reader(column: _Column) -> Callable[[int], int | None]:
