@@ -249,7 +249,7 @@ def _parse_large_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
 def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
     """An item of which `head` has the name of its model, or why it is refused alone."""
     try:
-        return Item(parse_model_name(_TARGET.decode(head).target_model), raw)
+        return Item(parse_model_name(_TARGET.decode(head).target_model), raw, len(memoryview(raw)))
     except InvalidModelName as error:
         return Refused(Situation.BAD_NAME, str(error), field="target_model")
     except FAULTS as error:
@@ -290,14 +290,10 @@ def build_error(refused: Refused) -> bytes:
     return msgspec.json.encode({"error": error})
 
 
-def summarise_items(found: Sequence[Prediction | Refused]) -> InferStats:
+def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
     """For the headers: how many the cache had, and the longest times."""
-    idents, counts, by_id = list(map(id, found)), Counter[int](), dict[int, InferStats]()
-    repeats = Counter(idents)  # many items share a prediction, and others what happened to them
-    for ident, item in dict(zip(idents, found, strict=True)).items():
-        if isinstance(item, Prediction):
-            counts[id(item.stats)] += repeats[ident]
-            by_id[id(item.stats)] = item.stats
+    told = [each.stats for each in found if isinstance(each, Prediction)]
+    counts, by_id = Counter(map(id, told)), dict(zip(map(id, told), told, strict=True))  # many items share one
     stats, cache, marks = list(by_id.values()), Counter[str](), list[InferStats]()
     for ident, each in by_id.items():
         if each.cache:
