@@ -19,13 +19,11 @@ from server.front.call_items import Instances, select_rows
 from server.front.dataplane import CACHE_NAMES, HOLDS, TIER_NAMES, DataPlane, explain_overload
 from server.front.inference import InferResponse, InferStats, TogetherAnswer, TogetherRequest
 from server.front.worker_client import WorkerLost
-from server.ipc.bodies import WINDOW, PartedBody
 from server.ipc.frames import CacheResult, Response
 from server.ipc.packed import Instance, NumbersBlock, TableRow, measure_instance
-from server.ipc.together import TOGETHER, AskedTogether, RowColumns, SharedAnswer, read_answered, write_asked_parts
+from server.ipc.together import TOGETHER, AskedTogether, RowColumns, SharedAnswer, read_answered, write_asked
 from server.routing import WorkerLoad
 
-MOST_PARTS = 64  #: of a body that is sent from where they lie: more are joined
 NOTHING = InferStats(None, 0, None, 0)  #: happened to a call as a whole
 
 
@@ -160,9 +158,7 @@ class TogetherPlane(DataPlane):
                 taken = TogetherAnswer(shared.content_type, told, taken.stats)
             last, found[place] = answer, taken
 
-    async def _exchange(
-        self, worker: WorkerLoad, body: bytes | PartedBody, request: TogetherRequest, count: int
-    ) -> Answers:
+    async def _exchange(self, worker: WorkerLoad, body: bytes, request: TogetherRequest, count: int) -> Answers:
         """Send the call and read its response. Raises WorkerLost, Refused.
 
         It may come a little after the deadline: an item was answered before, or is refused for that.
@@ -230,15 +226,13 @@ def _pick(models: Sequence[ModelName], places: Sequence[int]) -> Sequence[ModelN
     return models if len(places) == len(models) else [models[at] for at in places]
 
 
-def _write_body(models: Sequence[ModelName], instances: Instances, request: TogetherRequest) -> bytes | PartedBody:
-    """The body of the request to one worker. Large columns are not copied into it."""
+def _write_body(models: Sequence[ModelName], instances: Instances, request: TogetherRequest) -> bytes:
+    """The body of the request to one worker."""
     is_table = isinstance(instances, RowColumns) or isinstance(instances[0], TableRow)
     sizes = [] if is_table else [measure_instance(each) for each in cast("Sequence[Instance]", instances)]
     head = AskedTogether(cast("list[str]", models), sizes, request.configuration, request.most_bytes)
     head.numbers = request.numbers
-    parts = write_asked_parts(head, instances)
-    is_large = len(parts) <= MOST_PARTS and sum(map(len, parts)) > WINDOW
-    return PartedBody(parts) if is_large else b"".join(parts)
+    return write_asked(head, instances)
 
 
 def _describe_answer(head: SharedAnswer) -> InferStats:

@@ -17,7 +17,6 @@ from server.front.backlog import Backlog, Turns
 from server.front.lent_child import AnswerRoom, LentChild
 from server.front.lent_children import LentChildren
 from server.front.tracing.request_trace import Question
-from server.ipc.bodies import PartedBody
 from server.ipc.connection import FrameConnection
 from server.ipc.frames import (
     CHUNK,
@@ -92,14 +91,14 @@ class WorkerLink(FrameConnection):
         content_type: str,
         accept: str,
         deadline: float,
-        body: bytes | PartedBody,
+        body: bytes,
         arrived: float = 0.0,
         alone: bool = False,
         client: str = "",
         handler_call: bytes = b"",
         question: Question | None = None,
     ) -> WorkerCall:
-        """Send a request that came to the front at `arrived` (monotonic, s; 0: now). A parted body has several chunks.
+        """Send a request that came to the front at `arrived` (monotonic, s; 0: now).
 
         `alone`, `client`, `handler_call`: see `Request`. `question`: see `InferRequest`. The `reply` raises WorkerLost,
         or Refused when the deadline (monotonic, s) passes.
@@ -107,17 +106,7 @@ class WorkerLink(FrameConnection):
         self._next_id = ident = self._next_id + 1
         times = (int(deadline * 1e9), int(arrived * 1e9))
         request = Request(
-            ident,
-            times[0],
-            model,
-            content_type,
-            accept,
-            len(body),
-            body,  # type: ignore[arg-type]  # a large one leaves by its slices
-            times[1],
-            alone,
-            client,
-            handler_call,
+            ident, times[0], model, content_type, accept, len(body), body, times[1], alone, client, handler_call
         )
         call = self._calls[ident] = WorkerCall(ident, self._loop.create_future(), deadline, len(body) > CHUNK)
         if question is not None:

@@ -4,10 +4,7 @@ The sender may have `WINDOW` bytes of one body under way and gets room for more 
 them on. So one large body delays the others by a chunk, and one slow client holds a window of memory, not a whole body.
 """
 
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
-from itertools import accumulate
 from typing import cast
 
 import msgspec
@@ -17,40 +14,11 @@ from server.ipc.frames import CHUNK, Data, Request, WireError
 WINDOW = 4 * CHUNK
 
 
-class PartedBody:
-    """A large body whose parts lie where they are: a slice of it is joined only where it goes over a border."""
-
-    def __init__(self, parts: Sequence[bytes | memoryview]) -> None:
-        self._parts = [memoryview(part) for part in parts]
-        self._ends = list(accumulate(map(len, self._parts)))
-
-    def __repr__(self) -> str:
-        """For example `<PartedBody of 3 parts, 2500000 bytes>`."""
-        return f"<PartedBody of {len(self._parts)} parts, {len(self)} bytes>"
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __bytes__(self) -> bytes:
-        return b"".join(self._parts)
-
-    def __getitem__(self, cut: slice) -> bytes | memoryview:
-        at, end, _ = cut.indices(len(self))
-        found = list[memoryview]()
-        for i in range(bisect_right(self._ends, at), len(self._parts)):
-            first = self._ends[i] - len(self._parts[i])
-            if first >= end:
-                break
-            found.append(self._parts[i][max(0, at - first) : end - first])
-        return found[0] if len(found) == 1 else b"".join(found)
-
-
 class Outbox:
     """The bodies on their way out that did not fit one frame. Each has its own credit; they take turns."""
 
     def __init__(self) -> None:
-        self._bodies: dict[int, PartedBody | memoryview] = {}
-        self._sent: dict[int, int] = {}
+        self._bodies: dict[int, memoryview] = {}
         self.held_bytes = 0  #: of the bodies, which stay whole until their last chunk has left
         self._room: dict[int, int] = {}
         self._turn: deque[int] = deque()  # INVARIANT: holds each body that has room once
@@ -60,13 +28,11 @@ class Outbox:
 
     def __repr__(self) -> str:
         """For example `<Outbox 2 bodies, 300000 bytes>`."""
-        left = sum(map(len, self._bodies.values())) - sum(self._sent.values())
-        return f"<Outbox {len(self._bodies)} bodies, {left} bytes>"
+        return f"<Outbox {len(self._bodies)} bodies, {sum(map(len, self._bodies.values()))} bytes>"
 
-    def start(self, ident: int, body: bytes | PartedBody) -> None:
+    def start(self, ident: int, body: bytes) -> None:
         """Keep a body whose first `CHUNK` bytes have left in the frame of its request or response."""
-        self._bodies[ident] = body if isinstance(body, PartedBody) else memoryview(body)
-        self._sent[ident] = CHUNK
+        self._bodies[ident] = memoryview(body)[CHUNK:]
         self.held_bytes += len(body)
         self._room[ident] = WINDOW - CHUNK
         self._turn.append(ident)
@@ -88,13 +54,13 @@ class Outbox:
         if not self._turn:
             return None
         ident = self._turn.popleft()
-        body, sent = self._bodies[ident], self._sent[ident]
-        size = min(CHUNK, self._room[ident], len(body) - sent)
-        chunk = Data(ident, cast("bytes", body[sent : sent + size]))  # not copied: msgspec writes any buffer
-        if sent + size == len(body):
+        body = self._bodies[ident]
+        size = min(CHUNK, self._room[ident], len(body))
+        chunk = Data(ident, cast("bytes", body[:size]))  # not copied: msgspec writes any buffer
+        if size == len(body):
             self._forget(ident)
             return chunk
-        self._sent[ident] += size
+        self._bodies[ident] = body[size:]
         self._room[ident] -= size
         if self._room[ident]:
             self._turn.append(ident)
@@ -102,8 +68,7 @@ class Outbox:
 
     def _forget(self, ident: int) -> int:
         """Drop a body; the room it had."""
-        self.held_bytes -= len(self._bodies.pop(ident))
-        del self._sent[ident]
+        self.held_bytes -= memoryview(self._bodies.pop(ident).obj).nbytes
         return self._room.pop(ident)
 
 

@@ -193,20 +193,17 @@ _asked, _answered = _HeadReader(AskedTogether), _HeadReader(AnsweredTogether)
 
 def write_asked(head: AskedTogether, instances: Sequence[Instance] | RowColumns) -> bytes:
     """The body of a request. Its instances are all JSON, of `head.sizes`, or all rows of one table."""
-    return b"".join(write_asked_parts(head, instances))
-
-
-def write_asked_parts(head: AskedTogether, instances: Sequence[Instance] | RowColumns) -> list[Buffer]:
-    """The same body in parts that follow each other: the numbers of columns lie where they are."""
-    parts: Sequence[Buffer] = cast("Sequence[Buffer]", instances)
     if isinstance(instances, RowColumns):
-        head.sizes, head.columns, parts = [], instances.head, instances.series
-    elif instances and isinstance(instances[0], TableRow):
+        head.sizes, head.columns = [], instances.head
+        packed = _encode(head)
+        return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *instances.series))
+    parts: Sequence[Buffer] = cast("Sequence[Buffer]", instances)
+    if instances and isinstance(instances[0], TableRow):
         rows = cast("Sequence[TableRow]", instances)
         head.sizes, head.columns = [], _describe_rows(rows)
         parts = [part for series in zip(*[row.series for row in rows], strict=True) for part in series]
     packed = _encode(head)
-    return [len(packed).to_bytes(LENGTH, "little") + packed, *parts]
+    return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
 
 
 def _describe_rows(rows: Sequence[TableRow]) -> AskedColumns:

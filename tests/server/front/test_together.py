@@ -21,7 +21,6 @@ from server.front.fan_out import FanOut, MultiModelCall, Prediction
 from server.front.inference_plane import InferencePlane
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane
-from server.ipc.bodies import PartedBody
 from server.ipc.frames import CacheResult, Tier
 from server.ipc.packed import NUMBERS, BlockRow, NumbersBlock, TableRow
 from server.ipc.together import PREDICTION, TOGETHER, AskedColumns, RowColumns, SharedAnswer, read_asked, write_answered
@@ -171,12 +170,12 @@ def test_answers_are_held_before_they_are_read() -> None:
     assert plane.held.size == 0
 
 
-def make_table(models: list[str], numbers: int = 1) -> MultiModelCall:
-    """A call of as many rows, which stay columns: each one's numbers are its place."""
-    target = memoryview(array("d", [place for place in range(len(models)) for _ in range(numbers)])).cast("B")
-    head = AskedColumns("d", [], ["2026-01-01"], [], [], [[numbers]])
+def make_table(models: list[str]) -> MultiModelCall:
+    """A call of as many rows, which stay columns: each one's number is its place."""
+    target = memoryview(array("d", range(len(models)))).cast("B")
+    head = AskedColumns("d", [], ["2026-01-01"], [], [], [[1]])
     items = TableItems([ModelName(model) for model in models], RowColumns(head, [target], len(models)))
-    return MultiModelCall(items, b"{}", None, len(target), numbers=True)
+    return MultiModelCall(items, b"{}", None, 8 * len(models), numbers=True)
 
 
 def answer_numbers(asked: Asked) -> Any:
@@ -186,7 +185,7 @@ def answer_numbers(asked: Asked) -> Any:
         return json.dumps({"predictions": [{"mean": instance["target"]}]}).encode()
     head, _, columns = read_asked(asked.body)
     assert columns is not None
-    numbers = array("f", memoryview(columns.series[0]).cast("d")[:: columns.head.sizes[0][0]])
+    numbers = array("f", memoryview(columns.series[0]).cast("d"))
     block = NumbersBlock("s", 1, True, [], [numbers.tobytes()])
     answer = SharedAnswer(Situation.OK, CacheResult.HIT, Tier.NONE, NUMBERS, 5, 0, 7)
     return write_answered([answer], [0] * len(head.models), [BlockRow(block, at) for at in range(len(head.models))])
@@ -275,26 +274,3 @@ def test_a_token_holds_for_each_row() -> None:
     columns = read_asked(asked.body).columns
     assert columns is not None
     assert [*memoryview(columns.series[0]).cast("d")] == [1.0, 10.0, 11.0]
-
-
-def test_a_large_table_is_not_copied() -> None:
-    """Its column goes to the worker's socket from where it lies in the client's body, and counts as held meanwhile."""
-    sent: list[Any] = []
-
-    class Recorder(Worker):
-        def call(self, model: str, content_type: str, accept: str, deadline: float, body: Any, *rest: Any) -> Any:
-            sent.append((body, plane.held.size))
-            return super().call(model, content_type, accept, deadline, body, *rest)
-
-    plane = TogetherPlane(10_000_000)
-    attach(plane, Recorder(answer_numbers))
-    call = make_table(MANY, 1000)
-    assert infer_table(plane, call) == WANTED
-    ((body, held),) = sent
-    assert isinstance(body, PartedBody)
-    assert isinstance(call.items, TableItems)
-    last = body[len(body) - 8 :]
-    assert isinstance(last, memoryview)
-    assert last.obj is call.items.rows.series[0].obj
-    assert held == call.size + len(body)
-    assert plane.held.size == 0

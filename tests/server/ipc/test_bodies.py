@@ -1,10 +1,10 @@
 """Large bodies: chunks take turns, credit bounds what is under way, and parts are joined to the body that was sent."""
 
 import pytest
-from hypothesis import given, settings, strategies
+from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.ipc.bodies import WINDOW, Inbox, Outbox, PartedBody
+from server.ipc.bodies import WINDOW, Inbox, Outbox
 from server.ipc.frames import CHUNK, Data, FrameReader, Request, WireError, append_frame
 
 
@@ -135,31 +135,3 @@ class BodiesMachine(RuleBasedStateMachine):
 
 TestBodiesMachine = BodiesMachine.TestCase
 TestBodiesMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-
-
-@given(
-    strategies.lists(strategies.binary(max_size=5), max_size=6), strategies.integers(0, 30), strategies.integers(0, 30)
-)
-def test_slices_of_a_parted_body_are_the_bodys(parts: list[bytes], first: int, end: int) -> None:
-    """Wherever its borders are, also around empty parts and beyond the end."""
-    body, whole = PartedBody(parts), b"".join(parts)
-    assert (len(body), bytes(body)) == (len(whole), whole)
-    assert bytes(body[first:end]) == whole[first:end]
-    assert bytes(body[:end]) == whole[:end]
-
-
-def test_a_parted_body_leaves_without_a_copy() -> None:
-    """Its chunks are those of the same bytes in one; only what goes over a border is joined, and all is forgotten."""
-    numbers = bytes(range(256)) * 1024
-    parts: list[bytes | memoryview] = [b"head", memoryview(numbers), memoryview(numbers)]
-    parted, whole = Outbox(), Outbox()
-    parted.start(1, PartedBody(parts))
-    whole.start(1, b"".join(parts))
-    assert (parted.held_bytes, repr(parted)) == (whole.held_bytes, repr(whole))
-    for outbox in (parted, whole):
-        outbox.add_credit(1, 2 * len(numbers))
-    chunks = list(iter(parted.next_chunk, None))
-    assert [over_the_wire(chunk) for chunk in chunks] == list(iter(whole.next_chunk, None))
-    copied = [not isinstance(chunk.body, memoryview) for chunk in chunks]
-    assert copied.count(True) == 1
-    assert (len(parted), parted.held_bytes) == (0, 0)
