@@ -26,7 +26,6 @@ class TableItems(Sequence[Item | Refused]):
 
     def __init__(self, models: Sequence[ModelName], rows: RowColumns) -> None:
         self.models, self.rows = models, rows
-        self._sizes: list[int] | None = None
 
     def __repr__(self) -> str:
         """For example `<TableItems of <RowColumns of 1000 rows, 2 series>>`."""
@@ -46,12 +45,6 @@ class TableItems(Sequence[Item | Refused]):
             return [self[i] for i in range(*at.indices(len(self.models)))]
         at = range(len(self.models))[at]
         return Item(self.models[at], self.rows.cut(at), self.rows.measure(at))
-
-    def measure(self) -> list[int]:
-        """The bytes that each item counts."""
-        if self._sizes is None:
-            self._sizes = self.rows.measure_all()
-        return self._sizes
 
 
 Items = Sequence[Item | Refused]
@@ -76,8 +69,7 @@ def list_named(items: Items) -> tuple[Sequence[int], Sequence[ModelName]]:
 def measure_items(items: Items, places: Sequence[int]) -> list[int]:
     """The bytes that each of these items counts."""
     if isinstance(items, TableItems):
-        sizes = items.measure()
-        return sizes if len(places) == len(sizes) else [sizes[at] for at in places]
+        return items.rows.measure_all(places)
     found = (items[at] for at in places)
     return [each.size or measure_instance(each.instance) for each in found if isinstance(each, Item)]
 

@@ -94,13 +94,13 @@ class RowColumns:
             self._ends = [[*accumulate(each if len(each) == count else each * count)] for each in self.head.sizes]
         return self._ends
 
-    def measure_all(self) -> list[int]:
-        """The bytes that each row counts."""
-        head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        if all(len(sizes) == 1 for sizes in head.sizes):
-            return [self.measure(0)] * count
-        numbers = zip(*(sizes if len(sizes) == count else sizes * count for sizes in head.sizes), strict=True)
-        return [each * width + ROW_BYTES for each in map(sum, numbers)]
+    def measure_all(self, places: Sequence[int]) -> list[int]:
+        """The bytes that each row at these places counts."""
+        width, count = ITEM_BYTES[self.head.code], self.count
+        if all(len(sizes) == 1 for sizes in self.head.sizes):
+            return [self.measure(0)] * len(places)
+        chosen = ([each[at] for at in places] if len(each) == count else each * len(places) for each in self.head.sizes)
+        return [sum(numbers) * width + ROW_BYTES for numbers in zip(*chosen, strict=True)]
 
     def select(self, places: Sequence[int]) -> "RowColumns":
         """The rows at these places, which ascend. Of rows that follow each other no number is copied."""

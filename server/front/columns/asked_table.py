@@ -80,8 +80,7 @@ def check_columns(table: AskedTable) -> None:
 
 def cut_rows(table: AskedTable, limit: int, setting: str) -> Slices[Items]:
     """An item for each row, or why it is refused alone. `limit`: bytes of a request to one model, of that `setting`."""
-    yield table.rows * WHOLE
-    whole = _take_whole(table, limit)
+    whole = yield from _take_whole(table, limit)
     if whole is not None:
         return whole
     cutter = _RowCutter(table)
@@ -99,22 +98,27 @@ def cut_rows(table: AskedTable, limit: int, setting: str) -> Slices[Items]:
     return found
 
 
-def _take_whole(table: AskedTable, limit: int) -> TableItems | None:
+def _take_whole(table: AskedTable, limit: int) -> Slices[TableItems | None]:
     """All rows as columns; None where a row has a fault or may be too large, which only a look at each can tell."""
-    models = parse_model_names(table.texts["model"])
-    starts, ids, cats = _take_starts(table), table.texts.get("item_id", ()), list(table.categories.values())
+    models, starts = parse_model_names(table.texts["model"]), _take_starts(table)
+    ids, cats = table.texts.get("item_id", ()), list(table.categories.values())
+    yield table.rows * WHOLE
+    if models is None or starts is None or any(None in each for each in cats):
+        return None
     names, series = _order_series(table)
-    wholes = [each.take_whole() for each in series]
-    found = [each for each in wholes if each is not None]
-    if models is None or starts is None or len(found) < len(wholes) or any(None in each for each in cats):
-        return None
+    found = list[WholeSeries]()
+    for each in series:
+        whole = each.take_whole()
+        yield table.rows * WHOLE
+        if whole is None or whole.code != (found or [whole])[0].code:
+            return None
+        found.append(whole)
     code = found[0].code
-    if any(each.code != code for each in found):
-        return None
     if sum(max(each.sizes) for each in found) * ITEM_BYTES[code] + ROW_BYTES > limit:
         return None
     item_ids = [] if ids.count(None) == len(ids) else list(ids)
     categories = [[cast("int", value) for value in row] for row in zip(*cats, strict=True)]
+    yield table.rows * WHOLE * len(cats)
     head = AskedColumns(code, names, starts, item_ids, categories, [say_once(each.sizes) for each in found])
     return TableItems(models, RowColumns(head, [each.values for each in found], table.rows))
 

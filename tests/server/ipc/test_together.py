@@ -161,7 +161,8 @@ def test_some_rows_are_columns_too(uniform: bool) -> None:
     for places in (each for count in range(1, 6) for each in combinations(range(5), count)):
         some, wanted = whole.select(places), [rows[at] for at in places]
         assert [write_instance(some.cut(at)) for at in range(some.count)] == [*map(write_instance, wanted)]
-        assert some.measure_all() == [*map(measure_instance, wanted)]
+        assert some.measure_all(range(some.count)) == [*map(measure_instance, wanted)]
+        assert whole.measure_all(places) == [*map(measure_instance, wanted)]
         head = AskedTogether(["m.mar"] * len(places), [], b"{}", 99)
         assert write_asked(head, some) == write_asked(head, wanted)
         if places[-1] - places[0] + 1 == len(places):

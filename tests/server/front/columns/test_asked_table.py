@@ -81,7 +81,7 @@ def test_rows_of_columns_are_the_rows_that_are_cut(rows: int, data: st.DataObjec
         assert not isinstance(found, TableItems)
         return
     assert isinstance(found, TableItems)
-    assert found.measure() == [measure_instance(each.instance) for each in cut]
+    assert found.rows.measure_all(range(rows)) == [measure_instance(each.instance) for each in cut]
     places = sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1)))
     models = [f"m{i}" for i in places]
     asked = [
