@@ -292,7 +292,7 @@ def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryvie
     at = own
     for each in head.blocks:
         end = at + len(each.levels) + each.has_mean
-        block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, parts[at:end])
+        block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, _order_rows(each, parts[at:end]))
         at = end
         for place in each.places:
             bodies[place] = block
@@ -301,12 +301,19 @@ def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryvie
 
 
 def _check_places(blocks: Sequence[BlockHead], count: int) -> None:
-    """Raises WireError unless each block answers items in their order, and each item is answered once."""
-    if any(block.places != sorted(block.places) for block in blocks):
-        raise WireError("the items of a block are not in order")
+    """Raises WireError where blocks answer an item twice, or one that there is not."""
     places = [place for block in blocks for place in block.places]
     if len(set(places)) < len(places) or max(places, default=0) >= count:
         raise WireError(f"blocks answer an item twice, or more than {count} items")
+
+
+def _order_rows(head: BlockHead, columns: Sequence[memoryview]) -> Sequence[Buffer]:
+    """The columns of a block, their rows in the order of the items: mostly they are."""
+    places, size = head.places, head.steps * FLOAT_BYTES
+    if places == sorted(places):
+        return columns
+    rows = sorted(range(len(places)), key=places.__getitem__)
+    return [b"".join([column[row * size : (row + 1) * size] for row in rows]) for column in columns]
 
 
 def _cut(view: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
