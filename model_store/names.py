@@ -3,7 +3,8 @@
 A model's name is its archive's key under the store's prefix; it is checked before any request.
 """
 
-from typing import NewType
+from collections.abc import Sequence
+from typing import NewType, cast
 
 ModelName = NewType("ModelName", str)
 MAX_NAME = 1024
@@ -41,6 +42,18 @@ def parse_model_name(raw: str) -> ModelName:
             what = f"the segment {segment!r}" if segment else "an empty segment or a leading or trailing slash"
             raise InvalidModelName(f"the model name {shown!r} has {what}")
     return ModelName(raw)
+
+
+def parse_model_names(raws: Sequence[str | None]) -> list[ModelName] | None:
+    """As many model names, by a few looks at all of them; None where one is missing or breaks a rule."""
+    if not raws or None in raws or "" in raws:
+        return None if raws else []
+    names = cast("Sequence[str]", raws)
+    joined = f"/{'/'.join(names)}/"
+    is_broken = not joined.isprintable() or any(each in joined for each in ("\\", "//", "/./", "/../"))
+    if is_broken or max(map(len, names), default=0) > MAX_NAME:
+        return None
+    return [ModelName(each) for each in names]
 
 
 def at_version(name: ModelName, version: str) -> ModelName:

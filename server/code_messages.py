@@ -6,7 +6,7 @@ has lent it to. A child is foreign code, so that whatever it sends is checked: `
 
 import select
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from struct import Struct as Layout
 from typing import Annotated, Any
 
@@ -53,17 +53,18 @@ class LoadFailed(Struct, frozen=True, tag=True):
 class CodeRequest(Struct, frozen=True, array_like=True):
     """One request as the handler gets it; see `server.ipc.handler_calls.HandlerCall`.
 
-    `headers`: None where the dialect tells none; the handler sees `content_type` and `accept` then. `streams`: parts of
-    its answer may come before the end, as `PartAnswered`; otherwise the child joins them.
+    `fields`: those of the request's head, see `encode_fields`; None where the dialect tells none: the handler sees
+    `content_type` and `accept` then. `streams`: parts of its answer may come before the end, as `PartAnswered`;
+    otherwise the child joins them.
     """
 
     id: str
     content_type: str
     accept: str
     body: bytes
-    headers: list[tuple[str, str]] | None = None
-    parts: list[tuple[str, str]] = []
-    properties: dict[str, str] = {}
+    fields: bytes | None = None
+    parts: Sequence[tuple[str, str]] = []
+    properties: Mapping[str, str] = {}
     streams: bool = False
 
 
@@ -140,6 +141,17 @@ FromChild = HandlerLoaded | LoadFailed | PartAnswered | BatchAnswered
 _encode = msgspec.msgpack.Encoder().encode
 _decode_from_child = msgspec.msgpack.Decoder(FromChild).decode
 _decode_to_child = msgspec.msgpack.Decoder(RunBatch).decode
+_decode_fields = msgspec.msgpack.Decoder(dict[bytes, bytes]).decode
+
+
+def encode_fields(fields: Mapping[bytes, bytes]) -> bytes:
+    """The fields of a request's head, as they came, for `decode_fields`: most handlers look at none of them."""
+    return _encode(fields)
+
+
+def decode_fields(encoded: bytes) -> dict[str, str]:
+    """The fields that a front has encoded, as text."""
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in _decode_fields(encoded).items()}
 
 
 def frame(message: FromChild | RunBatch) -> bytes:

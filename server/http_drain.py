@@ -38,7 +38,7 @@ class DrainState(ServerState):
 
 
 class DrainedConnection(Protocol):
-    """What a drain needs of a connection (`server.http_listener.ClientConnection`)."""
+    """What a drain needs of a connection (`server.http_connection.ClientConnection`)."""
 
     transport: asyncio.Transport
 

@@ -12,6 +12,7 @@ import msgspec
 Fields = Sequence[tuple[bytes, bytes]]  #: header fields in the order received, names in lower case
 Answer = tuple[int, list[tuple[bytes, bytes]], bytes]  #: status, headers, body
 
+HEADERS_BY_NAME = "fleetcast.headers"  #: in the scope: the headers by lower-case name, of a repeated one the last
 #: Fields of which one is used and a second one would be ignored.
 SINGLE = frozenset(
     {

@@ -7,6 +7,7 @@ Replicas are listed and expire. Requests for a model that is still loading are n
 compute.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model_store.name_table import NameTable
@@ -83,6 +84,26 @@ class Router:
             return home
         return self._spill(model, home, order[1:], now) or home
 
+    def route_all(self, models: Sequence[str]) -> dict[WorkerLoad, list[int]] | None:
+        """The places of the models that each lane gets; None where one by one not all would get their homes.
+
+        INVARIANT: it is what `route` says of each, where those before it have been started.
+        """
+        if len(self.lanes) <= 1 or self.silent:
+            return {lane: [*range(len(models))] for lane in self.lanes.values()} if len(self.lanes) == 1 else None
+        placed: dict[WorkerLoad, list[int]] = {lane: [] for lane in self.lanes.values()}
+        running = {lane: lane.running for lane in placed}
+        total, share = sum(running.values()), FAIR_SHARE / len(placed)
+        for place, model in enumerate(models):
+            home = self.lanes[self.order(model)[0]]
+            if home.warm.has(model):
+                if running[home] > FREE_QUEUE + share * total:
+                    return None
+                running[home] += 1
+                total += 1
+            placed[home].append(place)
+        return {lane: places for lane, places in placed.items() if places}
+
     def order(self, model: str) -> list[int]:
         """All workers that are up, the model's home first (highest random weight, Thaler and Ravishankar 1996)."""
         order = self._orders.get(model)
@@ -110,6 +131,30 @@ class Router:
             lane.warm.pop(model)
         if load_s:
             lane.load_s += (load_s - lane.load_s) / 8
+
+    def count_starts(self, lane: WorkerLoad, models: Sequence[str]) -> list[bool]:
+        """As `count_start` for each of these."""
+        counts = [*map(lane.warm.has, models)]
+        lane.running += sum(counts)
+        return counts
+
+    def count_ends(
+        self,
+        lane: WorkerLoad,
+        models: Sequence[str],
+        counted: Sequence[bool],
+        *,
+        held: bool,
+        wait_s: float = 0.0,
+        load_s: float = 0.0,
+    ) -> None:
+        """As `count_end` for each of these, whose answers are alike."""
+        if not held or load_s or not all(map(lane.warm.has, models)):
+            for model, counts in zip(models, counted, strict=True):
+                self.count_end(lane, model, counts, held=held, wait_s=wait_s, load_s=load_s)
+            return
+        lane.running -= sum(counted)
+        lane.wait_s = wait_s + (lane.wait_s - wait_s) * (15 / 16) ** len(models)
 
     def replicas(self, model: str) -> list[int]:
         """The workers beside its home that this front sends the model's overflow to."""

@@ -37,8 +37,9 @@ from server.front.tracing.request_trace import RequestTrace
 from server.front.tracing.traced_plane import trace_plane
 from server.front.tracing.tracer import Tracer
 from server.front.worker_client import WorkerLost
-from server.http_listener import BODY_FOLLOWS, CLOSE, HEADERS_BY_NAME, REASON, WHOLE_BODY
+from server.http_exchange import BODY_FOLLOWS, CLOSE, REASON, WHOLE_BODY
 from server.metrics import AnswerSeries, FrontMetrics
+from server.request_head import HEADERS_BY_NAME
 from server.settings import Settings
 
 log = structlog.get_logger()

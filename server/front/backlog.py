@@ -10,7 +10,9 @@ always something to learn from.
 """
 
 from collections import OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from typing import Generic, TypeVar
 
 FEW = 4  #: requests ahead of one that say nothing about the pace, as they run in one batch
@@ -60,6 +62,23 @@ class TurnCounts:
             self._deeper[depth] += 1
         else:
             self._deeper.append(1)
+
+    def add_new(self, keys: Collection[str]) -> None:
+        """One of each of these keys, of which there is none."""
+        if keys:
+            self.counts.update(dict.fromkeys(keys, 1))
+            if not self._deeper:
+                self._deeper.append(0)
+            self._deeper[0] += len(keys)
+
+    def remove_last(self, keys: Collection[str]) -> None:
+        """One less of each of these keys, of which there is one."""
+        if keys:
+            for key in keys:
+                del self.counts[key]
+            self._deeper[0] -= len(keys)
+            if not self._deeper[-1]:
+                self._deeper.pop()
 
     def remove(self, key: str) -> None:
         """One less of this key."""
@@ -169,9 +188,9 @@ class Backlog:
     def end(self, model: str, client: str, *, was_work: bool) -> None:
         """It is answered, refused or given up; `was_work` as it was at its start."""
         self._total -= 1
-        _take_one(self._held, model)
+        _take(self._held, model)
         if client:
-            _take_one(self._held_by, client)
+            _take(self._held_by, client)
         if was_work:
             self._total_work -= 1
             work = self._work[client]
@@ -180,6 +199,82 @@ class Backlog:
                 self._clients.remove(client)
                 if not work.counts:
                     del self._work[client]
+
+    def count_all_ahead(
+        self,
+        models: Sequence[str],
+        client: str,
+        now: float,
+        left_s: float,
+        bounds: Bounds,
+        works: Sequence[bool],
+    ) -> list[int] | None:
+        """Count the requests ahead of each of these, which `start_all` may start then.
+
+        None where one by one they may not all be admitted, or where one of a model is under way. INVARIANT: it is what
+        `count_ahead` says of each, and `check` admits it, where those before it have been started.
+        """
+        count, fresh = len(models), dict.fromkeys(models, 1)
+        room = bounds.per_worker - self._total - (count - 1)  # the last one's
+        if room <= 0 or bounds.per_model <= 0 or len(fresh) < count or not self._held.keys().isdisjoint(fresh):
+            return None
+        if client and (self._held_by.get(client, 0) + count - 1 > room or self._clients.counts.keys() - {client}):
+            return None
+        before = self._work[client].count_turns(1) if client in self._work else 0
+        aheads = [*accumulate(works, initial=before + 1)]
+        worked = sum(works)
+        if self._each_s and worked and self._check_deadline(before + worked, now, left_s) is not None:
+            return None
+        return aheads[:count]
+
+    def start_all(self, models: Sequence[str], client: str, now: float, works: Sequence[bool]) -> None:
+        """As `start` for each of these, of which `count_all_ahead` has counted what is ahead."""
+        self._total += len(models)
+        self._held.update(dict.fromkeys(models, 1))
+        if client:
+            self._held_by[client] = self._held_by.get(client, 0) + len(models)
+        worked = [*compress(models, works)]
+        if worked:
+            self._start_work(worked, client, now)
+
+    def _start_work(self, models: Collection[str], client: str, now: float) -> None:
+        """Work of each model, of which the client has none yet."""
+        if not self._total_work:
+            self._heard = now
+        self._total_work += len(models)
+        if client not in self._work:
+            self._work[client] = TurnCounts()
+        self._work[client].add_new(models)
+        if client:
+            for _ in models:
+                self._clients.add(client)
+
+    def end_all(self, models: Sequence[str], client: str, works: Sequence[bool]) -> None:
+        """As `end` for each of these."""
+        held = self._held
+        if [held[model] for model in models].count(1) < len(models) or len({*models}) < len(models):
+            for model, was_work in zip(models, works, strict=True):
+                self.end(model, client, was_work=was_work)
+            return
+        self._total -= len(models)
+        for model in models:
+            del held[model]
+        if client:
+            _take(self._held_by, client, len(models))
+        worked = [*compress(models, works)]
+        if worked:
+            self._total_work -= len(worked)
+            self._end_work(worked, client)
+
+    def _end_work(self, models: Collection[str], client: str) -> None:
+        """Work of each model, of which the client has no more."""
+        work = self._work[client]
+        work.remove_last(models)
+        if client:
+            for _ in models:
+                self._clients.remove(client)
+            if not work.counts:
+                del self._work[client]
 
     def learn(self, ahead: int, began: float, now: float) -> None:
         """An answer has come to a request that had so many ahead when it began, itself included."""
@@ -198,8 +293,8 @@ def _move(mean: float, found: float) -> float:
     return KEPT * mean + (1 - KEPT) * min(found, MOST * mean) if mean else found
 
 
-def _take_one(counts: dict[str, int], key: str) -> None:
-    left = counts[key] = counts[key] - 1
+def _take(counts: dict[str, int], key: str, count: int = 1) -> None:
+    left = counts[key] = counts[key] - count
     if not left:
         del counts[key]
 

@@ -140,7 +140,7 @@ class DataPlane:
 
     async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
         """Leave all items to `infer`; `server.front.together.TogetherPlane` asks them together."""
-        return [None] * len(request.items)
+        return [None] * len(request.models)
 
     def permits(self, model: ModelName) -> bool:
         """All models: a client with a token has a plane in front of this one."""

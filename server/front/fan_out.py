@@ -6,8 +6,10 @@ however large a configuration.
 """
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, compress
 from types import MappingProxyType
 from typing import Self, cast
 
@@ -16,6 +18,7 @@ import msgspec
 from model_store.names import ModelName
 from server.contract import JSON
 from server.errors import Refused, Situation
+from server.front.call_items import Item, Items, list_named, measure_items, select_instances
 from server.front.exchange import Limit
 from server.front.inference import (
     ClientGone,
@@ -24,7 +27,6 @@ from server.front.inference import (
     InferResponse,
     InferStats,
     TogetherAnswer,
-    TogetherItem,
     TogetherRequest,
 )
 from server.front.inference_plane import InferencePlane, add_near_names
@@ -40,8 +42,8 @@ from server.front.raw_json import (
 from server.front.slices import ITEM, Pacer, Slices
 from server.ipc.packed import (
     NUMBERS,
-    BlockRow,
     Instance,
+    NumbersBlock,
     TableRow,
     measure_instance,
     read_json_prediction,
@@ -56,12 +58,6 @@ MIN_WINDOW = 1024 * 1024  #: bytes of a small call's items that may be at the wo
 SMALL_BYTES = 256  #: of each item asked with others, which do not count: what is said once in the call is said of each
 
 
-class Item(TogetherItem, frozen=True, gc=False):
-    """One forecast of the call, its instance as it lies in the call's body. `size`: what it counts, where known."""
-
-    size: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Joint:
     """How the call's scenarios are joint: which archive correlates them, and how samples are drawn."""
@@ -74,7 +70,7 @@ class Joint:
 class MultiModelCall:
     """Items in order, of which one that names no model is refused alone, and what all share."""
 
-    items: Sequence[Item | Refused]
+    items: Items
     configuration: bytes
     joint: Joint | None
     size: int  #: bytes of the body that the items lie in
@@ -84,10 +80,11 @@ class MultiModelCall:
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """What came of an item: the prediction as JSON or as numbers, and what happened on the way.
 
+    Items that a block answers are its rows in their order, and may share one of these.
     `fields`: those of the prediction in a joint call, in the place of its body.
     """
 
-    body: bytes | BlockRow
+    body: bytes | NumbersBlock
     stats: InferStats
     fields: Fields = MappingProxyType({})
 
@@ -191,58 +188,76 @@ class FanOut:
             raise Refused(Situation.TOO_LARGE, f"{message}; ask for less in one call")
 
     async def _infer_items(self) -> list[Prediction | Refused]:
-        results: dict[int, Prediction | Refused] = {}
+        items = self._call.items
+        results: list[Prediction | Refused | None] = [None] * len(items)
         try:
             await self._infer_together(results)
             async with asyncio.TaskGroup() as group:
-                for i, item in enumerate(self._call.items):
+                for i in [i for i, each in enumerate(results) if each is None]:
+                    item = items[i]
                     if isinstance(item, Refused):
                         results[i] = item
-                    elif i not in results:
-                        size = measure_instance(item.instance) + len(self._call.configuration)
-                        await self._wait_for_room(size)
-                        group.create_task(self._infer_item(i, item, size, results))
-                        await self._pacer.spend(ITEM + size)
+                        continue
+                    size = measure_instance(item.instance) + len(self._call.configuration)
+                    await self._wait_for_room(size)
+                    group.create_task(self._infer_item(i, item, size, results))
+                    await self._pacer.spend(ITEM + size)
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
-        return [results[i] for i in range(len(results))]
+        return cast("list[Prediction | Refused]", results)
 
-    async def _infer_together(self, results: dict[int, Prediction | Refused]) -> None:
+    async def _infer_together(self, results: list[Prediction | Refused | None]) -> None:
         """Ask the workers for all items that can be asked together; what is left has no result then."""
-        named = [(i, item) for i, item in enumerate(self._call.items) if isinstance(item, Item)]
-        selected = self._plane.select_together([item.model for _, item in named])
-        left = [each for each, can in zip(named, selected, strict=True) if can]
+        call = self._call
+        left, models = list_named(call.items)
+        selected = self._plane.select_together(models)
+        if not all(selected):
+            left, models = list(compress(left, selected)), list(compress(models, selected))
         while len(left) >= LEAST_TOGETHER:
             count = self._count_wave(left)
-            wave, left = left[:count], left[count:]
-            items = [item for _, item in wave]
+            wave, asked = left[:count], models[:count]
+            left, models = left[count:], models[count:]
             arrived, _, client = self._origin
-            limits = (self._call.configuration, self._limit.bytes, self._deadline, arrived, client)
+            limits = (call.configuration, self._limit.bytes, self._deadline, arrived, client)
+            instances = select_instances(call.items, wave)
             found = await self._plane.infer_together(
-                TogetherRequest(items, *limits, self._hold_answer, self._call.numbers)
+                TogetherRequest(asked, instances, *limits, self._hold_answer, call.numbers)
             )
-            for (i, item), each in zip(wave, found, strict=True):
-                if isinstance(each, TogetherAnswer):
-                    if each.content_type in self._taken_as_is:
-                        results[i] = Prediction(each.body, each.stats)  # type: ignore[arg-type]  # any buffer is taken
-                        continue
-                    results[i] = await self._read_answer(each)
-                elif each is not None:
-                    add_near_names(each, item.model, self._plane)
+            await self._take_answers(wave, asked, found, results)
+
+    async def _take_answers(
+        self,
+        wave: Sequence[int],
+        models: Sequence[ModelName],
+        found: Sequence[TogetherAnswer | Refused | None],
+        results: list[Prediction | Refused | None],
+    ) -> None:
+        """Put what came of a wave's items into their places."""
+        last, taken = None, None
+        for i, model, each in zip(wave, models, found, strict=True):
+            if each is not None and each is last:  # several items may share one
+                results[i] = taken
+            elif isinstance(each, TogetherAnswer):
+                if each.content_type in self._taken_as_is:
+                    taken = Prediction(each.body, each.stats)  # type: ignore[arg-type]  # any buffer is taken
+                    results[i], last = taken, each
+                    continue
+                results[i] = await self._read_answer(each)
+                await self._pacer.spend(ITEM)
+            else:
+                if each is not None:
+                    add_near_names(each, model, self._plane)
                     results[i] = _without_frames(each)
                 await self._pacer.spend(ITEM)
-            await self._pacer.spend(len(wave) * TAKEN)
+        await self._pacer.spend(len(wave) * TAKEN)
 
-    def _count_wave(self, items: Sequence[tuple[int, Item]]) -> int:
+    def _count_wave(self, places: Sequence[int]) -> int:
         """Count how many of these may be at the workers at once: see `_wait_for_room`."""
-        size, shared = 0, len(self._call.configuration)
-        for count, (_, item) in enumerate(items[:MAX_UNDER_WAY]):
-            counted = (item.size or measure_instance(item.instance)) + shared - SMALL_BYTES
-            if counted > 0:
-                size += counted
-            if count and size > self._window:
-                return count
-        return min(len(items), MAX_UNDER_WAY)
+        more = len(self._call.configuration) - SMALL_BYTES
+        sizes = [max(0, size + more) for size in measure_items(self._call.items, places[:MAX_UNDER_WAY])]
+        if sum(sizes) <= self._window:
+            return len(sizes)
+        return max(1, bisect_right(list(accumulate(sizes)), self._window))
 
     async def _read_answer(self, answer: TogetherAnswer) -> Prediction | Refused:
         try:
@@ -250,7 +265,7 @@ class FanOut:
         except Refused as refused:
             return _without_frames(refused)
 
-    async def _infer_item(self, i: int, item: Item, size: int, results: dict[int, Prediction | Refused]) -> None:
+    async def _infer_item(self, i: int, item: Item, size: int, results: list[Prediction | Refused | None]) -> None:
         """Put one item's prediction, or why there is none, into its place. Raises Refused when all are too large."""
         try:
             results[i] = await self._predict(item)

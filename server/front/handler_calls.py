@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from model_store.names import ModelName
+from server.code_messages import encode_fields
 from server.errors import Refused, Situation
 from server.ipc.handler_calls import CallTooLong, HandlerCall, encode_call
 from server.settings import Settings
@@ -42,13 +43,11 @@ class CodeCalls:
         """The call's bytes; empty for a model whose code may not run. Raises Refused where it is too long."""
         if not model.startswith(self._keys):
             return b""
-        headers = [
-            (name.decode("latin-1"), value.decode("latin-1"))
-            for name, value in details.headers.items()
-            if name not in self._hidden
-        ]
-        told = (list(details.parts), dict(details.properties), details.streams)
-        call = HandlerCall(request_id.decode("latin-1"), headers, *told)
+        fields = details.headers
+        if not self._hidden.isdisjoint(fields):
+            fields = {name: value for name, value in fields.items() if name not in self._hidden}
+        told = (encode_fields(fields), details.parts, details.properties, details.streams)
+        call = HandlerCall(request_id.decode("latin-1"), *told)
         try:
             return encode_call(call)
         except CallTooLong as error:

@@ -12,7 +12,8 @@ from server.front.tracing.request_trace import Question
 from server.front.worker_client import WorkerCall, WorkerLink, WorkerLost
 from server.ipc.frames import Response
 from server.ipc.handler_calls import AnswerHead
-from server.ipc.packed import BlockRow, Instance
+from server.ipc.packed import Instance, NumbersBlock
+from server.ipc.together import RowColumns
 
 HALF_ANSWER = "the worker died with half of the answer; try again"
 #: Returns an awaitable that is done once the client has left; one wait at a time.
@@ -149,21 +150,16 @@ class InferResponse(msgspec.Struct, frozen=True):
             self.link.cancel(self.call)
 
 
-class TogetherItem(msgspec.Struct, frozen=True, gc=False):
-    """One forecast of a call for many models: which model to ask, and the instance that it is asked with."""
-
-    model: ModelName
-    instance: Instance
-
-
 class TogetherRequest(msgspec.Struct, frozen=True):
-    """Items that may be asked together. `hold` is told of each answer before it is read; it may raise Refused.
+    """Items that may be asked together: the model of each, and what it is asked with.
 
+    `hold` is told of each answer before it is read; it may raise Refused.
     `most_bytes`: of all answers together. `numbers`: predictions are wanted as rows of blocks. `deadline` and `arrived`
     are on the monotonic clock (s).
     """
 
-    items: Sequence[TogetherItem]
+    models: Sequence[ModelName]
+    instances: Sequence[Instance] | RowColumns
     configuration: bytes
     most_bytes: int
     deadline: float
@@ -174,10 +170,13 @@ class TogetherRequest(msgspec.Struct, frozen=True):
 
 
 class TogetherAnswer(msgspec.Struct, frozen=True, gc=False):
-    """One item's answer: its bytes, which type they have, and what happened on the way."""
+    """One item's answer: its bytes, which type they have, and what happened on the way.
+
+    Items that a block answers are its rows in their order, and may share one of these.
+    """
 
     content_type: str
-    body: memoryview | BlockRow
+    body: memoryview | NumbersBlock
     stats: InferStats
 
 

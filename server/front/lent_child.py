@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -98,7 +98,7 @@ class Stage(Enum):
     LOST = auto()  #: nobody's: it has ended or said what it should not, and the worker says what that means
 
 
-class _Running(NamedTuple):
+class _Running(msgspec.Struct, frozen=True, gc=False):
     request: Request
     sent: float  #: seconds on the monotonic clock
 
@@ -138,7 +138,7 @@ class LentChild:
     def put(self, request: Request) -> None:
         """A request, to be answered by the child or handed back."""
         if self.stage is Stage.LENT and not self._unsent and not self._queue and len(self._running) < self._most:
-            self._send([request])
+            self._send_one(request)
         else:
             self._queue.put(self.model, request.id, request, request.client)
 
@@ -162,14 +162,19 @@ class LentChild:
         """Send what the child may have now, in one write."""
         if self.stage is Stage.LENT and self._queue and not self._unsent:
             room = min(self._most - len(self._running), len(self._queue))
-            if room > 0:
+            if room == 1:
+                self._send_one(self._queue.take())
+            elif room > 1:
                 self._send([self._queue.take() for _ in range(room)])
+
+    def _send_one(self, request: Request) -> None:
+        self._running.append(_Running(request, time.monotonic()))
+        self._write(frame(RunBatch([make_request(request)])))
 
     def _send(self, requests: Sequence[Request]) -> None:
         now = time.monotonic()
         self._running.extend(_Running(request, now) for request in requests)
-        frames = [frame(RunBatch([make_request(request)])) for request in requests]
-        self._write(frames[0] if len(frames) == 1 else b"".join(frames))
+        self._write(b"".join([frame(RunBatch([make_request(request)])) for request in requests]))
 
     def _write(self, data: bytes | memoryview) -> None:
         assert self._socket is not None, "only a child that is here is asked"
@@ -265,7 +270,8 @@ class LentChild:
         self, answer: CodeAnswer | None, refused: Refused | None = None, measures: Sequence[Measure] = ()
     ) -> None:
         """The first of those running has its answer, or the reason why there is none."""
-        request, sent = self._running.popleft()
+        running = self._running.popleft()
+        request, sent = running.request, running.sent
         now, began = time.monotonic(), max(sent, self._free_at)
         self._free_at = self._used_at = now
         self._most, self._is_overdue = AHEAD if now - began < QUICK_S else 1, False
@@ -336,7 +342,7 @@ class LentChild:
 
     def _hand_back_running(self) -> None:
         while self._running:
-            request, _ = self._running.popleft()
+            request = self._running.popleft().request
             if self._dropped.pop(request.id, None) is None:
                 self._owner.hand_back(request)
 

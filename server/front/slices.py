@@ -5,7 +5,7 @@ takes as long; its value is what it returns. Pure functions are written so, and 
 """
 
 import asyncio
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from typing import TypeVar, cast
 
 T = TypeVar("T")
@@ -14,6 +14,7 @@ Slices = Generator[int, None, T]
 UNIT = 32 * 1024  #: bytes of work that a generator does between two yields, if it can stop there; 0.1 to 2 ms
 AT_ONCE = 4 * UNIT  #: bytes that msgspec is given at once; it cannot stop, and takes up to 10 ns for a byte
 SLICE = 2 * UNIT  #: bytes of work after which other tasks get their turn
+COPIED = 64 * UNIT  #: bytes that are copied in the time of one unit
 PART = 128  #: what it counts to append one part, beside its bytes
 ITEM = 2 * 1024  #: what it counts to handle one of many small things, beside its bytes
 
@@ -55,6 +56,14 @@ def finish_slices(slices: Slices[T]) -> T:
         except StopIteration as end:
             value: T = end.value
             return value
+
+
+def join_few(parts: Sequence[bytes | bytearray | memoryview]) -> Slices[bytes]:
+    """Parts in one buffer: at once where they are so few and small that this is one unit of work."""
+    if sum(map(len, parts)) + PART * len(parts) > COPIED:
+        return (yield from join_parts(parts))  # type: ignore[arg-type]  # it takes any buffer
+    yield UNIT
+    return b"".join(parts)
 
 
 def join_parts(parts: Iterable[bytes | memoryview]) -> Slices[bytes]:

@@ -37,7 +37,7 @@ def make_request(request: Request) -> CodeRequest:
     if not request.call:
         return CodeRequest(str(request.id), content_type, accept, body)
     call = decode_call(request.call)
-    told = (call.headers, call.parts, call.properties, call.streams)
+    told = (call.fields, call.parts, call.properties, call.streams)
     return CodeRequest(call.request_id, content_type, accept, body, *told)
 
 

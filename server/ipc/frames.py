@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from server.errors import Situation
 
-VERSION = 6
+VERSION = 7
 CHUNK = 64 * 1024  #: bytes of a body in one frame at most
 MAX_FRAME = CHUNK + 32 * 1024  #: a chunk and the longest head: the front bounds name, types and the code's call
 MOST_STAGES, MAX_STAGE_ERROR = 32, 512  #: of a traced request, and characters of why a stage failed

@@ -5,6 +5,7 @@ says of its answer comes back as an `AnswerHead`, whose fields the worker has ch
 for models whose code may run: to any other model they are empty bytes.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -21,16 +22,17 @@ class CallTooLong(Exception):
 
 
 class HandlerCall(Struct, frozen=True, array_like=True):
-    """What a handler is told. `headers` are the request's, `parts` its parameters that are data beside the body.
+    """What a handler is told.
 
-    `properties` are what the dialect adds to the headers, such as TorchServe's `explain` and `url_path`. `streams`: the
-    dialect takes an answer part by part while it is made.
+    `fields` are those of the request's head, encoded by `server.code_messages.encode_fields`. `parts` are its
+    parameters that are data beside the body. `properties` are what the dialect adds to the headers, such as
+    TorchServe's `explain` and `url_path`. `streams`: the dialect takes an answer part by part while it is made.
     """
 
     request_id: str
-    headers: Pairs
-    parts: Pairs = []
-    properties: dict[str, str] = {}
+    fields: bytes
+    parts: Sequence[tuple[str, str]] = []
+    properties: Mapping[str, str] = {}
     streams: bool = False
 
 

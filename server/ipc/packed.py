@@ -125,11 +125,11 @@ def write_instance(row: TableRow) -> bytes:
     return msgspec.json.encode(found)
 
 
-def read_json_prediction(text: bytes) -> BlockRow:
+def read_json_prediction(text: bytes) -> NumbersBlock:
     """A prediction that is JSON as a block of its own. Raises msgspec.MsgspecError, ValueError for one of no table."""
     found = _plain(text)
     rows = [*([] if found.mean is None else [found.mean]), *found.quantiles.values()]
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError("the model answers no series of one product")
     columns = [array("f", row).tobytes() for row in rows]
-    return BlockRow(NumbersBlock(found.start, len(rows[0]), found.mean is not None, list(found.quantiles), columns), 0)
+    return NumbersBlock(found.start, len(rows[0]), found.mean is not None, list(found.quantiles), columns)

@@ -28,6 +28,7 @@ LENGTH = 4  #: bytes before a head
 
 _encode = msgspec.msgpack.Encoder().encode
 Head = TypeVar("Head", bound=Struct)
+T = TypeVar("T")
 
 
 class AskedColumns(Struct, array_like=True, forbid_unknown_fields=True):
@@ -79,15 +80,49 @@ class RowColumns:
     def cut(self, at: int) -> TableRow:
         """A row by itself. Most are never wanted so: they are decoded as columns."""
         head, width, count = self.head, ITEM_BYTES[self.head.code], self.count
-        if self._ends is None:
-            self._ends = [[*accumulate(sizes if len(sizes) == count else sizes * count)] for sizes in head.sizes]
         series = [
             view[width * (ends[at - 1] if at else 0) : width * ends[at]]
-            for view, ends in zip(self.series, self._ends, strict=True)
+            for view, ends in zip(self.series, self._find_ends(), strict=True)
         ]
         start = head.starts[at if len(head.starts) == count else 0]
         item_id, cat = head.item_ids[at] if head.item_ids else None, head.cats[at] if head.cats else []
         return TableRow(start, item_id, head.code, head.names, series, cat)
+
+    def _find_ends(self) -> list[list[int]]:
+        if self._ends is None:
+            count = self.count
+            self._ends = [[*accumulate(each if len(each) == count else each * count)] for each in self.head.sizes]
+        return self._ends
+
+    def measure_all(self, places: Sequence[int]) -> list[int]:
+        """The bytes that each row at these places counts."""
+        width, count = ITEM_BYTES[self.head.code], self.count
+        if all(len(sizes) == 1 for sizes in self.head.sizes):
+            return [self.measure(0)] * len(places)
+        chosen = ([each[at] for at in places] if len(each) == count else each * len(places) for each in self.head.sizes)
+        return [sum(numbers) * width + ROW_BYTES for numbers in zip(*chosen, strict=True)]
+
+    def select(self, places: Sequence[int]) -> "RowColumns":
+        """The rows at these places, which ascend. Of rows that follow each other no number is copied."""
+        first, count = places[0], len(places)
+        if count == self.count:
+            return self
+        head, width, views = self.head, ITEM_BYTES[self.head.code], list[memoryview]()
+        for view, ends in zip(self.series, self._find_ends(), strict=True):
+            borders = [0, *(width * end for end in ends)]
+            if places[-1] - first + 1 == count:
+                views.append(view[borders[first] : borders[first + count]])
+            else:
+                views.append(memoryview(b"".join([view[borders[at] : borders[at + 1]] for at in places])))
+
+        def pick(values: list[T]) -> list[T]:
+            return [values[at] for at in places] if len(values) == self.count else values
+
+        starts, sizes = say_once(pick(head.starts)), [say_once(pick(each)) for each in head.sizes]
+        item_ids = pick(head.item_ids)
+        if item_ids.count(None) == count:
+            item_ids = []
+        return RowColumns(AskedColumns(head.code, head.names, starts, item_ids, pick(head.cats), sizes), views, count)
 
 
 class AskedBody(NamedTuple):
@@ -156,8 +191,12 @@ _asked, _answered = _HeadReader(AskedTogether), _HeadReader(AnsweredTogether)
 # --- requests -----------------------------------------------------------------------------------------------------
 
 
-def write_asked(head: AskedTogether, instances: Sequence[Instance]) -> bytes:
+def write_asked(head: AskedTogether, instances: Sequence[Instance] | RowColumns) -> bytes:
     """The body of a request. Its instances are all JSON, of `head.sizes`, or all rows of one table."""
+    if isinstance(instances, RowColumns):
+        head.sizes, head.columns = [], instances.head
+        packed = _encode(head)
+        return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *instances.series))
     parts: Sequence[Buffer] = cast("Sequence[Buffer]", instances)
     if instances and isinstance(instances[0], TableRow):
         rows = cast("Sequence[TableRow]", instances)
@@ -176,14 +215,11 @@ def _describe_rows(rows: Sequence[TableRow]) -> AskedColumns:
     sizes = [[len(part) // width for part in series] for series in zip(*[row.series for row in rows], strict=True)]
     no_ids = item_ids.count(None) == len(item_ids)
     return AskedColumns(
-        first.code, list(first.names), _say_once(starts), [] if no_ids else item_ids, cats, [*map(_say_once, sizes)]
+        first.code, list(first.names), say_once(starts), [] if no_ids else item_ids, cats, [*map(say_once, sizes)]
     )
 
 
-T = TypeVar("T")
-
-
-def _say_once(values: list[T]) -> list[T]:
+def say_once(values: list[T]) -> list[T]:
     """One value where all are the same."""
     return values[:1] if values.count(values[0]) == len(values) else values
 
@@ -245,8 +281,11 @@ def write_answered(
     return b"".join((len(packed).to_bytes(LENGTH, "little"), packed, *parts))
 
 
-def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | BlockRow]]:
-    """What came of each of `count` items, and its answer. Raises WireError."""
+def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryview | NumbersBlock]]:
+    """What came of each of `count` items, and its answer. Raises WireError.
+
+    Items that a block answers are its rows in their order: it is the answer of each.
+    """
     head, rest = _answered.split(body)
     if not len(head.of) == len(head.sizes) == count:
         raise WireError(f"{count} items are answered by {len(head.of)}")
@@ -257,19 +296,35 @@ def read_answered(body: bytes, count: int) -> list[tuple[SharedAnswer, memoryvie
         for block in head.blocks
         for _ in range(len(block.levels) + block.has_mean)
     ]
-    parts = list(_cut(rest, [*head.sizes, *columns]))
-    bodies: list[memoryview | BlockRow] = [*parts[:count]]
-    at = count
+    own = len(head.sizes) if any(head.sizes) else 0
+    parts = list(_cut(rest, [*head.sizes[:own], *columns]))
+    bodies: list[memoryview | NumbersBlock] = [*parts[:own]] or [memoryview(b"")] * count
+    _check_places(head.blocks, count)
+    at = own
     for each in head.blocks:
-        if max(each.places, default=0) >= count:
-            raise WireError(f"a block answers more than {count} items")
         end = at + len(each.levels) + each.has_mean
-        block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, parts[at:end])
+        block = NumbersBlock(each.start, each.steps, each.has_mean, each.levels, _order_rows(each, parts[at:end]))
         at = end
-        for row, place in enumerate(each.places):
-            bodies[place] = BlockRow(block, row)
+        for place in each.places:
+            bodies[place] = block
     shared = head.shared
     return list(zip([shared[i] for i in head.of], bodies, strict=True))
+
+
+def _check_places(blocks: Sequence[BlockHead], count: int) -> None:
+    """Raises WireError where blocks answer an item twice, or one that there is not."""
+    places = [place for block in blocks for place in block.places]
+    if len(set(places)) < len(places) or max(places, default=0) >= count:
+        raise WireError(f"blocks answer an item twice, or more than {count} items")
+
+
+def _order_rows(head: BlockHead, columns: Sequence[memoryview]) -> Sequence[Buffer]:
+    """The columns of a block, their rows in the order of the items: mostly they are."""
+    places, size = head.places, head.steps * FLOAT_BYTES
+    if places == sorted(places):
+        return columns
+    rows = sorted(range(len(places)), key=places.__getitem__)
+    return [b"".join([column[row * size : (row + 1) * size] for row in rows]) for column in columns]
 
 
 def _cut(view: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:

@@ -3,6 +3,7 @@
 import itertools
 
 from model_store.names import ModelName
+from server.code_messages import encode_fields
 from server.ipc.handler_calls import HandlerCall, Pairs, encode_call
 from server.worker.inner_requests import InnerRequests
 
@@ -21,5 +22,6 @@ class CodeDescriptions:
 
     async def ask(self, model: ModelName, headers: Pairs) -> bytes:
         """What the handler says. Raises Refused."""
-        call = HandlerCall(f"describe-{next(self._ids)}", headers, [], DESCRIBE)
+        fields = encode_fields({name.encode("latin-1"): value.encode("latin-1") for name, value in headers})
+        call = HandlerCall(f"describe-{next(self._ids)}", fields, (), DESCRIBE)
         return await self._requests.ask(model, b"", call=encode_call(call))

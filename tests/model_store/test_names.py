@@ -5,10 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_store.names import (
+    MAX_NAME,
     InvalidModelName,
+    ModelName,
     at_version,
     is_left_by_desktop,
     parse_model_name,
+    parse_model_names,
     parse_versioned_name,
     split_version,
 )
@@ -93,3 +96,28 @@ def test_what_is_no_name_with_a_version(raw: str) -> None:
     """Either part breaks a rule."""
     with pytest.raises(InvalidModelName):
         parse_versioned_name(raw)
+
+
+PARTS = st.sampled_from(["a", "m.mar", "/", "//", ".", "..", "\\", "\n", "\x00", "ü", " ", "x" * MAX_NAME])
+
+
+@given(st.lists(st.one_of(st.none(), st.lists(PARTS, max_size=4).map("".join))))
+def test_many_names_are_names_exactly_when_each_is_one(raws: list[str | None]) -> None:
+    """One rule for one name and for many."""
+    wanted: list[ModelName] | None = []
+    try:
+        wanted = [parse_model_name(raw or "") for raw in raws]
+    except InvalidModelName:
+        wanted = None
+    assert parse_model_names(raws) == wanted
+
+
+@pytest.mark.parametrize(
+    "raw", ["/a", "a/", "a//b", "./a", "a/.", "a/../b", "..", "a\\b", "a\tb", "", "x" * (MAX_NAME + 1)]
+)
+def test_one_wrong_name_among_many_is_found(raw: str) -> None:
+    """Wherever it stands; its neighbours do not hide it."""
+    for raws in ([raw], [raw, "b"], ["b", raw], ["b", raw, "c"]):
+        assert parse_model_names(raws) is None
+    assert parse_model_names(["b", None]) is None
+    assert parse_model_names(["...", ".a", "x" * MAX_NAME]) == ["...", ".a", "x" * MAX_NAME]

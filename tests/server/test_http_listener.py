@@ -17,18 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from server.http_listener import (
-    BODY_FOLLOWS,
-    HEADERS_BY_NAME,
-    LONGEST_KNOWN,
-    MAX_HEAD,
-    MAX_PIPELINED,
-    REASON,
-    WHOLE_BODY,
-    BodyEvent,
-    Exchange,
-    make_listener,
-)
+from server.http_connection import LONGEST_KNOWN, MAX_HEAD, MAX_PIPELINED
+from server.http_exchange import BODY_FOLLOWS, REASON, WHOLE_BODY, BodyEvent, Exchange
+from server.http_listener import make_listener
+from server.request_head import HEADERS_BY_NAME
 from tests.patience import PATIENCE_S
 
 DATA_SEGMENTS_IN = 152  #: where Linux's `struct tcp_info` has `tcpi_data_segs_in`, a u32
@@ -50,12 +42,16 @@ class RawClient:
         self._writer.write(request)
         return await self._reader.readuntil(ending)
 
-    async def exchange(self, *parts: bytes) -> bytes:
-        """Sends the parts, each in a pass of the server's loop; all that comes until the server closes."""
+    async def send(self, *parts: bytes) -> None:
+        """Sends the parts, each in a pass of the server's loop."""
         for part in parts:
             self._writer.write(part)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
+
+    async def exchange(self, *parts: bytes) -> bytes:
+        """Sends the parts, each in a pass of the server's loop; all that comes until the server closes."""
+        await self.send(*parts)
         return await self._reader.read()
 
     async def flood(self, start: bytes, part: bytes) -> int:
@@ -420,8 +416,9 @@ def test_a_client_that_leaves_ends_the_task_that_waits_for_its_next_request() ->
 
 
 def test_uvicorn_still_has_what_the_listener_uses() -> None:
-    """Inner attributes of uvicorn (bounded from above in pyproject.toml) that `server.http_listener` reads and sets: a
-    version without one of them fails here, by name, before it serves.
+    """Inner attributes of uvicorn (bounded from above in pyproject.toml) that our connections read and set.
+
+    A version without one of them fails here, by name, before it serves.
     """
 
     async def scenario() -> None:

@@ -1,5 +1,6 @@
 """The choice of the worker of a request: rendezvous homes, bounded load, replicas."""
 
+import pytest
 from hypothesis import given, strategies
 
 from server.routing import FREE_QUEUE, REPLICA_S, Router, WorkerLoad
@@ -214,3 +215,65 @@ def test_times_teach_the_pace() -> None:
     assert (lane.wait_s, round(lane.load_s, 6)) == (0.1, 0.1)
     assert repr(lane) == "<WorkerLoad 0: 0 running, 1 warm, 100.0 ms a request, 100 ms a load>"
     assert repr(made) == "<Router 1 workers, 0 running, 0 replicated models>"
+
+
+@given(
+    strategies.lists(strategies.tuples(strategies.sampled_from("abcd"), strategies.booleans()), max_size=30),
+    strategies.booleans(),
+    strategies.sampled_from([0.0, 0.2]),
+)
+def test_alike_requests_are_counted_at_once(asked: list[tuple[str, bool]], held: bool, load_s: float) -> None:
+    """As one by one: load, what is warm and the pace, whatever was warm before."""
+    routers = make_router(0), make_router(0)
+    models = [model for model, _ in asked]
+    for router in routers:
+        for model, is_warm in asked:
+            if is_warm:
+                router.count_end(router.lanes[0], model, counted=False, held=True, wait_s=0.3)
+    together, alone = (router.lanes[0] for router in routers)
+    counted = routers[0].count_starts(together, models)
+    assert counted == [routers[1].count_start(alone, model) for model in models]
+    assert together.running == alone.running == sum(counted)
+    routers[0].count_ends(together, models, counted, held=held, wait_s=0.1, load_s=load_s)
+    for model, counts in zip(models, counted, strict=True):
+        routers[1].count_end(alone, model, counts, held=held, wait_s=0.1, load_s=load_s)
+    assert together.running == alone.running == 0
+    assert [*together.warm] == [*alone.warm]
+    assert (together.wait_s, together.load_s) == pytest.approx((alone.wait_s, alone.load_s))
+
+
+@given(
+    strategies.integers(1, 4),
+    strategies.lists(strategies.tuples(strategies.integers(0, 99), strategies.booleans()), max_size=150),
+    strategies.lists(strategies.integers(0, 40), min_size=4, max_size=4),
+)
+def test_many_are_routed_as_one_by_one(workers: int, asked: list[tuple[int, bool]], running: list[int]) -> None:
+    """Whatever runs and is warm: where all get their homes at once, each does after those before it were started."""
+    made = make_router(*range(workers))
+    for lane, count in zip(made.lanes.values(), running, strict=False):
+        lane.running = count
+    models = [MODELS[at] for at, _ in asked]
+    for model, (_, is_warm) in zip(models, asked, strict=True):
+        if is_warm:
+            warm_up(made, model, *range(workers))
+    placed = made.route_all(models)
+    assert [lane.running for lane in made.lanes.values()] == running[:workers]
+    if placed is not None:
+        lanes = {place: lane.worker for lane, places in placed.items() for place in places}
+        assert [lanes[place] for place in range(len(models))] == [run(made, model)[0] for model in models]
+        assert all(places == sorted(places) for places in placed.values())
+
+
+def test_homes_that_are_even_take_all_at_once() -> None:
+    """A tick of warm models over two workers is placed at once; none is where a worker is silent, or where none is."""
+    made = make_router(0, 1)
+    for model in MODELS:
+        warm_up(made, model, made.order(model)[0])
+    placed = made.route_all(MODELS)
+    assert placed is not None
+    assert {lane.worker: [MODELS[at] for at in places] for lane, places in placed.items()} == {
+        worker: [model for model in MODELS if made.order(model)[0] == worker] for worker in (0, 1)
+    }
+    made.silent = frozenset({1})
+    assert made.route_all(MODELS) is None
+    assert make_router().route_all(MODELS) is None

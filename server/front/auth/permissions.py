@@ -56,8 +56,8 @@ class PermittedPlane(PlaneInFront):
 
     async def infer_together(self, request: TogetherRequest) -> list[TogetherAnswer | Refused | None]:
         """What came of each item. Raises Refused(FORBIDDEN), and what the plane raises."""
-        for item in request.items:
-            require(self._token, item.model)
+        for model in request.models:
+            require(self._token, model)
         return await self._plane.infer_together(request)
 
     def permits(self, model: ModelName) -> bool:

@@ -10,6 +10,7 @@ the call are one run, whose bytes are copied as they lie.
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 from server.errors import Refused, Situation
@@ -17,14 +18,16 @@ from server.front.columns.arrow_metadata import FLOAT, INT, UTF8
 from server.front.columns.arrow_writer import Column, write_stream
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
-from server.front.slices import ITEM, Slices, join_parts
-from server.ipc.packed import BlockRow, NumbersBlock
+from server.front.slices import ITEM, Slices, join_few
+from server.ipc.packed import NumbersBlock
 
 MEAN = "mean"
 MOST_LEVELS = 2000  #: columns of levels, of all archives together
 ROW_BYTES = 24  #: of a row beside its texts and numbers
 OFFSET = 4  #: bytes of an offset or a number
+MOST_CUT = 2048  #: parts of columns that are joined at once
 READ = ITEM // 16  #: what it counts to look at an answer
+FEW = 256  #: int32 numbers that are written one by one
 BLOCK = 4096  #: int32 numbers that are written at once
 RAMP = int.from_bytes(array("i", range(BLOCK)).tobytes(), "little")  #: 0, 1, 2 and so on, side by side
 ONES = int.from_bytes(array("i", (1,)).tobytes() * BLOCK, "little")
@@ -48,18 +51,17 @@ class AnsweredRun(NamedTuple):
 def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> Slices[list[AnsweredRun]]:
     """The runs of a call's items. Raises Refused for columns of too many levels."""
     runs, names, at = list[AnsweredRun](), dict[str, None](), 0
+    read: dict[int, int] = {}  # rows of a block that came before; its rows are in the order of the items
     while at < len(found):
         each, first = found[at], at
-        at += 1
         if isinstance(each, Refused):
+            at += 1
             error = f"{each.situation.name.lower()}: {each.detail.say('rows')}"
             runs.append(AnsweredRun(models[first:at], "", 1, {}, error))
         else:
-            its = _get_row(each)
-            block, row = its.block, its.at
-            while at < len(found) and _is_next(found[at], block, row + at - first):
-                at += 1
-            runs.append(_cut_run(models[first:at], block, row))
+            pieces = _find_pieces(found, at, read)
+            at += sum(piece.rows for piece in pieces)
+            runs.append(_join_pieces(models[first:at], pieces))
         names.update(dict.fromkeys(runs[-1].numbers))
         if len(names) > MOST_LEVELS:
             message = f"the models answer {len(names)} different levels, {MOST_LEVELS} are the most; name `quantiles`"
@@ -68,24 +70,60 @@ def read_runs(models: Sequence[str], found: Sequence[Prediction | Refused]) -> S
     return runs
 
 
-def _get_row(found: Prediction) -> BlockRow:
-    assert isinstance(found.body, BlockRow), "a table of answers was asked for"
+class _Piece(NamedTuple):
+    """Rows of a block that follow each other."""
+
+    block: NumbersBlock
+    first: int
+    rows: int
+
+
+def _find_pieces(found: Sequence[Prediction | Refused], first: int, read: dict[int, int]) -> list[_Piece]:
+    """The forecasts from this place on that have one start, length and levels; `read` counts the rows of blocks.
+
+    Workers answer in blocks of their own, so that the items of several workers take turns.
+    """
+    pieces, at, head = list[_Piece](), first, _get_block(found[first])
+    while at < len(found) and len(pieces) * len(head.columns) <= MOST_CUT and _is_alike(found[at], head):
+        each, begins, block = found[at], at, _get_block(found[at])
+        while at < len(found) and (found[at] is each or _is_of(found[at], block)):
+            at += 1
+        row = read.get(id(block), 0)
+        read[id(block)] = row + at - begins
+        pieces.append(_Piece(block, row, at - begins))
+    return pieces
+
+
+def _get_block(found: Prediction | Refused) -> NumbersBlock:
+    assert isinstance(found, Prediction), "no refusal is a row of a block"
+    assert isinstance(found.body, NumbersBlock), "a table of answers was asked for"
     return found.body
 
 
-def _is_next(found: Prediction | Refused, block: NumbersBlock, row: int) -> bool:
-    if not isinstance(found, Prediction):
+def _is_of(found: Prediction | Refused, block: NumbersBlock) -> bool:
+    return isinstance(found, Prediction) and found.body is block
+
+
+def _is_alike(found: Prediction | Refused, head: NumbersBlock) -> bool:
+    """Whether it is a forecast whose rows can stand in one run with those of another block."""
+    if isinstance(found, Refused):
         return False
-    its = _get_row(found)
-    return its.block is block and its.at == row
+    block = _get_block(found)
+    return block is head or (
+        (block.start, block.steps, block.has_mean) == (head.start, head.steps, head.has_mean)
+        and list(block.levels) == list(head.levels)
+    )
 
 
-def _cut_run(models: Sequence[str], block: NumbersBlock, row: int) -> AnsweredRun:
-    """The rows of a block that begin at one of its forecasts."""
-    size = block.steps * OFFSET
-    columns = (memoryview(each)[row * size : (row + len(models)) * size] for each in block.columns)
-    names = [*([MEAN] if block.has_mean else []), *block.levels]
-    return AnsweredRun(models, block.start, block.steps, dict(zip(names, columns, strict=True)), None)
+def _join_pieces(models: Sequence[str], pieces: Sequence[_Piece]) -> AnsweredRun:
+    """The run of these rows. Those of one piece are not copied."""
+    head = pieces[0].block
+    names, size = [*([MEAN] if head.has_mean else []), *head.levels], head.steps * OFFSET
+    numbers = dict[str, memoryview]()
+    for k, name in enumerate(names):
+        parts = [memoryview(block.columns[k])[at * size : (at + rows) * size] for block, at, rows in pieces]
+        numbers[name] = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+    return AnsweredRun(models, head.start, head.steps, numbers, None)
 
 
 def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
@@ -98,11 +136,11 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
     refuse_too_large(size, limit)
     yield total
     columns = [Column("item", INT, 0, [b"", _number_items(runs)])]
-    texts = [(model, run.steps) for run in runs for model in run.models]
-    columns.append(_write_texts("model", texts, [(run.rows, False) for run in runs]))
+    models = [(run.models, run.steps) for run in runs]
+    columns.append(_write_texts("model", models, [(run.rows, False) for run in runs]))
     yield total * 4
     failed = [(run.rows, run.error is not None) for run in runs]
-    columns.append(_write_texts("start", [(run.start, run.rows) for run in runs], failed))
+    columns.append(_write_texts("start", [((run.start,), run.rows) for run in runs], failed))
     steps = b"".join(array("i", range(run.steps)).tobytes() * len(run.models) for run in runs)
     columns.append(Column("step", INT, _count_nulls(failed), [_write_bits(failed), steps]))
     yield total * 2
@@ -111,11 +149,11 @@ def write_arrow(runs: Sequence[AnsweredRun], limit: Limit) -> Slices[bytes]:
         parts = [run.numbers[name] if name in run.numbers else bytes(OFFSET * run.rows) for run in runs]
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         columns.append(Column(name, FLOAT, _count_nulls(missing), [_write_bits(missing), data]))
-        yield len(data) + len(runs) * 64
-    errors = [(run.error or "", run.rows) for run in runs]
+        yield (len(data) if len(parts) > 1 else 0) + len(runs) * 64
+    errors = [((run.error or "",), run.rows) for run in runs]
     columns.append(_write_texts("error", errors, [(run.rows, run.error is None) for run in runs]))
     yield total
-    return (yield from join_parts(write_stream(columns, total)))  # type: ignore[arg-type]  # it takes any buffer
+    return (yield from join_few(write_stream(columns, total)))
 
 
 def refuse_too_large(size: int, limit: Limit) -> None:
@@ -139,16 +177,19 @@ def _number_items(runs: Sequence[AnsweredRun]) -> bytes:
     return b"".join(parts)
 
 
-def _write_texts(name: str, texts: Sequence[tuple[str, int]], missing: Sequence[tuple[int, bool]]) -> Column:
-    """A column of texts, each for so many rows, null where it is missing."""
-    encoded = [(text.encode(), rows) for text, rows in texts]
+def _write_texts(name: str, runs: Sequence[tuple[Sequence[str], int]], missing: Sequence[tuple[int, bool]]) -> Column:
+    """A column of runs of texts, each text for so many rows, null where it is missing."""
+    parts, sizes = list[bytes](), list[tuple[int, int]]()
+    for texts, rows in runs:
+        encoded = [text.encode() for text in texts]
+        parts += [text * rows for text in encoded]
+        sizes += [(size, rows * len(list(alike))) for size, alike in groupby(map(len, encoded))]
     borders, at = [bytes(OFFSET)], 0
-    for size, alike in groupby([(len(raw), rows) for raw, rows in encoded], lambda each: each[0]):
-        rows = sum(rows for _, rows in alike)
+    for size, each in groupby(sizes, itemgetter(0)):
+        rows = sum(count for _, count in each)
         borders += _count_up(at + size, size, rows)
         at += size * rows
-    data = b"".join([raw * rows for raw, rows in encoded])
-    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), b"".join(borders), data])
+    return Column(name, UTF8, _count_nulls(missing), [_write_bits(missing), b"".join(borders), b"".join(parts)])
 
 
 def _count_up(first: int, step: int, count: int) -> Iterator[bytes]:
@@ -157,6 +198,9 @@ def _count_up(first: int, step: int, count: int) -> Iterator[bytes]:
     A block is one product of long integers, which hold its numbers side by side. None of those that are wanted reaches
     into the next; what a later one has too much goes to those behind it, which are cut off.
     """
+    if count <= FEW:
+        yield array("i", range(first, first + step * count, step) if step else (first,) * count).tobytes()
+        return
     for at in range(0, count, BLOCK):
         block = (step * RAMP + (first + step * at) * ONES).to_bytes((BLOCK + 1) * OFFSET, "little")
         yield block[: OFFSET * min(BLOCK, count - at)]

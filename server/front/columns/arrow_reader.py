@@ -42,6 +42,7 @@ from server.front.columns.asked_table import (
     AskedTable,
     Numbers,
     Series,
+    WholeSeries,
 )
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import Slices
@@ -105,6 +106,34 @@ class _Lists(NamedTuple):
         if not 0 <= start <= end <= len(self.values):
             raise Refused(Situation.BAD_REQUEST, "the list of this row lies outside of its column")
         return Numbers(self.code, self.values[start:end].cast("B"))
+
+    def take_whole(self) -> WholeSeries | None:
+        """See `Series`. Borders ascend."""
+        borders = self.borders
+        first, end = borders[0], borders[-1]
+        if not 0 <= first <= end <= len(self.values) or (self.valid is not None and not all(self.valid)):
+            return None
+        if isinstance(borders, range):
+            sizes = [borders.step]
+        else:
+            sizes = [after - before for before, after in pairwise(borders)]
+        return WholeSeries(self.code, self.values[first:end].cast("B"), sizes)
+
+
+class _JoinedLists:
+    """A column of lists that came in several batches."""
+
+    def __init__(self, columns: Sequence[_Lists]) -> None:
+        self._places = [(column, row) for column in columns for row in range(len(column.borders) - 1)]
+
+    def cut(self, row: int) -> Numbers | None:
+        """The numbers of a row. Raises Refused where they lie outside."""
+        column, at = self._places[row]
+        return column.cut(at)
+
+    def take_whole(self) -> WholeSeries | None:
+        """None: batches do not lie side by side."""
+        return None
 
 
 def read_arrow(body: bytes) -> Slices[AskedTable]:
@@ -225,18 +254,23 @@ def _read_borders(code: str, rows: int, buffers: _Buffers) -> Sequence[int]:
 
 
 def _read_texts(field: Field, rows: int, valid: Sequence[bool] | None, buffers: _Buffers) -> list[str | None]:
-    borders = _read_borders(_TEXTS[field.type], rows, buffers)
-    data, found, at = buffers.take(), list[str | None](), 0
-    for row in range(rows):
-        start, end = borders[row], borders[row + 1]
-        if not at <= start <= end <= len(data):  # in order, so that the texts together are no longer than the buffer
-            raise BadArrow(f"a text of the column {field.name[:40]!r} lies outside of its buffer")
-        at = end
-        try:
-            found.append(None if valid is not None and not valid[row] else bytes(data[start:end]).decode())
-        except UnicodeDecodeError:
-            raise BadArrow(f"a text of the column {field.name[:40]!r} is not UTF-8") from None
-    return found
+    borders = list(_read_borders(_TEXTS[field.type], rows, buffers))
+    data, first, last = buffers.take(), borders[0], borders[-1]
+    if not 0 <= first <= last <= len(data) or borders != sorted(borders):  # so that texts are no longer than the buffer
+        raise BadArrow(f"a text of the column {field.name[:40]!r} lies outside of its buffer")
+    raw = bytes(data[first:last])
+    cuts = pairwise(borders) if not first else pairwise([each - first for each in borders])
+    try:
+        if raw.isascii():
+            text = raw.decode()
+            found: list[str | None] = [text[start:end] for start, end in cuts]
+        else:
+            are_there = [True] * rows if valid is None else valid
+            cells = zip(cuts, are_there, strict=True)
+            found = [raw[start:end].decode() if there else None for (start, end), there in cells]
+    except UnicodeDecodeError:
+        raise BadArrow(f"a text of the column {field.name[:40]!r} is not UTF-8") from None
+    return found if valid is None else [text if there else None for text, there in zip(found, valid, strict=True)]
 
 
 def _read_lists(field: Field, rows: int, valid: Sequence[bool] | None, buffers: _Buffers) -> _Lists:
@@ -295,7 +329,4 @@ def _join_batches(rows: int, wanted: Sequence[Field], schema: Schema, parts: Seq
 
 
 def _join_lists(columns: Sequence[_Lists]) -> Series:
-    if len(columns) == 1:
-        return columns[0].cut
-    places = [(column, row) for column in columns for row in range(len(column.borders) - 1)]
-    return lambda row: places[row][0].cut(places[row][1])
+    return columns[0] if len(columns) == 1 else _JoinedLists(columns)

@@ -21,18 +21,20 @@ from server.front.columns.asked_table import (
     AskedTable,
     Numbers,
     Series,
+    WholeSeries,
 )
 from server.front.columns.npy_header import MAGIC, BadNpy, Format, Header, read_header
 from server.front.columns.npz_members import ZIP, find_members
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import UNIT, Slices
-from server.ipc.packed import cast_numbers
+from server.ipc.packed import ITEM_BYTES, cast_numbers
 
 SHARED = ("start", "configuration")
 MOST_SHARED = len(SHARED)
 MOST_INTS = 500_000  #: whole numbers of a column, which become float64 here
 MOST_GATHERED = 500_000  #: numbers of a row in Fortran's order, which are picked from as many places
 TOKENS = 16  #: what it counts to read a byte of a header
+WIDE = 4  #: bytes of a character of numpy's texts
 CELL = 64  #: what it counts to read a cell, beside its bytes
 NOT_A_TIME = -(2**63)
 _SECONDS = {"D": 86_400, "h": 3600, "m": 60, "s": 1}
@@ -161,12 +163,16 @@ def _make_table(columns: Sequence[_Column], shared: Mapping[str, str]) -> Slices
             raise BadNpy(f"the column {each.name!r} has {each.rows} rows, {columns[0].name!r} has {rows}")
         _check_type(each)
         if each.name in TEXTS:
-            read = _make_time_reader(each) if each.format.kind == "M" else _make_text_reader(each)
-            texts[each.name] = yield from _read_cells(each, read)
+            if each.format.kind == "M":
+                texts[each.name] = yield from _read_cells(each, _make_time_reader(each))
+            elif each.stride == each.size:
+                texts[each.name] = yield from _read_texts(each)
+            else:
+                texts[each.name] = yield from _read_cells(each, _make_text_reader(each))
         elif each.numbers is None:
             categories[each.name] = yield from _read_cells(each, _make_int_reader(each))
         else:
-            series[each.name] = _make_series(each)
+            series[each.name] = _NpySeries(each)
     return AskedTable(rows, texts, series, categories, shared)
 
 
@@ -199,17 +205,37 @@ def _read_cells(column: _Column, read: Callable[[int], T]) -> Slices[list[T]]:
     return found
 
 
+def _read_texts(column: _Column) -> Slices[list[str | None]]:
+    """The texts of cells that lie side by side, many by one look where each character has one width."""
+    read, is_wide = _make_text_reader(column), column.format.kind == "U"
+    at_once, width = max(1, UNIT // (column.size + CELL)), column.size // (WIDE if is_wide else 1)
+    found = list[str | None]()
+    for first in range(0, column.rows, at_once):
+        rows = range(first, min(first + at_once, column.rows))
+        raw = bytes(column.data[column.offset + first * column.size : column.offset + rows.stop * column.size])
+        if not width:
+            found += [None] * len(rows)
+        elif is_wide or raw.isascii():
+            text = _decode(raw, column)
+            found += [text[at : at + width].rstrip("\0") or None for at in range(0, len(rows) * width, width)]
+        else:
+            found += map(read, rows)
+        yield len(rows) * (column.size + CELL)
+    return found
+
+
+def _decode(raw: bytes | memoryview, column: _Column) -> str:
+    """The text. Raises BadNpy."""
+    coding = "utf-32-le" if column.format.kind == "U" else "utf-8"
+    try:
+        return str(raw, coding)
+    except UnicodeDecodeError:
+        raise BadNpy(f"a text of the column {column.name[:40]!r} is not {coding.upper()}") from None
+
+
 def _make_text_reader(column: _Column) -> Callable[[int], str | None]:
     """What reads the text of a row; None for an empty one, since numpy has no other way to leave one out."""
-    coding = "utf-32-le" if column.format.kind == "U" else "utf-8"
-
-    def read(row: int) -> str | None:
-        try:
-            return str(column.cut(row), coding).rstrip("\0") or None
-        except UnicodeDecodeError:
-            raise BadNpy(f"a text of the column {column.name[:40]!r} is not {coding.upper()}") from None
-
-    return read
+    return lambda row: _decode(column.cut(row), column).rstrip("\0") or None
 
 
 def _make_int_reader(column: _Column) -> Callable[[int], int | None]:
@@ -243,16 +269,27 @@ def _write_time(value: int, unit: str) -> str | None:
         raise BadNpy("a start lies outside of the years 1 to 9999") from None
 
 
-def _make_series(column: _Column) -> Series:
-    """What cuts the numbers of a row; float64 and float32 as they lie, without a copy."""
-    code = column.format.code
-    assert code is not None, "the type has been checked"
-    rows, cut = column.rows, column.cut
-    if column.is_fortran:
-        numbers = cast_numbers(column.data, code)
-        if code in "fd":
-            return lambda row: Numbers(code, numbers[row::rows].tobytes())
-        return lambda row: Numbers("d", array("d", numbers[row::rows]).tobytes())
-    if code in "fd":
-        return lambda row: Numbers(code, cut(row))
-    return lambda row: Numbers("d", array("d", cast_numbers(cut(row), code)).tobytes())
+class _NpySeries:
+    """Cuts the numbers of a row; float64 and float32 as they lie, without a copy."""
+
+    def __init__(self, column: _Column) -> None:
+        code = column.format.code
+        assert code is not None, "the type has been checked"
+        self._column, self._code = column, code
+        self._is_float = code in ITEM_BYTES
+
+    def cut(self, row: int) -> Numbers:
+        """The numbers of a row."""
+        column, code = self._column, self._code
+        if column.is_fortran:
+            picked = cast_numbers(column.data, code)[row :: column.rows]
+            return Numbers(code, picked.tobytes()) if self._is_float else Numbers("d", array("d", picked).tobytes())
+        cell = column.cut(row)
+        return Numbers(code, cell) if self._is_float else Numbers("d", array("d", cast_numbers(cell, code)).tobytes())
+
+    def take_whole(self) -> WholeSeries | None:
+        """See `Series`. Rows with fields do not lie side by side, and nor do those of Fortran's order."""
+        column = self._column
+        if column.is_fortran or not self._is_float or column.stride != column.size or column.numbers is None:
+            return None
+        return WholeSeries(self._code, column.data[column.offset :], [column.numbers])

@@ -14,6 +14,7 @@ from model_store.archives.json_faults import FAULTS, explain_fault
 from model_store.names import InvalidModelName, parse_model_name
 from server.contract import FORECASTS_END, FORECASTS_PATH, JSON, NPY
 from server.errors import Refused, Situation
+from server.front.call_items import Item, list_models
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.arrow_reader import ARROW
 from server.front.columns.npy_writer import write_npy
@@ -21,7 +22,6 @@ from server.front.columns.table_calls import choose_answer, find_table, read_tab
 from server.front.exchange import DialectOperation, HttpReply, HttpRequest, Limit, wrong_method
 from server.front.fan_out import (
     FanOut,
-    Item,
     Joint,
     JointPrediction,
     MultiModelCall,
@@ -34,7 +34,7 @@ from server.front.inference_plane import InferencePlane
 from server.front.json_cutter import NotJson, cut_fields, cut_items
 from server.front.marks import add_marks
 from server.front.raw_json import MAX_ITEMS
-from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_parts
+from server.front.slices import AT_ONCE, ITEM, Pacer, Slices, join_few
 from server.front.statuses import USUAL_STATUS
 from server.routes.inference import FORECASTS
 from server.settings import Settings
@@ -136,8 +136,7 @@ class Forecasts:
     async def _answer_table(self, call: MultiModelCall, fan_out: FanOut, pacer: Pacer, wanted: str) -> HttpReply:
         """One table of all answers; an item that failed has a row with its error."""
         found = await fan_out.infer()
-        models = [item.model if isinstance(item, Item) else "" for item in call.items]
-        runs = await pacer.run(read_runs(models, found))
+        runs = await pacer.run(read_runs(list_models(call.items), found))
         body = await pacer.run((write_arrow if wanted == ARROW else write_npy)(runs, self._limit))
         return HttpReply(OK, wanted, body, stats=summarise_items(found), counted=self.statuses(found))
 
@@ -250,7 +249,7 @@ def _parse_large_item(raw: msgspec.Raw, limit: Limit) -> Slices[Item | Refused]:
 def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
     """An item of which `head` has the name of its model, or why it is refused alone."""
     try:
-        return Item(parse_model_name(_TARGET.decode(head).target_model), raw)
+        return Item(parse_model_name(_TARGET.decode(head).target_model), raw, len(memoryview(raw)))
     except InvalidModelName as error:
         return Refused(Situation.BAD_NAME, str(error), field="target_model")
     except FAULTS as error:
@@ -261,7 +260,7 @@ def _read_item(raw: msgspec.Raw, head: msgspec.Raw) -> Item | Refused:
 def build_answer(found: Sequence[Prediction | JointPrediction | Refused]) -> Slices[bytes]:
     """The whole answer."""
     failed = sum(isinstance(each, Refused) for each in found)
-    return (yield from join_parts(_write_answer(found, failed)))
+    return (yield from join_few(list(_write_answer(found, failed))))
 
 
 def _write_answer(found: Sequence[Prediction | JointPrediction | Refused], failed: int) -> Iterator[bytes | memoryview]:
@@ -293,8 +292,8 @@ def build_error(refused: Refused) -> bytes:
 
 def summarise_items(found: Iterable[Prediction | Refused]) -> InferStats:
     """For the headers: how many the cache had, and the longest times."""
-    counts = Counter([id(each.stats) for each in found if isinstance(each, Prediction)])
-    by_id = {id(each.stats): each.stats for each in found if isinstance(each, Prediction)}  # many items share one
+    told = [each.stats for each in found if isinstance(each, Prediction)]
+    counts, by_id = Counter(map(id, told)), dict(zip(map(id, told), told, strict=True))  # many items share one
     stats, cache, marks = list(by_id.values()), Counter[str](), list[InferStats]()
     for ident, each in by_id.items():
         if each.cache:

@@ -10,8 +10,9 @@ import msgspec
 from model_store.names import InvalidModelName, ModelName, parse_model_name
 from server.contract import JSON, OPEN_INFERENCE_DESCRIBE
 from server.errors import Refused, Situation
+from server.front.call_items import Item
 from server.front.exchange import HttpRequest, Limit
-from server.front.fan_out import FanOut, Item, Joint, MultiModelCall, Prediction, put_samples
+from server.front.fan_out import FanOut, Joint, MultiModelCall, Prediction, put_samples
 from server.front.forecasting.recipes import (
     Recipe,
     find_series,

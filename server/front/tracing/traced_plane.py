@@ -50,8 +50,8 @@ class TracedPlane(PlaneInFront):
         began = time.monotonic()
         found = await self._plane.infer_together(request)
         ended = time.monotonic()
-        for item, answer in zip(request.items, found, strict=True):
-            question = None if answer is None else self._trace.ask(item.model)
+        for model, answer in zip(request.models, found, strict=True):
+            question = None if answer is None else self._trace.ask(model)
             if question is None:
                 continue
             question.began, question.ended = began, ended

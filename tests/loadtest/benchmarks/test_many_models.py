@@ -22,9 +22,9 @@ from loadtest.benchmarks.call_ways import (
 from loadtest.driver.call_encodings import Encoding
 from loadtest.observe.local_server import run_local_server
 from server.contract import JSON, NPY
+from server.front.call_items import Item
 from server.front.columns.table_calls import read_table_call
 from server.front.exchange import Limit
-from server.front.fan_out import Item
 from server.front.slices import finish_slices
 from server.ipc.packed import TableRow, cast_numbers
 from tests.patience import PATIENCE_S

@@ -13,15 +13,16 @@ from loadtest.driver.request_bodies import RequestBody, join_requests
 from model_store.names import ModelName
 from server.contract import FORECASTS_END_BYTES, JSON, NPY
 from server.errors import Refused, Situation
+from server.front.call_items import Item
 from server.front.columns.answered_table import read_runs, write_arrow
 from server.front.columns.npy_writer import write_npy
 from server.front.columns.table_calls import read_table_call
 from server.front.dialects.forecasts import build_answer, parse_call
 from server.front.exchange import Limit
-from server.front.fan_out import Item, Prediction
+from server.front.fan_out import Prediction
 from server.front.inference import InferStats
 from server.front.slices import finish_slices
-from server.ipc.packed import BlockRow, NumbersBlock, TableRow, write_instance
+from server.ipc.packed import NumbersBlock, TableRow, write_instance
 
 LIMIT = Limit(10**6, "max_body_bytes")
 START = "2026-01-01 00:00:00"
@@ -97,10 +98,10 @@ def write_answer(encoding: Encoding, change: Callable[[list[Any]], None] = lambd
     block = NumbersBlock(START, 3, True, ["0.5"], [numbers.tobytes(), (numbers + 1).tobytes()])
     other = NumbersBlock(START, 3, False, ["0.9"], [numbers[:3].tobytes()])
     found: list[Any] = [
-        Prediction(BlockRow(block, 0), STATS),
-        Prediction(BlockRow(block, 1), STATS),
+        Prediction(block, STATS),
+        Prediction(block, STATS),
         Refused(Situation.NOT_FOUND, "none"),
-        Prediction(BlockRow(other, 0), STATS),
+        Prediction(other, STATS),
     ]
     change(found)
     runs = finish_slices(read_runs([f"{i}.mar" for i in range(len(found))], found))

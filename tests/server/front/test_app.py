@@ -17,7 +17,8 @@ from server.front.dialects import DIALECTS
 from server.front.exchange import DialectOperation, Headers, HttpReply, HttpRequest, Limit
 from server.front.inference import InferRequest
 from server.front.inference_plane import InferencePlane
-from server.http_listener import REASON, make_listener
+from server.http_exchange import REASON
+from server.http_listener import make_listener
 from server.metrics import FrontMetrics
 from server.routes.record import Protocol, Route
 from server.settings import Settings

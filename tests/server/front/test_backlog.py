@@ -246,3 +246,89 @@ def test_a_client_leaves_room_for_others() -> None:
     assert check_admission(backlog, "m0", "quiet", 0.0, 60.0, bounds, is_work=True) is None
     assert backlog.count_ahead("m0", "quiet") == 2
     assert backlog.count_ahead("m0", "greedy") == 51 + 1
+
+
+def start_each(
+    backlog: Backlog, models: list[str], client: str, now: float, left_s: float, bounds: Bounds, works: list[bool]
+) -> list[int] | None:
+    """What `count_all_ahead` and `start_all` do, one by one; None, and half of it done, where one is not admitted."""
+    aheads = []
+    for model, is_work in zip(models, works, strict=True):
+        aheads.append(backlog.count_ahead(model, client))
+        if backlog.check(model, client, now, left_s, aheads[-1], bounds, is_work=is_work) is not None:
+            return None
+        backlog.start(model, client, now, is_work=is_work)
+    return aheads
+
+
+def show(backlog: Backlog) -> dict[str, object]:
+    """All that a backlog counts."""
+    counts = {name: (turns.counts, turns._deeper) for name, turns in backlog._work.items() if turns.counts}
+    clients = (backlog._clients.counts, backlog._clients._deeper)
+    return {**vars(backlog), "_work": counts, "_clients": clients}
+
+
+REQUESTS = strategies.lists(
+    strategies.tuples(
+        strategies.sampled_from("abcdef"), strategies.sampled_from(["", "x", "y"]), strategies.booleans()
+    ),
+    max_size=4,
+)
+
+
+@given(
+    REQUESTS,
+    strategies.lists(strategies.tuples(strategies.sampled_from("defghijk"), strategies.booleans()), min_size=1),
+    strategies.sampled_from(["", "x"]),
+    strategies.sampled_from([Bounds(3, 1), Bounds(6, 2), Bounds(12, 3), WIDE]),
+    strategies.sampled_from([0.01, 0.05, 1.0, FAR]),
+    strategies.booleans(),
+)
+def test_many_at_once_are_as_one_by_one(
+    before: list[tuple[str, str, bool]],
+    asked: list[tuple[str, bool]],
+    client: str,
+    bounds: Bounds,
+    left_s: float,
+    has_learnt: bool,
+) -> None:
+    """Whatever is under way: where all can be started at once, each would have been, with as many ahead and all counts
+    alike, then and at their ends.
+    """
+    backlogs = Backlog(), Backlog()
+    models, works = [model for model, _ in asked], [is_work for _, is_work in asked]
+    for backlog in backlogs:
+        if has_learnt:
+            backlog.learn(1, 0.0, 0.001)
+            backlog.learn(10, 0.0, 0.05)
+        for model, other, is_work in before:
+            backlog.start(model, other, 1.0, is_work=is_work)
+    together, alone = backlogs
+    unchanged = repr(show(together))
+    aheads = together.count_all_ahead(models, client, 2.0, left_s, bounds, works)
+    assert repr(show(together)) == unchanged
+    if aheads is None:
+        return
+    together.start_all(models, client, 2.0, works)
+    assert start_each(alone, models, client, 2.0, left_s, bounds, works) == aheads
+    assert show(together) == show(alone)
+    together.end_all(models, client, works)
+    for model, was_work in zip(models, works, strict=True):
+        alone.end(model, client, was_work=was_work)
+    assert show(together) == show(alone)
+    assert repr(show(together)["_held"]) == repr(show(alone)["_held"])
+
+
+@pytest.mark.parametrize("client", ["", "x"])
+def test_new_models_are_started_at_once(client: str) -> None:
+    """The usual call, of models of which nothing is under way, beside other work: it is not looked at one by one."""
+    backlog = Backlog()
+    backlog.start("a", client, 0.0, is_work=True)
+    models, works = ["b", "c", "d"], [True, False, True]
+    assert backlog.count_all_ahead(models, client, 0.0, FAR, Bounds(8, 1), works) == [2, 3, 3]
+    backlog.start_all(models, client, 0.0, works)
+    assert backlog.count_all_ahead(["e"], client, 0.0, FAR, Bounds(4, 1), [True]) is None
+    assert backlog.count_all_ahead(["b", "e"], client, 0.0, FAR, Bounds(8, 9), [True, True]) is None
+    backlog.start("b", client, 0.0, is_work=True)  # another call's, while these are under way
+    backlog.end_all(models, client, works)
+    assert (len(backlog), backlog.count_ahead("b", client)) == (2, 3)

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from model_store.names import parse_model_name
+from server.code_messages import decode_fields
 from server.errors import Refused, Situation
 from server.front import dataplane
 from server.front.backlog import Backlog, Bounds
@@ -97,7 +98,7 @@ def test_only_the_code_that_may_run_is_told_of_a_request() -> None:
             attach(plane, worker)
             await plane.infer(request)
             details.append(worker.asked[-1].handler_call)
-        assert decode_call(details[0]).headers == [("x-a", "b")]
+        assert decode_fields(decode_call(details[0]).fields) == {"x-a": "b"}
         assert details[1:] == [b"", b"", b""]
 
     asyncio.run(scenario())

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from model_store.names import ModelName
+from server.code_messages import decode_fields
 from server.errors import Refused, Situation
 from server.front.handler_calls import CallDetails, CodeCalls, open_code_calls
 from server.ipc.handler_calls import MAX_CALL, decode_call
@@ -27,7 +28,7 @@ def test_only_archives_whose_code_may_run_are_told() -> None:
     assert calls.encode(ModelName("rows/a.mar"), b"id", details) == b""
     call = decode_call(calls.encode(ModelName("code/a.mar"), b"id", details))
     assert (call.request_id, call.parts, call.properties) == ("id", [("q", "1")], {"explain": "True"})
-    assert ("authorization", "Bearer secret") in call.headers
+    assert ("authorization", "Bearer secret") in decode_fields(call.fields).items()
     assert make_calls(allow_code=["*"]).encode(ModelName("rows/a.mar"), b"", details)
 
 
@@ -35,7 +36,7 @@ def test_credentials_of_this_server_are_no_codes() -> None:
     """Where the server asks who its clients are."""
     calls = make_calls(allow_code=["*"], access_keys={"key": "secret" * 4})
     call = decode_call(calls.encode(ModelName("a"), b"", CallDetails(HEADERS)))
-    assert call.headers == [("x-mode", "a")]
+    assert decode_fields(call.fields) == {"x-mode": "a"}
 
 
 def test_what_is_told_is_bounded() -> None:

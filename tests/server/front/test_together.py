@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from array import array
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -12,15 +13,17 @@ from server.access.tokens import Scope, Token
 from server.errors import Refused, Situation
 from server.front.auth.permissions import PermittedPlane
 from server.front.backlog import Bounds
+from server.front.call_items import Item, TableItems, list_models
+from server.front.columns.answered_table import read_runs
 from server.front.dialects.forecasts import parse_call
 from server.front.exchange import Limit
-from server.front.fan_out import FanOut, Item, MultiModelCall, Prediction
+from server.front.fan_out import FanOut, MultiModelCall, Prediction
 from server.front.inference_plane import InferencePlane
 from server.front.slices import finish_slices
 from server.front.together import TogetherPlane
 from server.ipc.frames import CacheResult, Tier
-from server.ipc.packed import TableRow
-from server.ipc.together import PREDICTION, TOGETHER, SharedAnswer, read_asked, write_answered
+from server.ipc.packed import NUMBERS, BlockRow, NumbersBlock, TableRow
+from server.ipc.together import PREDICTION, TOGETHER, AskedColumns, RowColumns, SharedAnswer, read_asked, write_answered
 from tests.server.front.answering import Asked, Worker, attach, stay_connected
 
 FAR = 1e9
@@ -165,3 +168,109 @@ def test_answers_are_held_before_they_are_read() -> None:
     with pytest.raises(Refused, match="max_forecasts_bytes"):
         infer(plane, 2)
     assert plane.held.size == 0
+
+
+def make_table(models: list[str]) -> MultiModelCall:
+    """A call of as many rows, which stay columns: each one's number is its place."""
+    target = memoryview(array("d", range(len(models)))).cast("B")
+    head = AskedColumns("d", [], ["2026-01-01"], [], [], [[1]])
+    items = TableItems([ModelName(model) for model in models], RowColumns(head, [target], len(models)))
+    return MultiModelCall(items, b"{}", None, 8 * len(models), numbers=True)
+
+
+def answer_numbers(asked: Asked) -> Any:
+    """Forecasts in one block: each one's is the number that it was asked with; alone it is that in JSON."""
+    if asked.content_type != TOGETHER:
+        (instance,) = json.loads(asked.body)["instances"]
+        return json.dumps({"predictions": [{"mean": instance["target"]}]}).encode()
+    head, _, columns = read_asked(asked.body)
+    assert columns is not None
+    numbers = array("f", memoryview(columns.series[0]).cast("d"))
+    block = NumbersBlock("s", 1, True, [], [numbers.tobytes()])
+    answer = SharedAnswer(Situation.OK, CacheResult.HIT, Tier.NONE, NUMBERS, 5, 0, 7)
+    return write_answered([answer], [0] * len(head.models), [BlockRow(block, at) for at in range(len(head.models))])
+
+
+def infer_table(plane: InferencePlane, call: MultiModelCall) -> list[tuple[int, str, float]]:
+    """What came of a table: item, model and number of each row."""
+
+    async def run() -> list[Prediction | Refused]:
+        with FanOut(plane, call, LIMIT, FAR, stay_connected) as running:
+            return await running.infer()
+
+    runs = finish_slices(read_runs(list_models(call.items), asyncio.run(run())))
+    values = [value for run in runs for value in memoryview(run.numbers["mean"]).cast("f")]
+    return list(zip(range(len(values)), [model for run in runs for model in run.models], values, strict=True))
+
+
+MANY = [f"m{i}.mar" for i in range(40)]
+WANTED = [(i, model, float(i)) for i, model in enumerate(MANY)]
+
+
+def test_a_table_is_columns_to_the_worker_and_back() -> None:
+    """All rows in one request, whose numbers lie as in the table; nothing is under way after it."""
+    worker = Worker(answer_numbers)
+    plane = make_plane(worker)
+    for _ in range(2):  # cold, then warm
+        assert infer_table(plane, make_table(MANY)) == WANTED
+    assert [bytes(read_asked(each.body).columns.series[0]) for each in worker.asked] == [  # type: ignore[union-attr]
+        array("d", range(40)).tobytes()
+    ] * 2
+    lane = plane.router.lanes[0]
+    assert (len(worker.backlog), lane.running, len(lane.warm), plane.held.size) == (0, 0, 40, 0)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("suspects", [set[str](), {"m0.mar"}, {"m7.mar", "m8.mar", "m39.mar"}])
+def test_rows_keep_their_places(workers: int, suspects: set[str]) -> None:
+    """Over workers, among which rows are spread, and beside rows that are asked alone."""
+    made = [Worker(answer_numbers) for _ in range(workers)]
+    plane = make_plane(*made)
+    plane.suspects.add(suspects, 0)
+    assert infer_table(plane, make_table(MANY)) == WANTED
+    alone = [each.model for worker in made for each in worker.asked if each.content_type != TOGETHER]
+    assert sorted(alone) == sorted(suspects)
+    assert [len(worker.backlog) for worker in made] == [0] * workers
+
+
+def test_a_model_that_comes_twice_and_one_that_is_busy() -> None:
+    """Rows of one model, and of one that has a request under way: all are answered, and counted one by one."""
+    worker = Worker(answer_numbers)
+    plane = make_plane(worker)
+    worker.backlog.start("m3.mar", "", 0.0, is_work=False)
+    models = [*MANY[:20], *MANY[:20]]
+    assert infer_table(plane, make_table(models)) == [(i, model, float(i)) for i, model in enumerate(models)]
+    assert len(worker.backlog) == 1
+
+
+def test_a_table_of_which_some_rows_have_no_room() -> None:
+    """The first rows are asked, those behind the worker's bound are refused, each with the reason."""
+    worker = Worker(answer_numbers)
+    call = make_table(MANY)
+
+    async def run() -> list[Prediction | Refused]:
+        with FanOut(make_plane(worker, bounds=Bounds(30, 30)), call, LIMIT, FAR, stay_connected) as running:
+            return await running.infer()
+
+    found = asyncio.run(run())
+    assert [isinstance(each, Prediction) for each in found] == [True] * 30 + [False] * 10
+    assert all(isinstance(each, Refused) and each.situation is Situation.OVERLOADED for each in found[30:])
+    assert len(worker.backlog) == 0
+
+
+def test_a_token_holds_for_each_row() -> None:
+    """Rows whose models it does not allow are refused, and their numbers go nowhere."""
+    worker = Worker(answer_numbers)
+    token = Token("desk", "0" * 64, (Scope.INVOKE,), ("m1",))
+    call = make_table(MANY[:12])
+
+    async def run() -> list[Prediction | Refused]:
+        with FanOut(PermittedPlane(make_plane(worker), token), call, LIMIT, FAR, stay_connected) as running:
+            return await running.infer()
+
+    found = asyncio.run(run())
+    assert [i for i, each in enumerate(found) if isinstance(each, Prediction)] == [1, 10, 11]
+    (asked,) = worker.asked
+    columns = read_asked(asked.body).columns
+    assert columns is not None
+    assert [*memoryview(columns.series[0]).cast("d")] == [1.0, 10.0, 11.0]

@@ -2,6 +2,7 @@
 
 import random
 from array import array
+from itertools import combinations
 from typing import Any
 
 import msgspec
@@ -9,11 +10,12 @@ import pytest
 
 from server.errors import Situation
 from server.ipc.frames import CacheResult, Tier, WireError
-from server.ipc.packed import BlockRow, BlockRows, NumbersBlock, TableRow, measure_instance
+from server.ipc.packed import BlockRow, BlockRows, NumbersBlock, TableRow, measure_instance, write_instance
 from server.ipc.together import (
     LENGTH,
     MOST_ITEMS,
     Answer,
+    AnsweredTogether,
     AskedTogether,
     SharedAnswer,
     read_answered,
@@ -54,7 +56,7 @@ def test_what_is_written_is_read() -> None:
     answers = [make_answer(), make_answer(Situation.DEADLINE)]
     told = read_answered(write_answered(answers, [0, 1, 0], [b"abc", b"", b"de"]), 3)
     assert [each for each, _ in told] == [answers[0], answers[1], answers[0]]
-    assert [bytes(body) for _, body in told if not isinstance(body, BlockRow)] == [b"abc", b"", b"de"]
+    assert [bytes(body) for _, body in told if not isinstance(body, NumbersBlock)] == [b"abc", b"", b"de"]
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -105,13 +107,13 @@ def test_forecasts_of_a_block_come_back_as_rows_of_one() -> None:
         bodies: list[Answer] = [*(BlockRow(block, row) for row in rows), b"no"]
         shared = [make_answer(), make_answer(Situation.OVERLOADED)]
         told = read_answered(write_answered(shared, [0] * len(rows) + [1], bodies), len(bodies))
-        found = [body for _, body in told if isinstance(body, BlockRow)]
-        assert len({id(each.block) for each in found}) == 1
-        assert [each.at for each in found] == list(range(len(rows)))
+        found = [body for _, body in told if isinstance(body, NumbersBlock)]
+        assert len(found) == len(rows)
+        assert len({id(each) for each in found}) == 1
         for k, column in enumerate(columns):
-            assert bytes(found[0].block.columns[k]) == b"".join(column[8 * row : 8 * row + 8] for row in rows)
+            assert bytes(found[0].columns[k]) == b"".join(column[8 * row : 8 * row + 8] for row in rows)
         last = told[-1][1]
-        assert not isinstance(last, BlockRow)
+        assert not isinstance(last, NumbersBlock)
         assert bytes(last) == b"no"
 
 
@@ -126,11 +128,14 @@ def test_whole_blocks_come_back_beside_rows_of_others(others: int) -> None:
     bodies: list[Answer] = [b"", b"", b"", b"", b"", b"", *beside[:others]]
     body = write_answered([make_answer()], [0] * len(bodies), bodies, [(blocks[0], [4, 0, 2]), (blocks[1], [1, 3, 5])])
     told = [each for _, each in read_answered(body, len(bodies))]
-    rows = [each for each in told if isinstance(each, BlockRow)]
-    numbers = [memoryview(row.block.columns[0]).cast("f")[row.at] for row in rows]
-    assert numbers == [1, 10, 2, 11, 0, 12, *[22][:others]]
-    assert [row.block.start for row in rows] == [*"abab", "a", "b", *["c"][:others]]
-    assert [bytes(each) for each in told if not isinstance(each, BlockRow)] == [b"no"][: others // 2]
+    found: list[tuple[str, float]] = []
+    for i, each in enumerate(told):
+        if isinstance(each, NumbersBlock):
+            row = sum(other is each for other in told[:i])
+            found.append((each.start, memoryview(each.columns[0]).cast("f")[row]))
+    expected = [("a", 1), ("b", 10), ("a", 2), ("b", 11), ("a", 0), ("b", 12), ("c", 22)]
+    assert found == expected[: 6 + others // 2]
+    assert [bytes(each) for each in told if not isinstance(each, NumbersBlock)] == [b"no"][: others // 2]
 
 
 def test_a_block_is_a_sequence_of_its_rows() -> None:
@@ -161,6 +166,45 @@ def test_answers_for_other_items_are_refused() -> None:
         read_answered(write_answered([make_answer()], [0], [b"a"]), 2)
     with pytest.raises(WireError, match="by nothing"):
         read_answered(write_answered([make_answer()], [1], [b"a"]), 1)
+
+
+def test_rows_of_a_block_come_in_the_order_of_its_items() -> None:
+    """Whatever order they were written in. Items that are answered twice, or are none, are refused."""
+    block = NumbersBlock("s", 2, True, ["0.5"], [array("f", range(k, k + 4)).tobytes() for k in (0, 10)])
+    written = write_answered([make_answer()], [0, 0], [BlockRow(block, 0), BlockRow(block, 1)])
+    end = LENGTH + int.from_bytes(written[:LENGTH], "little")
+    head = msgspec.msgpack.decode(written[LENGTH:end], type=AnsweredTogether)
+
+    def read(*places: list[int]) -> list[Any]:
+        head.blocks = [msgspec.structs.replace(head.blocks[0], places=each) for each in places]
+        packed = msgspec.msgpack.encode(head)
+        return [each for _, each in read_answered(len(packed).to_bytes(LENGTH, "little") + packed + written[end:], 2)]
+
+    first, second = read([1, 0])
+    assert first is second
+    assert [[*memoryview(each).cast("f")] for each in first.columns] == [[2, 3, 0, 1], [12, 13, 10, 11]]
+    for places in ([0, 0], [1, 1], [0, 2], [2, 1]):
+        with pytest.raises(WireError, match="block"):
+            read(places)
+    with pytest.raises(WireError, match="twice"):
+        read([1], [1])
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_some_rows_are_columns_too(uniform: bool) -> None:
+    """Any of them are what they were; of those that follow each other the numbers are the whole's, and no copies."""
+    rows = make_rows(5, uniform=uniform)
+    whole = read_asked(write_asked(AskedTogether(["m.mar"] * 5, [], b"{}", 99), rows)).columns
+    assert whole is not None
+    for places in (each for count in range(1, 6) for each in combinations(range(5), count)):
+        some, wanted = whole.select(places), [rows[at] for at in places]
+        assert [write_instance(some.cut(at)) for at in range(some.count)] == [*map(write_instance, wanted)]
+        assert some.measure_all(range(some.count)) == [*map(measure_instance, wanted)]
+        assert whole.measure_all(places) == [*map(measure_instance, wanted)]
+        head = AskedTogether(["m.mar"] * len(places), [], b"{}", 99)
+        assert write_asked(head, some) == write_asked(head, wanted)
+        if places[-1] - places[0] + 1 == len(places):
+            assert all(each.obj is whole.series[0].obj for each in some.series)
 
 
 def test_any_bytes_are_read_or_refused() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
+from server.front.call_items import Item
 from server.front.columns.table_calls import read_table_call
 from server.front.exchange import Limit
-from server.front.fan_out import Item
 from server.front.slices import finish_slices
 from server.ipc.packed import TableRow, cast_numbers
 from server.sdk.forecasts import ForecastOptions

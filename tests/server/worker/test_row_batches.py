@@ -21,7 +21,7 @@ from model_store.cache.cache import Cache
 from model_store.names import ModelName
 from server.errors import Situation
 from server.ipc.frames import Request
-from server.ipc.packed import BlockRow, TableRow
+from server.ipc.packed import NumbersBlock, TableRow
 from server.ipc.pulse import Pulse
 from server.ipc.together import AskedTogether, read_answered, write_asked
 from server.metrics import WorkerMetrics
@@ -118,13 +118,14 @@ def make_row(i: int, *, odd: float | None = None, name: str | None = None) -> Ta
 
 
 def read_numbers(body: bytes, count: int) -> list[Float32]:
-    """The numbers of each item, mean and levels."""
-    found = list[Float32]()
-    for answer, told in read_answered(body, count):
+    """The numbers of each item, mean and levels. Items of a block are its rows in their order."""
+    found, rows = list[Float32](), dict[int, int]()
+    for answer, block in read_answered(body, count):
         assert answer.situation is Situation.OK
-        assert isinstance(told, BlockRow)
-        columns = [np.frombuffer(each, np.float32).reshape(-1, told.block.steps) for each in told.block.columns]
-        found.append(np.stack([column[told.at] for column in columns]))
+        assert isinstance(block, NumbersBlock)
+        row = rows[id(block)] = rows.get(id(block), -1) + 1
+        columns = [np.frombuffer(each, np.float32).reshape(-1, block.steps) for each in block.columns]
+        found.append(np.stack([column[row] for column in columns]))
     return found
 
 
@@ -168,9 +169,9 @@ def test_a_call_runs_beside_other_requests(slice_s: float, *, is_table: bool) ->
         await world.settle(1)
         told = [each for _, each in read_answered(world.ended[0][1], len(rows))]
         if is_table:
-            assert [isinstance(each, BlockRow) for each in told] == [i != 2 for i in range(len(rows))]
+            assert [isinstance(each, NumbersBlock) for each in told] == [i != 2 for i in range(len(rows))]
             return []
-        found = [json.loads(bytes(each)) for each in told if not isinstance(each, BlockRow)]
+        found = [json.loads(bytes(each)) for each in told if not isinstance(each, NumbersBlock)]
         assert [each.get("item_id") or each["predictions"][0]["item_id"] for each in found] == [
             f"n{i}" for i in range(6)
         ]

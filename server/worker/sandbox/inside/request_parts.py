@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 import msgspec
 
-from server.code_messages import CodeRequest
+from server.code_messages import CodeRequest, decode_fields
 
 JSON, FORM, MULTIPART, BYTES = (
     "application/json", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream"
@@ -72,11 +72,11 @@ def read_headers(request: CodeRequest, types: Mapping[str, str]) -> RequestHeade
 def read_fields(request: CodeRequest) -> RequestHeaders:
     """The fields of the request's head, and what the dialect adds to them."""
     fields = RequestHeaders(request.properties)
-    if request.headers is None:
+    if request.fields is None:
         known = (("Content-Type", request.content_type), ("Accept", request.accept))
         fields.update((name, value) for name, value in known if value)
         return fields
-    fields.update((_spell(name), value) for name, value in request.headers)
+    fields.update((_spell(name), value) for name, value in decode_fields(request.fields).items())
     if not request.body and "content-length" not in fields:
         fields["content-length"] = "0"
     return fields

@@ -7,9 +7,9 @@ from typing import Any, cast
 import pytest
 
 from server.errors import Refused
+from server.front.call_items import Item
 from server.front.columns.arrow_reader import read_arrow
 from server.front.columns.asked_table import AskedTable, check_columns, cut_rows
-from server.front.fan_out import Item
 from server.front.slices import finish_slices
 from server.ipc.packed import TableRow, measure_instance, write_instance
 

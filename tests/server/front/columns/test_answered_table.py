@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 
 from server.errors import Refused, Situation
-from server.front.columns.answered_table import BLOCK, MOST_LEVELS, read_runs, write_arrow
+from server.front.columns.answered_table import BLOCK, MOST_CUT, MOST_LEVELS, read_runs, write_arrow
 from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.inference import InferStats
 from server.front.slices import finish_slices
-from server.ipc.packed import BlockRow, NumbersBlock, read_json_prediction
+from server.ipc.packed import NumbersBlock, read_json_prediction
 from tests.server.front.columns.tables import START, pa
+from tests.server.front.counted import count_work
 
 LIMIT = Limit(100_000, "max_forecasts_bytes")
 STATS = InferStats("hit", 0, None, 0)
@@ -21,7 +22,7 @@ STATS = InferStats("hit", 0, None, 0)
 def make_prediction(levels: list[str], *rows: list[float], has_mean: bool = True) -> Prediction:
     """A prediction that is a block of its own."""
     columns = [array("f", row).tobytes() for row in rows]
-    return Prediction(BlockRow(NumbersBlock(START, len(rows[0]), has_mean, levels, columns), 0), STATS)
+    return Prediction(NumbersBlock(START, len(rows[0]), has_mean, levels, columns), STATS)
 
 
 def read_answer(models: list[str], found: list[Prediction | Refused], limit: Limit = LIMIT) -> list[dict[str, Any]]:
@@ -90,3 +91,22 @@ def test_answers_without_a_place_in_a_table(text: bytes) -> None:
     """Answers of several products, or no forecast at all."""
     with pytest.raises(Exception, match=r"JSON|series|truncated|Expected|expected"):
         read_json_prediction(text)
+
+
+@pytest.mark.parametrize("count", [7, MOST_CUT + 7])
+def test_answers_of_several_workers_are_one_run(count: int) -> None:
+    """Items whose blocks take turns, of which one has other levels: the rows of each block come in their order, in as
+    few runs as there are heads, and are not joined more than so many at once.
+    """
+    levels = [["0.5"], ["0.5"], ["0.9"]]
+    turns = [i % 2 if i < count - 2 else 2 for i in range(count)]
+    numbers = [array("f", [i for i, of in enumerate(turns) if of == k]) for k in range(3)]
+    blocks = [NumbersBlock(START, 1, False, levels[k], [numbers[k].tobytes()]) for k in range(3)]
+    found: list[Prediction | Refused] = [Prediction(blocks[of], STATS) for of in turns]
+    models = [f"m{i}" for i in range(count)]
+    runs, works = count_work(read_runs(models, found))
+    assert [[*run.numbers] for run in runs] == [["0.5"]] * -(-(count - 2) // (MOST_CUT + 1)) + [["0.9"]]
+    assert len(works) == len(runs)
+    rows = read_answer(models, found, Limit(10**6, "max_forecasts_bytes"))
+    assert [(row["item"], row["model"]) for row in rows] == [*enumerate(models)]
+    assert [row["0.5"] if row["0.9"] is None else row["0.9"] for row in rows] == [*range(count)]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as drawn
 
 from server.errors import Refused
+from server.front.call_items import Item
 from server.front.columns.asked_table import AskedTable, check_columns, cut_rows
 from server.front.columns.npy_header import MOST_HEADER
 from server.front.columns.npy_reader import MOST_GATHERED, MOST_INTS, read_npy
-from server.front.fan_out import Item
 from server.front.raw_json import MAX_ITEMS
 from server.front.slices import finish_slices
 from server.ipc.packed import TableRow, write_instance
@@ -151,6 +151,24 @@ def test_files_and_arrow_say_the_same(numbers: Any, models: list[str], is_fortra
     ]
     for body in (save_one(rows), save_all(members)):
         assert [each if isinstance(each, tuple) else str(each) for each in read_items(body)] == expected
+
+
+@pytest.mark.parametrize("kind", ["U", "S"])
+@pytest.mark.parametrize("letter", ["m", "ü"])
+def test_texts_of_many_rows_are_their_own(kind: str, letter: str) -> None:
+    """More rows than are read by one look, of names of several lengths, some of them empty."""
+    names = [letter * (i % 7) + f"{i}" if i % 5 else "" for i in range(2000)]
+    given_names = np.array(names) if kind == "U" else np.array([name.encode() for name in names])
+    table = finish_slices(read_npy(save_all({**MEMBERS, "model": given_names, "target": np.zeros((2000, 1))})))
+    assert table.texts["model"] == [name or None for name in names]
+
+
+def test_texts_of_no_width_are_none() -> None:
+    """A type that numpy knows, and has no character for."""
+    file = io.BytesIO(save_all())
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("item_id.npy", save_one(np.zeros(2, "U1")).replace(b"<U1", b"<U0")[:-8])
+    assert read_table(file.getvalue()).texts["item_id"] == [None, None]
 
 
 def test_a_row_that_is_wrong_is_refused_alone() -> None:

@@ -15,7 +15,7 @@ from server.front.exchange import Limit
 from server.front.fan_out import Prediction
 from server.front.inference import InferStats
 from server.front.slices import finish_slices
-from server.ipc.packed import BlockRow, NumbersBlock
+from server.ipc.packed import NumbersBlock
 
 START = "2026-01-01 00:00:00"
 LIMIT = Limit(1_000_000, "max_forecasts_bytes")
@@ -30,7 +30,7 @@ def make_predictions(
     size = count * steps
     columns = [np.arange(size, dtype=np.float32) + 1000 * i for i in range(len(levels) + has_mean)]
     block = NumbersBlock(start, steps, has_mean, levels, [each.tobytes() for each in columns])
-    return [Prediction(BlockRow(block, at), STATS) for at in range(count)]
+    return [Prediction(block, STATS)] * count
 
 
 def read_answer(models: list[str], found: list[Any], limit: Limit = LIMIT) -> Any:

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import Refused, Situation
+from server.front.call_items import Item
 from server.front.dialects import forecasts
 from server.front.dialects.forecasts import MAX_CONFIGURATION_BYTES, STATUS, Forecasts, build_answer, summarise_items
 from server.front.exchange import HttpRequest, Limit
-from server.front.fan_out import Item, MultiModelCall, Prediction
+from server.front.fan_out import MultiModelCall, Prediction
 from server.front.inference import InferStats
 from server.front.raw_json import MAX_ITEMS, build_request, extract_prediction
 from server.front.slices import AT_ONCE, UNIT, finish_slices

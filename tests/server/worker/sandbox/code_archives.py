@@ -6,12 +6,13 @@ from pathlib import Path
 
 from model_store.archives.archive import Archive, open_archive
 from model_store.names import ModelName
-from server.code_messages import CodeAnswer, CodeRequest
+from server.code_messages import CodeAnswer, CodeRequest, encode_fields
 from server.worker.sandbox.child_process import ChildEnded, ChildProcess, Outcome
 from server.worker.sandbox.code_host import CodeHost
 from tests.archives import make_mar_manifest, make_zip
 from tests.patience import PATIENCE_S
 
+NO_FIELDS = encode_fields({})  #: of a request whose head has none
 ECHO = """
 def handle(data, context):
     return None if data is None else [row["body"] for row in data]

@@ -16,9 +16,12 @@ from server.code_messages import (
     PartAnswered,
     ProtocolError,
     RunBatch,
+    encode_fields,
     frame,
 )
 from tests.patience import wait_until
+
+FIELDS = encode_fields({b"a": b"b"})  #: of a request's head
 
 
 def send(channel: socket.socket, pieces: list[bytes]) -> None:
@@ -29,7 +32,7 @@ def send(channel: socket.socket, pieces: list[bytes]) -> None:
 
 def test_a_batch_comes_in_pieces_of_any_size() -> None:
     """Also cut within its length; None once the worker has closed the channel, in the middle of a message too."""
-    batch = RunBatch([CodeRequest("1", "text/plain", "", bytes(300_000), [("a", "b")]), CodeRequest("2", "", "", b"x")])
+    batch = RunBatch([CodeRequest("1", "text/plain", "", bytes(300_000), FIELDS), CodeRequest("2", "", "", b"x")])
     data = frame(batch)
     for cuts in ((1, 2), (4, 5), (100_000, 200_000)):
         ours, theirs = socket.socketpair()

@@ -13,7 +13,7 @@ from server.worker.sandbox.child_process import ChildEnded
 from server.worker.sandbox.code_host import CodeHost
 from server.worker.sandbox.inside.partial_answers import PartialAnswers
 from tests.patience import PATIENCE_S
-from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
+from tests.server.worker.sandbox.code_archives import NO_FIELDS, Asker, make_code_archive, start
 from tests.server.worker.test_step_loop import let_loop_run
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ async def ask(child: Asker, *words: str, streams: tuple[bool, ...]) -> tuple[Any
     done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     parts: list[tuple[int, CodeAnswer]] = []
     requests = [
-        CodeRequest("same", "text/plain", "", word.encode(), [], [], {}, wants)
+        CodeRequest("same", "text/plain", "", word.encode(), NO_FIELDS, (), {}, wants)
         for word, wants in zip(words, streams, strict=True)
     ]
     child.child.run(requests, done.set_result, lambda index, answer: parts.append((index, answer)))

@@ -13,10 +13,10 @@ from urllib.parse import parse_qsl, urlsplit
 import msgspec
 import pytest
 
-from server.code_messages import CodeAnswer, CodeRequest
+from server.code_messages import CodeAnswer, CodeRequest, encode_fields
 from server.worker.sandbox.child_process import ChildEnded
 from server.worker.sandbox.code_host import CodeHost
-from tests.server.worker.sandbox.code_archives import Asker, make_code_archive, start
+from tests.server.worker.sandbox.code_archives import NO_FIELDS, Asker, make_code_archive, start
 
 pytestmark = pytest.mark.slow
 
@@ -57,14 +57,16 @@ def make_request(row: Recorded, headers: Mapping[str, Any], data: Mapping[str, A
     """
     sent = {name: value for name, value in headers.items() if isinstance(value, str) and name not in DIALECTS_OWN}
     fields = {**sent, **row.headers} if sent else row.headers
-    pairs = [(name.lower(), value) for name, value in fields.items() if name != "content-length"]
+    kept = {
+        name.lower().encode(): value.encode("latin-1") for name, value in fields.items() if name != "content-length"
+    }
     query = parse_qsl(urlsplit(row.path).query)
     return CodeRequest(
         "id",
         row.headers.get("Content-Type", ""),
         "*/*",
         (row.body or "").encode("latin-1"),
-        pairs,
+        encode_fields(kept),
         [each for each in query if each[0] in data],
         {name: headers[name] for name in headers if name in DIALECTS_OWN},
     )
@@ -129,7 +131,7 @@ def test_malformed_json_ends_no_process(host: CodeHost) -> None:
 
     async def ask() -> None:
         child = Asker(start(host, make_code_archive(PROBE)))
-        found = await answer(child, CodeRequest("id", "application/json", "", b"{bad", [("x-a", "b")]))
+        found = await answer(child, CodeRequest("id", "application/json", "", b"{bad", encode_fields({b"x-a": b"b"})))
         assert json.loads(found.body)["data"] == {"body": {"type": "bytearray", "value": "{bad"}}
         await child.close()
 
@@ -138,8 +140,8 @@ def test_malformed_json_ends_no_process(host: CodeHost) -> None:
 
 def test_a_form_that_cannot_be_read_fails_alone(host: CodeHost) -> None:
     """The others of its batch are answered, each with its own."""
-    broken = CodeRequest("1", "multipart/form-data; boundary=b", "", b"--b\r\nno form", [])
-    sound = [CodeRequest(str(i), "text/plain", "", b"%d" % i, []) for i in (0, 2)]
+    broken = CodeRequest("1", "multipart/form-data; boundary=b", "", b"--b\r\nno form", NO_FIELDS)
+    sound = [CodeRequest(str(i), "text/plain", "", b"%d" % i, NO_FIELDS) for i in (0, 2)]
 
     async def ask() -> None:
         child = Asker(start(host, make_code_archive()))

@@ -13,7 +13,7 @@ from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from tests.archives import make_zip
 from tests.patience import PATIENCE_S
-from tests.server.worker.sandbox.code_archives import Asker, start
+from tests.server.worker.sandbox.code_archives import NO_FIELDS, Asker, start
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ async def ask_bodies(host: CodeHost, archive: Archive, *bodies: object, explain:
     done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     properties = {"explain": explain}
     requests = [
-        CodeRequest(str(i), "application/json", "", json.dumps(body).encode(), [], [], properties)
+        CodeRequest(str(i), "application/json", "", json.dumps(body).encode(), NO_FIELDS, (), properties)
         for i, body in enumerate(bodies)
     ]
     child.child.run(requests, done.set_result)

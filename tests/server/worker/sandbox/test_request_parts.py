@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.code_messages import CodeRequest
+from server.code_messages import CodeRequest, encode_fields
 from server.worker.sandbox.inside.handler_context import HandlerContext
 from server.worker.sandbox.inside.json_answers import write_json
 from server.worker.sandbox.inside.request_parts import (
@@ -30,8 +30,8 @@ def read_request(request: CodeRequest) -> tuple[dict[str, Any], RequestHeaders]:
 
 def make_request(content_type: str, body: bytes = b"", **headers: str) -> CodeRequest:
     """A request with these headers."""
-    fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
-    return CodeRequest("1", content_type, "", body, fields)
+    fields = {name.replace("_", "-").encode(): value.encode("latin-1") for name, value in headers.items()}
+    return CodeRequest("1", content_type, "", body, encode_fields(fields))
 
 
 def test_headers_are_found_by_any_case() -> None:

@@ -18,7 +18,7 @@ from server.code_messages import CodeAnswer, CodeRequest
 from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from tests.archives import make_tar_gz, make_zip
 from tests.patience import PATIENCE_S
-from tests.server.worker.sandbox.code_archives import Asker, start
+from tests.server.worker.sandbox.code_archives import NO_FIELDS, Asker, start
 
 pytestmark = pytest.mark.slow
 
@@ -155,7 +155,7 @@ async def ask(child: Asker, *asked: tuple[list[float], Mapping[str, str]]) -> li
     """The JSON of the answers to one batch; each request has its numbers and its properties."""
     done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     requests = [
-        CodeRequest(str(i), "application/json", "", json.dumps({"x": x}).encode(), [], [], dict(properties))
+        CodeRequest(str(i), "application/json", "", json.dumps({"x": x}).encode(), NO_FIELDS, (), dict(properties))
         for i, (x, properties) in enumerate(asked)
     ]
     child.child.run(requests, done.set_result)
