@@ -291,8 +291,8 @@ def test_metrics_pass_promtool(house: Server, models: dict[str, Model]) -> None:
 
 
 def test_a_passed_deadline_is_a_model_error_of_original_status_504(s3: S3Server, store: str, serve: Serve) -> None:
-    """The store does not answer, the client has 300 ms: ModelError 424 with original 504, not before that time and not
-    retried by boto3, while the load goes on; its model answers the next client.
+    """The store does not answer, the client has three seconds: ModelError 424 with original 504, not before that time
+    and not retried by boto3, while the load goes on; its model answers the next client.
     """
     (model,) = pack_fleet("late", 1)
     upload(s3, store, [model])
@@ -302,7 +302,7 @@ def test_a_passed_deadline_is_a_model_error_of_original_status_504(s3: S3Server,
         with s3.hold(model.name):  # as long as it is held, no answer can come of a load
             started = time.monotonic()
             name, response = catch_error(client, TargetModel=model.name, Body=model.question(0).body)
-            assert time.monotonic() - started >= 0.3
+            assert time.monotonic() - started >= HURRY_S
         assert (name, response["OriginalStatusCode"]) == ("ModelError", 504)
         assert response["ResponseMetadata"]["RetryAttempts"] == 0
         assert model.name in response["OriginalMessage"]
@@ -311,8 +311,11 @@ def test_a_passed_deadline_is_a_model_error_of_original_status_504(s3: S3Server,
         assert len(s3.seen("GET", f"{store}/{model.name}")) == 1
 
 
+HURRY_S = 3.0  #: the worker should have begun the load by then, also on a machine that stands still for a moment
+
+
 def _hurry(request: Any, **_: Any) -> None:
-    request.headers["X-Request-Timeout-Ms"] = "300"
+    request.headers["X-Request-Timeout-Ms"] = f"{HURRY_S * 1e3:.0f}"
 
 
 def test_a_full_queue_is_503_and_boto3_comes_back(s3: S3Server, store: str, serve: Serve) -> None:
