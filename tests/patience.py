@@ -16,7 +16,7 @@ STALL_S = 0.3  #: by which a thread that only sleeps wakes up late where the mac
 MOST_STALLED = 5  #: trials of a test that found the machine standing still in each
 
 
-def wait_until(predicate: Callable[[], T], what: str) -> T:
+def wait_until(predicate: Callable[[], T | None], what: str) -> T:
     """The predicate's first true value. Raises AssertionError that says what never happened."""
     deadline = time.monotonic() + PATIENCE_S
     while True:

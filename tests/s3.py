@@ -212,7 +212,7 @@ def _run_swift() -> Iterator[str]:
 
 def _start_swift(folder: Path, port: int) -> bool:
     """Whether all of swift's servers listen, at this port and those behind it; False where one has ended."""
-    command = [Path(__file__).with_name("swift.sh"), folder, str(port)]
+    command = [str(Path(__file__).with_name("swift.sh")), str(folder), str(port)]
     if subprocess.run(command, check=False, timeout=PATIENCE_S).returncode:
         return False
     ports = range(port, port + SWIFT_PORTS)
