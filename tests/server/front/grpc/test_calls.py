@@ -128,7 +128,9 @@ def test_a_deadline_is_the_requests(tmp_path: Path, asked: bytes, metadata: Any,
             waiting.reply.set_exception(Refused(Situation.DEADLINE, "the request was not answered in time"))
         assert (await call).code() is StatusCode.DEADLINE_EXCEEDED
         await wait_for(lambda: house.worker.cancelled == 1)
-        await wait_for(lambda: house.counted() == {"504": 1})
+        await wait_for(lambda: sum(house.counted().values()) == 1)
+        # A client whose own time-out has passed may be gone before the server's clock says the same.
+        assert house.counted().keys() <= ({"504"} if timeout is None else {"504", "499"})
 
     run_in_house(scenario, tmp_path, never)
 
