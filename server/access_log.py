@@ -1,7 +1,8 @@
 """The access log: time, model, size and outcome of every request, as CSV files that the load tester replays.
 
 A worker collects rows (`ArrivalBuffer`, on its step thread), because only the worker knows the size of a model and the
-cache result; the supervisor fetches the rows every second and writes them (`AccessLog`, on a thread of its own). A
+cache result; the supervisor fetches the rows every second and writes them (`AccessLog`, on a thread of its own). What
+it has fetched stays the worker's until the supervisor says by a receipt, with its next question, that it has it. A
 folder has parts of bounded size, `arrivals-00000001.csv`; the newest part is plain, older ones are gzipped, and the
 oldest are deleted when the parts exceed the budget. `server.contract` has the columns. The rows of one worker are in
 the order of its responses; each second's rows of one worker follow those of another.
@@ -16,7 +17,8 @@ import gzip
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Collection, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -41,13 +43,34 @@ class Row(NamedTuple):
     trace_id: str = ""
 
 
+class Receipt(NamedTuple):
+    """That rows have arrived: all of this buffer's first `rows` rows, and that it dropped its first `dropped` ones."""
+
+    buffer: str
+    rows: int
+    dropped: int
+
+
+class Arrivals(NamedTuple):
+    """Rows as text, their number, the number of rows dropped for lack of room, and the receipt for both."""
+
+    rows: str
+    number: int
+    dropped: int
+    receipt: Receipt
+
+
 class ArrivalBuffer:
-    """The rows of one worker that have not been taken yet. `wall` and `now` are its wall and monotonic clocks."""
+    """The rows of one worker that have not arrived yet. `wall` and `now` are its wall and monotonic clocks.
+
+    INVARIANT: a row is handed over until a receipt for it comes. All of them together have at most `MAX_CHARS`.
+    """
 
     def __init__(self, wall: Callable[[], float] = time.time, now: Callable[[], float] = time.monotonic) -> None:
         self._wall, self._now = wall, now
         self._rows: list[str] = []
         self._chars = self._dropped = 0
+        self._arrived = Receipt(uuid.uuid4().hex, 0, 0)
         self._offset = wall() - now()
 
     def __repr__(self) -> str:
@@ -64,12 +87,28 @@ class ArrivalBuffer:
         self._rows.append(row)
         self._chars += len(row)
 
-    def take(self) -> tuple[str, int, int]:
-        """Remove and return the rows as text, their number, and the number of rows dropped for lack of room."""
-        taken = "".join(self._rows), len(self._rows), self._dropped
-        self._rows, self._chars, self._dropped = [], 0, 0
+    def hand_over(self, receipts: Collection[Receipt]) -> Arrivals:
+        """All rows that have not arrived, in their order. `receipts`: what has, of whichever buffers.
+
+        A receipt counts from the buffer's start, so that questions whose answers were late may come in any order.
+        """
+        for receipt in receipts:
+            if receipt.buffer == self._arrived.buffer:
+                self._let_go(receipt)
         self._offset = self._wall() - self._now()
-        return taken
+        buffer, rows, dropped = self._arrived
+        receipt = Receipt(buffer, rows + len(self._rows), dropped + self._dropped)
+        return Arrivals("".join(self._rows), len(self._rows), self._dropped, receipt)
+
+    def _let_go(self, receipt: Receipt) -> None:
+        """Forget what has arrived, which an older receipt may have said before."""
+        count, dropped = receipt.rows - self._arrived.rows, receipt.dropped - self._arrived.dropped
+        if min(count, dropped) < 0:
+            return
+        self._chars -= sum(map(len, self._rows[:count]))
+        del self._rows[:count]
+        self._dropped -= dropped
+        self._arrived = receipt
 
 
 class AccessLog:

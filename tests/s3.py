@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +29,8 @@ from botocore.config import Config
 
 from model_store.stores.store_health import PROBE
 from tests.http_servers import serve_on_thread
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, wait_until
+from tests.processes import list_descriptors
 
 #: A moto server says which port the system gave it: one that is chosen for it could be another server's by then.
 MOTO = """
@@ -40,6 +41,8 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 Event().wait()
 """
+SWIFT_PORTS, SWIFT_TRIES = 5, 5
+LISTENING = "0A"  #: how /proc/net/tcp calls the state of a socket that listens
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
 
 
@@ -189,18 +192,48 @@ def _run_moto() -> Iterator[str]:
 
 @contextmanager
 def _run_swift() -> Iterator[str]:
-    port = _free_ports(5)
-    folder = Path(tempfile.mkdtemp(prefix="swift-"))
-    try:
-        subprocess.run([Path(__file__).with_name("swift.sh"), folder, str(port)], check=True, timeout=PATIENCE_S)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        for pid in (folder / "pids").read_text().split():
-            try:
-                os.kill(int(pid), signal.SIGTERM)
-            except ProcessLookupError:
-                pass
-        shutil.rmtree(folder, ignore_errors=True)
+    """Its ports are free when they are chosen. Where another program takes one before it does, it gets others."""
+    for _ in range(SWIFT_TRIES):
+        port = _free_ports(SWIFT_PORTS)
+        folder = Path(tempfile.mkdtemp(prefix="swift-"))
+        try:
+            if _start_swift(folder, port):
+                yield f"http://127.0.0.1:{port}"
+                return
+        finally:
+            for pid in _list_swift(folder):
+                try:
+                    os.kill(pid, signal.SIGTERM)
+                except ProcessLookupError:
+                    pass
+            shutil.rmtree(folder, ignore_errors=True)
+    raise RuntimeError(f"swift has not started at any of {SWIFT_TRIES} places: it says why above")
+
+
+def _start_swift(folder: Path, port: int) -> bool:
+    """Whether all of swift's servers listen, at this port and those behind it; False where one has ended."""
+    command = [str(Path(__file__).with_name("swift.sh")), str(folder), str(port)]
+    if subprocess.run(command, check=False, timeout=PATIENCE_S).returncode:
+        return False
+    ports = range(port, port + SWIFT_PORTS)
+    return wait_until(lambda: _judge_swift(_list_swift(folder), ports), "swift's servers listen or end") == "listens"
+
+
+def _judge_swift(pids: Sequence[int], ports: Iterable[int]) -> str:
+    """Whether these processes themselves listen at the ports, or one of them has ended; empty as long as neither is."""
+    sockets = [{target for _, target in list_descriptors(pid)} for pid in pids]
+    if not all(sockets):
+        return "ended"
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {int(row[1].rpartition(":")[2], 16): f"socket:[{row[9]}]" for row in rows if row[3] == LISTENING}
+    own = set[str]().union(*sockets)
+    return "listens" if all(listening.get(port) in own for port in ports) else ""
+
+
+def _list_swift(folder: Path) -> list[int]:
+    """The processes that the script has started."""
+    pids = folder / "pids"
+    return [int(pid) for pid in pids.read_text().split()] if pids.exists() else []
 
 
 def _free_ports(count: int) -> int:

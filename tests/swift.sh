@@ -10,6 +10,7 @@ cd "$dir"
 : >pids
 
 common="bind_ip = 127.0.0.1
+bind_timeout = 1
 user = $(id -un)
 workers = 0
 swift_dir = $dir/etc"
@@ -89,8 +90,11 @@ run memcached -u "$(id -un)" -p $((port + 1)) -l 127.0.0.1
 for server in account container object; do run swift-$server-server etc/$server.conf; done
 run swift-proxy-server etc/proxy.conf
 
-for _ in $(seq 80); do
-  curl -s -o log/hello "http://127.0.0.1:$port/" && exit 0
+for _ in $(seq 600); do
+  curl -s -m 1 -o log/hello "http://127.0.0.1:$port/" && exit 0
+  for pid in $(cat pids); do
+    grep -q '^State:[[:space:]]*[^ZX]' "/proc/$pid/status" 2>/dev/null || { echo "one of swift's servers has ended; see $dir/log" >&2; exit 1; }
+  done
   sleep 0.1
 done
 echo "swift did not start; see $dir/log" >&2

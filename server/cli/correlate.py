@@ -2,8 +2,9 @@
 
 import sys
 import time as clock
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import rich
 import typer
@@ -74,37 +75,57 @@ def correlate(
     order of past windows itself, of any shape; only windows without missing values are used, and each takes memory.
     A target without an archive, a covariate or a price in the windows is left out, and the exit code is 1.
     """  # noqa: D301 -- click's mark for "do not wrap"
-    import numpy as np  # noqa: PLC0415 -- what help need not import
-
     with one_line_errors():
         started = clock.perf_counter()
-        if (csv is None) == (residuals is None) or (csv is not None and not time):
-            raise ValueError("give a CSV file with --time, or --residuals")
-        if residuals is not None:
-            errors, told = _read_errors(residuals, len(target)), residuals.name
-            observed = [not np.isnan(errors[:, i]).all() for i in range(len(target))]
-            failed = {each: "no error is observed" for each, some in zip(target, observed, strict=True) if not some}
-            products = tuple(each for each in target if each not in failed)
-            if not products:
-                raise ValueError(f"--residuals {residuals}: no error is observed")
-            errors = errors[:, observed]
-        else:
-            assert csv is not None, "one of the two is given"
+        if residuals is not None and csv is None:
+            found = _take_errors(residuals, target)
+        elif csv is not None and residuals is None and time:
             names = name_archives(price_flags.expand_targets(csv, target, [time]), name_template)
             rules = price_flags.make_file_rules(interval_ending, stamps_zone, time_format, item)
-            made = _forecast_windows(csv, time, names, store, since, every, rules)
-            errors, failed = made.values, dict(made.failed)
-            products = tuple(names[each] for each in made.targets)
-            told = f"{csv.name}, windows from {made.first} to {made.last}"
-            price_flags.print_notes(csv, made.notes)
-        horizon = errors.shape[2]
-        estimate = _estimate_correlation(method, errors, products, max(1.0, horizon / (every or horizon)))
-        size = _store_archive(out, estimate, f"estimated from {told}")
+            found = _measure_errors(csv, time, names, store, since, every, rules)
+        else:
+            raise ValueError("give a CSV file with --time, or --residuals")
+        horizon = found.values.shape[2]
+        overlap = max(1.0, horizon / (every or horizon))
+        estimate = _estimate_correlation(method, found.values, found.products, overlap)
+        size = _store_archive(out, estimate, f"estimated from {found.source}")
         _report_archive(out, estimate, size, clock.perf_counter() - started)
-    for name, why in failed.items():
+    for name, why in found.failed.items():
         print(escape_text(f"error: {why if why.startswith(name) else f'{name}: {why}'}"), file=sys.stderr)  # noqa: T201
-    if failed:
+    if found.failed:
         raise typer.Exit(BAD)
+
+
+class _Errors(NamedTuple):
+    """Errors [windows, products, steps] of products, what they are of, and why other targets have none."""
+
+    values: "Float64"
+    products: tuple[str, ...]
+    source: str
+    failed: Mapping[str, str]
+
+
+def _take_errors(path: Path, target: Sequence[str]) -> _Errors:
+    """The errors of a file, without the targets of which nothing is observed. Raises ValueError where none is left."""
+    import numpy as np  # noqa: PLC0415 -- what help need not import
+
+    errors = _read_errors(path, len(target))
+    observed = [not np.isnan(errors[:, i]).all() for i in range(len(target))]
+    failed = {each: "no error is observed" for each, some in zip(target, observed, strict=True) if not some}
+    products = tuple(each for each in target if each not in failed)
+    if not products:
+        raise ValueError(f"--residuals {path}: no error is observed")
+    return _Errors(errors[:, observed], products, path.name, failed)
+
+
+def _measure_errors(
+    csv: Path, time: str, names: dict[str, ModelName], store: str, since: str, every: int, rules: "FileRules"
+) -> _Errors:
+    """The errors of forecasts of windows; what limits them is printed."""
+    made = _forecast_windows(csv, time, names, store, since, every, rules)
+    price_flags.print_notes(csv, made.notes)
+    source = f"{csv.name}, windows from {made.first} to {made.last}"
+    return _Errors(made.values, tuple(names[each] for each in made.targets), source, made.failed)
 
 
 def _read_errors(path: Path, products: int) -> "Float64":

@@ -87,20 +87,30 @@ def invoke(
             f"there is no request: give its file with --body FILE (or - for standard input): {DEEPAR_EXAMPLE} for a "
             f"forecast, {TENSOR_EXAMPLE} for a model of tensors; --example prints one that this model answers"
         )
-    from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
-
     with one_line_errors():
         request = sys.stdin.buffer.read() if body == "-" else Path(body).read_bytes()
-        try:
-            if protocol is InvokeProtocol.GRPC:
-                reply = _invoke_by_grpc(url or DEFAULT_GRPC_URL, model, request, version)
-            else:
-                media, spoken = (content_type, accept), Protocol(protocol)
-                reply = _invoke_by_http(url or DEFAULT_URL, model, request, media, spoken, version)
-        except Unreachable as error:
-            fail(str(error))
-        except FleetcastError as error:
-            fail(f"{error.error_type or f'status {error.status}'}: {error}", BAD)
+        reply = _invoke(url, model, request, (content_type, accept), protocol, version)
+    _print_reply(reply, verbose=verbose)
+
+
+def _invoke(
+    url: str, model: str, body: bytes, media: tuple[str, str], protocol: InvokeProtocol, version: str
+) -> "Reply":
+    """The server's answer. A refusal, or a server that cannot be reached, ends the command."""
+    from server.sdk.errors import FleetcastError, Unreachable  # noqa: PLC0415
+
+    try:
+        if protocol is InvokeProtocol.GRPC:
+            return _invoke_by_grpc(url or DEFAULT_GRPC_URL, model, body, version)
+        return _invoke_by_http(url or DEFAULT_URL, model, body, media, Protocol(protocol), version)
+    except Unreachable as error:
+        fail(str(error))
+    except FleetcastError as error:
+        fail(f"{error.error_type or f'status {error.status}'}: {error}", BAD)
+
+
+def _print_reply(reply: "Reply", *, verbose: bool) -> None:
+    """The answer on standard output, and with `verbose` what the server says of it on standard error."""
     if verbose:
         for key in sorted(reply.headers):
             if key.startswith("x-fleetcast-") or key == HEADER_SERVER_TIMING.lower():

@@ -339,8 +339,16 @@ def require_all(found: Sequence[Prediction | Refused]) -> None:
 
 
 def put_samples(found: Sequence[Prediction | Refused], scenarios: bytes) -> Slices[list[JointPrediction | Refused]]:
-    """The predictions with their samples from the correlation's answer in the place of their marginals."""
-    samples = iter((yield from split_samples(scenarios)))
+    """The predictions with their samples from the correlation's answer in the place of their marginals.
+
+    Raises Refused for an answer that has not one item of samples for each prediction.
+    """
+    pieces = yield from split_samples(scenarios)
+    expected = sum(isinstance(each, Prediction) for each in found)
+    if len(pieces) != expected:
+        message = f"the correlation archive answers samples of {len(pieces)} forecasts, expected {expected}"
+        raise Refused(Situation.MODEL_FAILED, message)
+    samples = iter(pieces)
     done: list[JointPrediction | Refused] = []
     for each in found:
         if isinstance(each, Prediction):

@@ -5,8 +5,8 @@ into the common answer as it is.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Final, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Generic, TypeVar, cast
 
 import msgspec
 
@@ -16,18 +16,17 @@ from server.front.slices import AT_ONCE, ITEM, Slices, join_parts
 
 MAX_ITEMS = 10_000  #: of one call
 
-
-class _PredictionAnswer(msgspec.Struct):
-    predictions: list[msgspec.Raw]
+T = TypeVar("T")
 
 
-class _CutAnswer(msgspec.Struct):
-    predictions: list[dict[str, msgspec.Raw]]
+class _Answer(msgspec.Struct, Generic[T]):
+    predictions: list[T]
 
 
 #: How the answer of a correlation archive begins that was asked for sizes: `handlers.codecs.joint`.
 _SIZES: Final = re.compile(rb'\{"sizes":(\[[0-9, ]{1,200000}\]),"samples":\[')
-_ANSWER, _CUT_ANSWER = msgspec.json.Decoder(_PredictionAnswer), msgspec.json.Decoder(_CutAnswer)
+_ANSWER = msgspec.json.Decoder(_Answer[msgspec.Raw])
+_CUT_ANSWER = msgspec.json.Decoder(_Answer[dict[str, msgspec.Raw]])
 _NO_FORECAST = (msgspec.MsgspecError, NotJson, KeyError, ValueError)
 NO_FORECAST = "the model answers tensors, not a forecast"
 
@@ -41,33 +40,38 @@ def build_request(instance: msgspec.Raw | bytes, configuration: bytes) -> bytes:
 
 def extract_prediction(answer: bytes) -> Slices[bytes]:
     """The one prediction in a model's answer. Raises Refused without one."""
-    try:
-        if len(answer) <= AT_ONCE:
-            yield len(answer)
-            (found,) = _ANSWER.decode(answer).predictions
-        else:
-            (found,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
-    except _NO_FORECAST:
-        raise Refused(Situation.MODEL_FAILED, NO_FORECAST) from None
-    view = memoryview(found)
+    view = memoryview((yield from _read_prediction(answer, _ANSWER, _leave_whole)))
     # The copy of a small one lets its answer go; a large one is not copied, and all that read it take any buffer.
     return bytes(view) if len(view) <= AT_ONCE else cast("bytes", view)
 
 
 def cut_prediction(answer: bytes) -> Slices[Fields]:
     """The fields of the one prediction in a model's answer, with a marginal. Raises Refused without one."""
-    try:
-        if len(answer) <= AT_ONCE:
-            yield len(answer)
-            (found,) = _CUT_ANSWER.decode(answer).predictions
-        else:
-            (whole,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
-            found = yield from cut_fields(whole)
-    except _NO_FORECAST:
-        raise Refused(Situation.MODEL_FAILED, NO_FORECAST) from None
+    found = yield from _read_prediction(answer, _CUT_ANSWER, cut_fields)
     if "marginal" not in found:
         raise Refused(Situation.MODEL_FAILED, "the model answers no marginal, which joint scenarios are made of")
     return found
+
+
+def _read_prediction(
+    answer: bytes, decoder: "msgspec.json.Decoder[_Answer[T]]", cut: Callable[[msgspec.Raw], Slices[T]]
+) -> Slices[T]:
+    """The one prediction in a model's answer: decoded from a small one, `cut` from a large one. Raises Refused."""
+    try:
+        if len(answer) <= AT_ONCE:
+            yield len(answer)
+            (found,) = decoder.decode(answer).predictions
+        else:
+            (whole,) = yield from cut_items((yield from cut_fields(answer))["predictions"], 1)
+            found = yield from cut(whole)
+    except _NO_FORECAST:
+        raise Refused(Situation.MODEL_FAILED, NO_FORECAST) from None
+    return found
+
+
+def _leave_whole(prediction: msgspec.Raw) -> Slices[msgspec.Raw]:
+    yield ITEM
+    return prediction
 
 
 def build_correlation_request(
@@ -84,11 +88,18 @@ def build_correlation_request(
 
 
 def split_samples(answer: bytes) -> Slices[list[msgspec.Raw]]:
-    """The samples of each forecast in a correlation archive's answer, cut at its sizes where it has them."""
+    """The samples of each forecast in a correlation archive's answer, cut at its sizes where it has them.
+
+    Raises Refused for an answer that has none.
+    """
     found = yield from _cut_at_sizes(memoryview(answer))
-    if found is None:
-        found = yield from cut_items((yield from cut_fields(answer))["samples"], MAX_ITEMS)
-    return found
+    if found is not None:
+        return found
+    try:
+        return (yield from cut_items((yield from cut_fields(answer))["samples"], MAX_ITEMS))
+    except (NotJson, KeyError) as error:
+        why = "it has no `samples`" if isinstance(error, KeyError) else str(error)
+        raise Refused(Situation.MODEL_FAILED, f"the correlation archive answers no samples: {why}") from None
 
 
 def _cut_at_sizes(answer: memoryview) -> Slices[list[msgspec.Raw] | None]:

@@ -23,7 +23,7 @@ from server.ipc.operations import Operation, Ready, Reply, reply_type
 from server.ipc.parent_death import send_on_parent_death
 from server.settings import Settings
 
-MAX_MESSAGE = 64 * 1024 * 1024  #: the largest is a second of the access log: 8 million characters, 32 MB at most
+MAX_MESSAGE = 64 * 1024 * 1024  #: the largest has the rows of an access log: 8 million characters, 32 MB at most
 JOIN_S = 30.0
 _PREFIX_BYTES = 4
 

@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 
 from msgspec import UNSET, Struct, UnsetType
 
+from server.access_log import Arrivals, Receipt
 from server.bands.adaptive_offsets import BandShape
 from server.bands.book import Price
 from server.bands.market import AnsweredForecast
@@ -483,16 +484,13 @@ class ListVersions(Operation[dict[str, str]]):
     limit: int
 
 
-class AccessLogRows(Struct, frozen=True):
-    """Rows for the access log as CSV, how many they are, and how many were dropped for want of memory."""
+class TakeAccessLog(Operation[Arrivals | None]):
+    """The rows for the access log that have not arrived; None where none are kept.
 
-    rows: str
-    count: int
-    dropped: int
+    `receipts`: of what has arrived last from each worker. Only then are rows the supervisor's.
+    """
 
-
-class TakeAccessLog(Operation[AccessLogRows]):
-    """The rows since the last time. They are then the supervisor's."""
+    receipts: list[Receipt]
 
 
 class BandOffsets(Struct, frozen=True):

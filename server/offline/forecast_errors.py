@@ -1,6 +1,6 @@
 """Forecast errors of a store's archives over rolling windows, as the probability integral transforms of prices."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,8 +10,10 @@ import numpy as np
 
 from handlers.codecs.features import Float64
 from handlers.evaluation.correlation import compute_pit
+from handlers.evaluation.scores import Steps
 from handlers.training.stamps import PLAIN, FileRules
 from handlers.training.time_series import Series
+from model_store.archives.manifest import ForecastSpec
 from model_store.errors import ArchiveInvalid
 from model_store.names import ModelName
 from server.offline.fleet_evaluation import fetch_archives, read_columns
@@ -93,20 +95,32 @@ def measure_errors(
     if not rows:
         raise Unfit("; ".join(failed.values()))
     bound = next((model.forecast for model, _ in pairs.values() if model.forecast.origin), None)
-    notes = [*first.notes]
-    if bound is not None:
-        notes.append(explain_unused_rows(first, bound, int(origins[-1]) + horizon - 1))
-    for model, series in (pairs[target] for target in rows):
-        if seen := explain_seen_windows(model, series, origins):
-            notes.append(f"{model.name}: {seen}")
+    notes = _list_notes(first, bound, [pairs[target] for target in rows], origins, horizon)
     return Residuals(
         np.stack(list(rows.values()), axis=1),
         first.stamp(int(origins[0])),
         first.stamp(int(origins[-1])),
         tuple(rows),
         failed,
-        tuple(filter(None, notes)),
+        notes,
     )
+
+
+def _list_notes(
+    first: Series,
+    bound: ForecastSpec | None,
+    scored: Sequence[tuple[ArchiveVersion, Series]],
+    origins: Steps,
+    horizon: int,
+) -> tuple[str, ...]:
+    """What limits the errors. `bound`: of an archive that forecasts at one time of day only, where there is one."""
+    notes = [*first.notes]
+    if bound is not None:
+        notes.append(explain_unused_rows(first, bound, int(origins[-1]) + horizon - 1))
+    for model, series in scored:
+        if seen := explain_seen_windows(model, series, origins):
+            notes.append(f"{model.name}: {seen}")
+    return tuple(filter(None, notes))
 
 
 def _match_series(

@@ -11,8 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 
 from model_store.stores.disk_cache import DiskTier, UnsafeDiskCache
-from server.access_log import AccessLog
-from server.ipc.operations import AccessLogRows
+from server.access_log import AccessLog, Arrivals
 from server.metrics import HostMetrics
 from server.settings import Settings
 
@@ -71,7 +70,7 @@ def _sweep_disk(disk: DiskTier, budget: int) -> tuple[int, int, float]:
 async def keep_access_log(
     access_log: AccessLog,
     metrics: HostMetrics,
-    take: Callable[[], Awaitable[Sequence[AccessLogRows]]],
+    take: Callable[[], Awaitable[Sequence[Arrivals]]],
     last: asyncio.Event,
 ) -> None:
     """Write what the workers have, every second and once more after `last` is set; then close the log."""
@@ -83,7 +82,7 @@ async def keep_access_log(
                     await last.wait()
             ending = last.is_set()
             taken = await take()
-            count = sum(each.count for each in taken)
+            count = sum(each.number for each in taken)
             metrics.not_logged.inc(sum(each.dropped for each in taken))
             try:
                 await asyncio.to_thread(access_log.write, "".join(each.rows for each in taken))

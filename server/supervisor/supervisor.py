@@ -22,7 +22,6 @@ from server.errors import Situation
 from server.host import Host, WorkerPlan, read_host
 from server.ipc.control import ControlError
 from server.ipc.operations import (
-    AccessLogRows,
     AskedByFront,
     AskedByWorker,
     AwaitConnections,
@@ -48,7 +47,6 @@ from server.ipc.operations import (
     SetRegistrations,
     SetReleases,
     SetReplicas,
-    TakeAccessLog,
     TrySuspect,
     UnloadForClient,
     WorkerAssignment,
@@ -66,6 +64,7 @@ from server.supervisor.actuals.journal import JournalUnreadable
 from server.supervisor.actuals.market_metrics import MarketFamilies
 from server.supervisor.actuals.rollout import ActualsRollout, greet_worker
 from server.supervisor.actuals.service import ActualsService
+from server.supervisor.arrival_collector import ArrivalCollector
 from server.supervisor.children import Child, Children
 from server.supervisor.cluster_view import ClusterView
 from server.supervisor.fleet_operations import FleetOperations
@@ -184,7 +183,7 @@ class Supervisor:
         self._actuals_keeper = asyncio.create_task(self.actuals.keep())
         self._disk_keeper = asyncio.create_task(self._keep_disk())
         if access_log is not None:
-            keeping = keep_access_log(access_log, self._metrics, self._take_access_log, self._fronts_gone)
+            keeping = keep_access_log(access_log, self._metrics, ArrivalCollector(self.workers).take, self._fronts_gone)
             self._log_keeper = asyncio.create_task(keeping)
         ready = asyncio.create_task(self._wait_until_ready())
         tasks: list[asyncio.Future[Any]] = [ready, self._children.fatal]
@@ -438,12 +437,6 @@ class Supervisor:
         for front in self.fronts:
             if front.channel is not None and front.ready.is_set():
                 front.channel.tell(ConnectWorkers(sockets))
-
-    async def _take_access_log(self) -> Sequence[AccessLogRows]:
-        """The rows that the workers have since the last time. Those of a worker that ends are lost with it."""
-        asked = (worker.ask(TakeAccessLog(), self.settings.worker_timeout_s) for worker in self.workers.list_up())
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return [answer for answer in answers if isinstance(answer, AccessLogRows)]
 
     # --- what it says of itself -------------------------------------------------------------------------------------
 

@@ -12,7 +12,6 @@ from server.errors import Refused, Situation, situation_of
 from server.ipc.control import ControlError
 from server.ipc.handler_calls import CallTooLong, Pairs
 from server.ipc.operations import (
-    AccessLogRows,
     AskedOfWorker,
     AwaitReplicas,
     DescribeByCode,
@@ -116,9 +115,9 @@ class Management:
             case ScrapeMetrics():
                 await self._steps.lent.gather_reports()
                 return self._steps.render_metrics()
-            case TakeAccessLog():
+            case TakeAccessLog(receipts):
                 await self._steps.lent.gather_reports()
-                return AccessLogRows(*(("", 0, 0) if self._arrivals is None else self._arrivals.take()))
+                return None if self._arrivals is None else self._arrivals.hand_over(receipts)
             case SetBands(models, whole):
                 if self._bands is not None:
                     self._bands.follow(models, whole=whole)

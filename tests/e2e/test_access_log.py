@@ -1,8 +1,11 @@
 """The access log of real processes agrees with what clients see, and the load tester replays it."""
 
 import os
+import signal
 import subprocess
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from server.contract import ACCESS_LOG_OUTCOMES
 from tests.e2e.conftest import Serve
 from tests.e2e.models import SMALL_TCN, pack_fleet
 from tests.e2e.server import ROOT, Server, upload
+from tests.e2e.test_stalls import is_silent
 from tests.patience import PATIENCE_S, wait_until
 from tests.s3 import S3Server
 
@@ -53,6 +57,41 @@ def test_every_request_is_in_the_log_with_what_came_of_it(
         "arrivals-00000002.csv",
     ]
     _is_the_trace_of(tmp_path / "log", rows)
+
+
+def test_a_stalled_worker_keeps_no_row_back(s3: S3Server, store: str, serve: Serve, tmp_path: Path) -> None:
+    """While it stands still the others' rows are written; its own come when it goes on. Each row is there once."""
+    models = pack_fleet("log", 8)
+    upload(s3, store, models)
+    with serve(workers=2, access_log=tmp_path / "log", worker_timeout_s=PATIENCE_S) as server:
+        for model in models:
+            server.ask(model.question(0))
+        for _ in range(2):
+            for model in models:
+                server.ask(model.question(0))
+            victim, other = server.processes("worker")
+            os.kill(victim["pid"], signal.SIGSTOP)
+            wait_until(partial(is_silent, server, victim["index"]), "the supervisor knows")
+            before = read_log(server)
+            for model in models:
+                server.ask(model.question(0))
+            wait_until(partial(has_written, server, before + len(models)), "the other worker's are written")
+            os.kill(victim["pid"], signal.SIGCONT)
+            wait_until(partial(is_heard, server, victim["index"]), "it goes on")
+        wait_until(lambda: read_log(server) == 5 * len(models), "all rows are written")
+        assert server.processes("worker")[other["index"]]["pid"] == other["pid"]
+    counts = Counter(row.model for row in read_rows(tmp_path / "log"))
+    assert counts == {model.name: 5 for model in models}
+
+
+def has_written(server: Server, count: int) -> bool:
+    """Whether so many rows are written."""
+    return read_log(server) >= count
+
+
+def is_heard(server: Server, worker: int) -> bool:
+    """Whether the worker beats again."""
+    return not is_silent(server, worker)
 
 
 def _is_the_trace_of(log: Path, rows: list[Row]) -> None:

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 
 from tests.e2e.forecasters import HISTORY, HORIZON, pack_hourly
 from tests.e2e.server import Server, run_server
-from tests.patience import PATIENCE_S, wait_until
+from tests.patience import PATIENCE_S, repeat_in_stalls, wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -203,9 +203,14 @@ def test_what_is_not_answered_when_the_server_stops_has_failed(
     bucket = s3.bucket()
     s3.put(bucket, "slow.mar", pack_hourly(2))
     folder = tmp_path_factory.mktemp("stopping")
-    settings: dict[str, Any] = {"async_output": f"s3://{output}/stopped", "drain_s": 2}
-    with run_server(s3, folder, f"s3://{bucket}", **settings) as server, s3.hold(f"{bucket}/slow.mar", times=100):
-        sent = server.client().invoke_endpoint_async(EndpointName="slow.mar", Body=BODY)
-        server.terminate()
-        failure = json.loads(read_when_written(s3, sent["FailureLocation"]))
-    assert "stopped" in failure["message"]
+
+    def stop_server(trial: int) -> None:
+        settings: dict[str, Any] = {"async_output": f"s3://{output}/stopped{trial}", "drain_s": 2}
+        settings |= {"disk_cache": folder / f"cache{trial}"}
+        with run_server(s3, folder, f"s3://{bucket}", **settings) as server, s3.hold(f"{bucket}/slow.mar", times=100):
+            sent = server.client().invoke_endpoint_async(EndpointName="slow.mar", Body=BODY)
+            server.terminate()
+            failure = json.loads(read_when_written(s3, sent["FailureLocation"]))
+        assert "stopped" in failure["message"]
+
+    repeat_in_stalls(stop_server)

@@ -106,7 +106,7 @@ def make_instances(count: int, context: int, **configuration: object) -> bytes:
 
 @pytest.fixture(scope="module")
 def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One worker, in which loops are allowed and end after a second."""
+    """One worker, in which loops are allowed and end after five seconds."""
     bucket = s3.bucket()
     upload(s3, bucket, [CANARY, SAMPLED])
     for name, data in (
@@ -117,7 +117,7 @@ def attacked(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     ):
         s3.put(bucket, f"{name}.mar", data)
     folder: Path = tmp_path_factory.mktemp("work")
-    with run_server(s3, folder, f"s3://{bucket}", workers=1, onnx_control_flow="allow", max_forward_s=1.0) as server:
+    with run_server(s3, folder, f"s3://{bucket}", workers=1, onnx_control_flow="allow", max_forward_s=5.0) as server:
         yield server
 
 

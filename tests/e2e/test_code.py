@@ -115,7 +115,7 @@ def house(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     for name, data in archives.items():
         s3.put(bucket, name, data)
     folder: Path = tmp_path_factory.mktemp("code")
-    settings: dict[str, Any] = {"allow_code": ["code/"], "code_timeout_s": 3, "code_memory_bytes": MOST_OF_ONE}
+    settings: dict[str, Any] = {"allow_code": ["code/"], "code_timeout_s": 6, "code_memory_bytes": MOST_OF_ONE}
     settings |= {"code_processes": 12, "code_disk_bytes": 16 * MIB}
     with run_server(s3, folder, f"s3://{bucket}", model_cache_bytes=BUDGET, **settings) as server:
         yield server
@@ -198,7 +198,7 @@ def test_hostile_code_costs_only_its_own_model(house: Server) -> None:
     pid, incarnation = ask(house, "code/b.mar")["pid"], house.processes("worker")[0]["incarnation"]
     with Load(house, [model.question(1) for model in SOUND], clients=2) as load:
         for mode, status, why in (
-            ("loop", 500, "Worker died: code/bad.mar: it took longer than 3 s"),
+            ("loop", 500, "Worker died: code/bad.mar: it took longer than 6 s"),
             ("exit", 500, "Worker died: code/bad.mar: its process ended by itself"),
             ("memory", 507, "Out of resources"),
         ):

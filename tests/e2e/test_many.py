@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.e2e.conftest import Serve
 from tests.e2e.models import Model, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
 from tests.patience import PATIENCE_S, wait_until
-from tests.s3 import Fault, S3Server
+from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
 
@@ -137,7 +138,7 @@ def test_limits_and_bad_calls(s3: S3Server, one_worker: tuple[Server, str]) -> N
         assert not [name for name in reply.headers if name.startswith("x-am")]
         assert reply.headers["x-request-id"]
     with s3.hold("limits/m1.mar"):
-        late = call(server, [make_item(model) for model in fleet], {"X-Request-Timeout-Ms": "3000"}).json()
+        late = call(server, [make_item(model) for model in fleet], {"X-Request-Timeout-Ms": "6000"}).json()
     assert late["failed"] == 1
     assert late["predictions"][1]["error"]["code"] == "deadline"
     many = [make_item(fleet[0])] * 300  # 300 answers of some hundred bytes are below the limit, samples are not
@@ -153,13 +154,15 @@ def test_a_client_that_leaves_is_not_worked_for(s3: S3Server, one_worker: tuple[
     fleet = make_models(20, "leaves")
     upload(s3, bucket, fleet)
     gone, good = count_answered(server, "499"), count_answered(server, "200")
-    s3.inject(Fault(match="leaves/", times=20, delay_s=1.0))
+    asked = partial(server.total, "fleetcast_model_cache_requests_total")
+    before = asked()
     body = json.dumps({"requests": [make_item(model) for model in fleet]}).encode()
-    with socket.create_connection(server.address) as client:
-        head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
-        wait_until(lambda: s3.seen("GET", "leaves/"), "the first load has begun")
-    wait_until(lambda: count_answered(server, "499") == gone + 1, "the client is seen to have gone")
+    with s3.hold("leaves/", 20):
+        with socket.create_connection(server.address) as client:
+            head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            wait_until(lambda: asked() > before, "the first load has begun")
+        wait_until(lambda: count_answered(server, "499") == gone + 1, "the client is seen to have gone")
     assert count_answered(server, "200") == good
 
 
@@ -167,14 +170,15 @@ def test_a_worker_that_dies_costs_no_item(s3: S3Server, store: str, serve: Serve
     """SIGKILL while a call is under way: its items are asked of another worker, and all are answered."""
     fleet = make_models(40)
     upload(s3, store, fleet)
-    with serve(workers=2) as server:
-        s3.inject(Fault(match="au/", times=8, delay_s=1.5))
+    with serve(workers=2) as server, s3.hold("au/", 8) as loading:
         body = json.dumps({"requests": [make_item(model) for model in fleet], "configuration": CONFIGURATION}).encode()
         with socket.create_connection(server.address) as client:
             head = f"POST /v1/forecasts HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
             client.sendall(head.encode() + body)
-            wait_until(lambda: len(s3.seen("GET", "au/")) > 5, "both workers load")
+            asked = partial(server.total, "fleetcast_model_cache_requests_total")
+            wait_until(lambda: all(asked(worker=str(i)) for i in range(2)), "both workers load")
             os.kill(server.processes("worker")[0]["pid"], signal.SIGKILL)
+            loading.set()
             client.settimeout(PATIENCE_S)
             received = b"".join(iter(lambda: client.recv(65536), b""))
         answer = json.loads(received.partition(b"\r\n\r\n")[2])

@@ -19,7 +19,7 @@ from loadtest.driver.run_result import Run
 from server.contract import HEADER_RETRY_AFTER_MS, HEADER_SERVER_TIMING, HEADER_TIMEOUT_MS
 from tests.e2e.models import Model, pack_forecaster
 from tests.e2e.server import Server, run_server, upload
-from tests.patience import wait_until
+from tests.patience import repeat_in_stalls, wait_until
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.e2e
@@ -146,7 +146,11 @@ def overload_server(fleet: Fleet) -> Overload:
 
 def test_three_times_the_peak(overloaded: Fleet) -> None:
     """No success comes late, much of the peak is answered, refusals say when to come, and another model is served."""
-    overload = overload_server(overloaded)
+    repeat_in_stalls(lambda _: judge_overload(overload_server(overloaded)))
+
+
+def judge_overload(overload: Overload) -> None:
+    """Raises AssertionError that says what was wrong."""
     peak, run, hot_probes, other_probes = overload.peak, overload.run, overload.hot, overload.other
     right = run.status == 200
     took = (run.done - run.sent)[right]
@@ -172,6 +176,11 @@ def test_after_the_overload_all_is_well(overloaded: Fleet) -> None:
     overloaded.load(2000, 1.0)
     server, asked = overloaded.server, overloaded.hot.question(0)
     wait_until(lambda: server.total("fleetcast_requests_under_way") == 0, "all is answered")
-    reply = server.post(asked.model, asked.body, {HEADER_TIMEOUT_MS: str(int(DEADLINE_S * 1e3))})
-    assert reply.status_code == 200
+    headers = {HEADER_TIMEOUT_MS: str(int(DEADLINE_S * 1e3))}
+    reply = wait_until(lambda: find_success(server.post(asked.model, asked.body, headers)), "it is answered in time")
     asked.check(reply.content)
+
+
+def find_success(reply: httpx.Response) -> httpx.Response | None:
+    """The reply, if it is no refusal."""
+    return reply if reply.status_code == 200 else None

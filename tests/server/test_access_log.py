@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loadtest.driver.trace import TraceInvalid, read_trace
 from model_store.names import parse_model_name
 from server import access_log as arrivals
-from server.access_log import PARTS, AccessLog, ArrivalBuffer, Row, list_log_parts, read_rows
+from server.access_log import PARTS, AccessLog, ArrivalBuffer, Receipt, Row, list_log_parts, read_rows
 from server.contract import ACCESS_LOG_HEADER as HEADER
 from server.contract import ACCESS_LOG_OUTCOMES as OUTCOMES
 from server.ipc.frames import CacheResult
@@ -51,7 +51,7 @@ def test_whatever_the_names_both_readers_read_them_back(names: list[str]) -> Non
         kept.note(parse_model_name(name), 100.0 + i, i, i % len(OUTCOMES))
     with tempfile.TemporaryDirectory() as folder:  # each case needs one
         log = AccessLog(Path(folder), BUDGET)
-        log.write(kept.take()[0])
+        log.write(kept.hand_over([]).rows)
         log.close()
         found = list(read_rows(Path(folder)))
         trace = read_trace(Path(folder))
@@ -67,9 +67,39 @@ def test_a_worker_keeps_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch
     kept = ArrivalBuffer(clock, clock)
     for i in range(5):
         kept.note("a.mar", i, 1, 1)
-    text, count, dropped = kept.take()
-    assert (text.count("\n"), count, dropped) == (3, 3, 2)
-    assert kept.take() == ("", 0, 0)
+    taken = kept.hand_over([])
+    assert (taken.rows.count("\n"), taken.number, taken.dropped) == (3, 3, 2)
+    kept.note("a.mar", 5, 1, 1)
+    assert kept.hand_over([]) == (taken.rows, 3, 3, Receipt(taken.receipt.buffer, 3, 3)), "those that wait count too"
+    assert kept.hand_over([taken.receipt])[:3] == ("", 0, 1)
+    kept.note("a.mar", 6, 1, 1)
+    assert kept.hand_over([Receipt(taken.receipt.buffer, 3, 3)])[:3] == ("6.000000,a.mar,1,hit,\n", 1, 0)
+
+
+def test_rows_are_handed_over_until_their_receipt_comes(clock: Callable[[], float]) -> None:
+    """The supervisor waits for no worker for long, and has nothing of an answer that comes too late. A question that it
+    gave up may also come late, with a receipt of before: no row is then lost or handed over twice.
+    """
+    kept = ArrivalBuffer(clock, clock)
+    log = list[str]()
+    for i in range(3):
+        kept.note(f"{i}.mar", i, 1, 1)
+    first = kept.hand_over([])
+    log.append(first.rows)
+    kept.note("3.mar", 3, 1, 1)
+    late = kept.hand_over([first.receipt])
+    assert late.number == 1
+    assert kept.hand_over([Receipt("another's", 4, 0), first.receipt]) == late, "it has not arrived"
+    kept.note("4.mar", 4, 1, 1)
+    second = kept.hand_over([first.receipt])
+    log.append(second.rows)
+    kept.note("5.mar", 5, 1, 1)
+    assert kept.hand_over([first.receipt]).number == 3, "asked before the second one, and comes after it"
+    third = kept.hand_over([second.receipt])
+    log.append(third.rows)
+    assert kept.hand_over([third.receipt]).number == 0
+    assert kept.hand_over([first.receipt]).number == 0, "what has arrived once is gone"
+    assert [row.partition(",")[2] for row in "".join(log).splitlines()] == [f"{i}.mar,1,hit," for i in range(6)]
 
 
 @pytest.mark.slow
@@ -179,7 +209,7 @@ def test_a_sampled_request_has_the_id_of_its_trace(tmp_path: Path) -> None:
     kept.note("a", 100.0, 5, 1, "0af7651916cd43dd8448eb211c80319c")
     kept.note("a", 101.0, 5, 1)
     log = AccessLog(tmp_path, BUDGET)
-    log.write(kept.take()[0])
+    log.write(kept.hand_over([]).rows)
     log.close()
     assert [row.trace_id for row in read_rows(tmp_path)] == ["0af7651916cd43dd8448eb211c80319c", ""]
     old = tmp_path / "old.csv"

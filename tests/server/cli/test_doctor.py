@@ -94,7 +94,7 @@ def test_an_access_log_says_what_more_memory_would_buy(tmp_path: Path, monkeypat
     log, kept = AccessLog(tmp_path / "log", 2**20), ArrivalBuffer()
     for i in range(72):
         kept.note(f"m{i % 24}.mar", float(i), 4096, CacheResult.MISS)
-    log.write(kept.take()[0])
+    log.write(kept.hand_over([]).rows)
     log.close()
     for name, value in {"MODEL_CACHE_BYTES": "65536", "SLAB_BYTES": "65536", "WORKERS": "1"}.items():
         monkeypatch.setenv(f"FLEETCAST_{name}", value)

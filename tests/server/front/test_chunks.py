@@ -186,7 +186,7 @@ def test_a_part_that_is_late_does_not_come() -> None:
                 closed.set()
 
         async with run_house(hang) as house:
-            answer = await house.client.post("/stream", headers={"X-Request-Timeout-Ms": "1000"})
+            answer = await house.client.post("/stream", headers={"X-Request-Timeout-Ms": "3000"})
             assert answer.content == b"in time BROKENthe deadline passed before the answer was complete"
             await closed.wait()
             await house.wait_counted(500 + Situation.DEADLINE)

@@ -6,6 +6,7 @@ import tracemalloc
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from model_store.names import ModelName, at_version
@@ -220,6 +221,27 @@ def test_the_correlation_gets_the_marginals_that_are_there() -> None:
     with pytest.raises(Refused, match="odd is unknown") as caught:
         asyncio.run(scenario("gone.mar", "b.mar", "odd.mar"))
     assert caught.value.detail.instance == 2
+
+
+@pytest.mark.parametrize(
+    ("scenarios", "message"),
+    [
+        (b'{"samples":[[1]]}', "samples of 1 forecasts, expected 2"),
+        (b'{"sizes":[3],"samples":[[1]]}', "samples of 1 forecasts, expected 2"),
+        (b'{"samples":[]}', "samples of 0 forecasts, expected 2"),
+        (b'{"samples":[[1],[2],[3]]}', "samples of 3 forecasts, expected 2"),
+        (b'{"predictions":[]}', "no samples: it has no `samples`"),
+        (b'{"samples":{}}', "no samples: "),
+        (b"hello", "no samples: "),
+    ],
+)
+def test_a_correlation_that_answers_other_samples_than_asked_is_refused(scenarios: bytes, message: str) -> None:
+    """Fewer, more or none: no forecast gets another one's scenarios, and the client reads what came."""
+    fields = {"marginal": msgspec.Raw(b"{}")}
+    prediction, refused = Prediction(b"", STATS, fields), Refused(Situation.NOT_FOUND, "no")
+    with pytest.raises(Refused, match=message) as caught:
+        finish_slices(put_samples([prediction, refused, prediction], scenarios))
+    assert caught.value.situation is Situation.MODEL_FAILED
 
 
 def test_the_correlation_gets_the_archive_that_an_alias_stands_for() -> None:

@@ -1,6 +1,7 @@
 """Calls by gRPC before a worker that answers as a test says: who may, until when, and what is left of one that ends."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.server.front.answering import Asked
 from tests.server.front.grpc.serving import GrpcHouse, answer_alike, make_infer, serve_grpc
 
 StreamReply = find_message("inference.ModelStreamInferResponse")
+LIMIT_S = 3.0  #: of a request, which should reach the worker within it; one test waits for it
 Scenario = Callable[[GrpcHouse], Coroutine[Any, Any, None]]
 
 
@@ -108,9 +110,9 @@ def test_a_cancelled_call_stops_its_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "metadata", "timeout"),
     [
-        (make_infer(timeout=200_000), (), None),
-        (make_infer(), (("x-request-timeout-ms", "200"),), None),
-        (make_infer(), (), 0.2),
+        (make_infer(timeout=int(LIMIT_S * 1e6)), (), None),
+        (make_infer(), (("x-request-timeout-ms", f"{LIMIT_S * 1e3:.0f}"),), None),
+        (make_infer(), (), LIMIT_S),
     ],
     ids=["parameter", "metadata", "the client's own"],
 )
@@ -121,12 +123,14 @@ def test_a_deadline_is_the_requests(tmp_path: Path, asked: bytes, metadata: Any,
         call = asyncio.ensure_future(fail(house.call()(asked, metadata=metadata, timeout=timeout)))
         await wait_for(lambda: len(house.worker.waiting) == 1)
         waiting = house.worker.waiting[0]
-        assert waiting.deadline - asyncio.get_running_loop().time() <= 0.2
+        assert waiting.deadline - asyncio.get_running_loop().time() <= LIMIT_S
         if timeout is None:  # a worker's client refuses what is late: this one is none
             waiting.reply.set_exception(Refused(Situation.DEADLINE, "the request was not answered in time"))
         assert (await call).code() is StatusCode.DEADLINE_EXCEEDED
         await wait_for(lambda: house.worker.cancelled == 1)
-        await wait_for(lambda: house.counted() == {"504": 1})
+        await wait_for(lambda: sum(house.counted().values()) == 1)
+        # A client whose own time-out has passed may be gone before the server's clock says the same.
+        assert house.counted().keys() <= ({"504"} if timeout is None else {"504", "499"})
 
     run_in_house(scenario, tmp_path, never)
 
@@ -172,11 +176,20 @@ def test_a_client_that_sends_nothing_is_told_so(tmp_path: Path) -> None:
             yield b""
 
         path = "/inference.GRPCInferenceService/ModelInfer"
-        slow = asyncio.ensure_future(fail(house.channel.stream_unary(path, None, None)(send_nothing())))
-        await house.call()(make_infer())
-        error = await slow
-        assert error.code() is StatusCode.ABORTED
-        assert "client_timeout_s" in (error.details() or "")
+
+        async def ask_beside() -> bool:
+            """Whether another client is answered while the slow one waits: a stall makes both slow."""
+            slow = asyncio.ensure_future(fail(house.channel.stream_unary(path, None, None)(send_nothing())))
+            asked = asyncio.ensure_future(_ask(house))
+            await asyncio.wait({asked})
+            is_beside = asked.exception() is None and not slow.done()
+            error = await slow
+            assert error.code() is StatusCode.ABORTED
+            assert "client_timeout_s" in (error.details() or "")
+            return is_beside
+
+        while not await ask_beside():
+            pass
 
     run_in_house(scenario, tmp_path, client_timeout_s=0.3)
 
@@ -190,8 +203,9 @@ def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
 
     async def scenario(house: GrpcHouse) -> None:
         stream = house.stream()()
-        for _ in range(16):
-            await stream.write(make_infer())
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # it may be cut off by now
+            for _ in range(16):
+                await stream.write(make_infer())
         await wait_for(lambda: house.counted().get("408") == 1)
         stream.cancel()
 
@@ -257,7 +271,7 @@ def test_a_front_that_stops_answers_what_it_has(tmp_path: Path) -> None:
         await wait_for(lambda: len(house.worker.waiting) == 1)
         house.listener.stop(PATIENCE_S)
         assert (await fail(stream.read())).code() is StatusCode.UNAVAILABLE
-        assert (await fail(house.call()(make_infer(), timeout=1))).code() is StatusCode.UNAVAILABLE
+        assert (await fail(house.call()(make_infer(), timeout=PATIENCE_S))).code() is StatusCode.UNAVAILABLE
         house.worker.answer = answer_alike
         house.worker._reply(house.worker.waiting.pop(), house.worker.asked[-1])
         await call

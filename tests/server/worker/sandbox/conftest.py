@@ -8,13 +8,13 @@ from server.worker.sandbox.code_host import EVERY_KEY, CodeHost, CodePolicy
 from tests.patience import wait_until
 
 MIB = 1024 * 1024
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 PROCESSES = 12  #: a fork bomb shall not weigh on the tests beside it
 
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[CodeHost]:
-    """Children have 256 MiB, 3 seconds and few processes; when it is closed, nothing of it is left."""
+    """Children have 256 MiB, 4 seconds and few processes; when it is closed, nothing of it is left."""
     yield from run_host(TIMEOUT_S)
 
 

@@ -203,7 +203,7 @@ def test_a_request_is_told_its_deadline_while_the_code_runs_on(slow_host: CodeHo
         front.ask(1, "code/slow", "pid")
         await let_loop_run(lambda: 1 in front.answers)
         (child,) = list_children(steps, "code/slow")
-        front.ask(2, "code/slow", "wait", deadline_s=0.2)
+        front.ask(2, "code/slow", "wait", deadline_s=2.0)
         front.ask(3, "code/slow", "pid")
         await let_loop_run(lambda: 2 in front.refusals)
         assert front.refusals[2].situation is Situation.DEADLINE
