@@ -7,6 +7,7 @@ INVARIANT: a head is recalled only where the parser would read the same from the
 together with all of its body, whose size its Content-Length says. The listener knows where a message starts.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ from msgspec import Struct
 from server.contract import HEADER_INFERENCE_COMPONENT, HEADER_TARGET_MODEL, HEADER_TIMEOUT_MS, raw_header
 from server.request_head import HEADERS_BY_NAME
 
-MOST_HEADS = 256  #: that are known at a time, of which the oldest makes place
+MOST_HEADS = 1024  #: that are known at a time, of which the oldest makes place
+#: One of so many new heads takes the place of an old one. A client that asks more models in turn than are known would
+#: otherwise find none of its heads, because each had to leave before it came again.
+ONE_OF = 16
 LONGEST_HEAD = 1024  #: bytes of a head that is known
 LONGEST_BODY = 64 * 1024  #: bytes of its body: the listener pauses reading at a longer one
 END = b"\r\n\r\n"  #: of a head
@@ -41,7 +45,8 @@ class KnownHeads:
     """See the module."""
 
     def __init__(self) -> None:
-        self._heads: dict[bytes, KnownHead] = {}
+        self._heads: OrderedDict[bytes, KnownHead] = OrderedDict()  # the oldest first
+        self._new = 0  # heads that came when there was no place
 
     def __repr__(self) -> str:
         """For example `<KnownHeads 12>`."""
@@ -64,6 +69,10 @@ class KnownHeads:
         `scope`: see KnownHead. The request is sound, of HTTP/1.1, and its connection stays open after it. The parser
         has stood at the start of a message before `data`, and stands there again behind it.
         """
+        if len(self._heads) >= MOST_HEADS:
+            self._new += 1
+            if self._new % ONE_OF:
+                return
         by_name: Mapping[bytes, bytes] = scope[HEADERS_BY_NAME]
         end = data.find(END, 0, LONGEST_HEAD) + len(END)
         length = by_name.get(LENGTH, b"")
@@ -72,5 +81,5 @@ class KnownHeads:
         if len(by_name) < len(scope["headers"]) or not KEPT_FIELDS.issuperset(by_name):
             return
         if len(self._heads) >= MOST_HEADS:
-            del self._heads[next(iter(self._heads))]
+            self._heads.popitem(last=False)
         self._heads[data[:end]] = KnownHead(scope, int(length))

@@ -202,9 +202,15 @@ class FrameReader:
                     return
                 self._rest = b""
                 yield _parse_frame(memoryview(rest)[_PREFIX.size :])
-            while (size := _measure_frame(data, at)) is not None and at + size <= end:
-                at += size
-                yield _parse_frame(view[at - size + _PREFIX.size : at])
+            while end - at >= _PREFIX.size:  # no call of `_measure_frame`: most of what comes is one frame
+                size, version = _PREFIX.unpack_from(data, at)
+                if version != VERSION or size > MAX_FRAME:
+                    raise _refuse_prefix(size, version)
+                start, stop = at + _PREFIX.size, at + _PREFIX.size + size
+                if stop > end:
+                    break
+                at = stop
+                yield _parse_frame(view[start:stop])
         finally:
             if at < end:
                 self._rest = data[at:]
@@ -216,8 +222,12 @@ def _measure_frame(buffer: bytes, at: int) -> int | None:
         return None
     size, version = _PREFIX.unpack_from(buffer, at)
     if version != VERSION or size > MAX_FRAME:
-        raise WireError(f"not a frame of version {VERSION}: version {version}, {size} bytes")
+        raise _refuse_prefix(size, version)
     return _PREFIX.size + int(size)
+
+
+def _refuse_prefix(size: int, version: int) -> WireError:
+    return WireError(f"not a frame of version {VERSION}: version {version}, {size} bytes")
 
 
 def _parse_frame(payload: memoryview) -> Frame:

@@ -133,14 +133,19 @@ class RowBatches:
     def _answer(self, taken: "_Taken", answers: Sequence[Float32], now: float, run_s: float) -> None:
         """Answer the jobs of a batch; those of calls for many models group by group."""
         alone, encoders = taken.alone, taken.encoders
-        left = dict.fromkeys(range(len(alone)))
-        if _has_items(alone):
+        if not _has_items(alone):
+            for job, encode, outputs in zip(alone, encoders, answers, strict=False):
+                self._replies.encode(job, encode, outputs, now, run_s)
+        else:
+            left = dict.fromkeys(range(len(alone)))
             for places, encoded, media in encode_groups(encoders, answers):
                 self._replies.answer_items([alone[i] for i in places], encoded, media, now, run_s)
                 for i in places:
                     del left[i]
-        for i in left:
-            self._replies.encode(alone[i], encoders[i], answers[i], now, run_s)
+            for i in left:
+                self._replies.encode(alone[i], encoders[i], answers[i], now, run_s)
+        if not taken.blocks:
+            return
         for (jobs, items), outputs in zip(taken.blocks, answers[len(alone) :], strict=True):
             encoded = items.encode(outputs)
             if items.keeps_levels:
@@ -294,6 +299,8 @@ class _Taken(NamedTuple):
 
     def list_jobs(self) -> list[Job]:
         """All jobs."""
+        if not self.blocks:
+            return self.alone
         return [*self.alone, *(job for block in self.blocks for job in block.jobs)]
 
     def list_offsets(self) -> list[int]:

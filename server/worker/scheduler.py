@@ -189,6 +189,9 @@ class Scheduler:
     def next_batch(self, limit: int) -> tuple[str, list[Job]]:
         """A group and half of its jobs (see `unpark`), at most `limit`, taken in turns. Includes jobs that are done."""
         group, queues = self._ready.popitem(last=False)
+        if len(queues) == 1 and (only := _get_only_job(queues)) is not None:
+            self._whole.discard(group)
+            return group, [only]
         most = limit
         first = next(iter(next(iter(queues.values())).values()))[0]
         if group in self._whole or first.together is not None:  # the items of a call are answered together
@@ -256,6 +259,15 @@ class Scheduler:
         )
         for jobs in (*queues, *self._waiting.values()):
             yield from (job for job in jobs if not job.done)
+
+
+def _get_only_job(queues: _Queues) -> Job | None:
+    """The job of a group with one client, where it has no other."""
+    (models,) = queues.values()
+    if len(models) > 1:
+        return None
+    (queue,) = models.values()
+    return queue[0] if len(queue) == 1 else None
 
 
 def _take_turns(queues: _Queues, most: int) -> list[Job]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 
 from server import http_connection
-from server.known_heads import KEPT_FIELDS, LONGEST_BODY, LONGEST_HEAD, MOST_HEADS, KnownHead, KnownHeads
+from server.known_heads import KEPT_FIELDS, LONGEST_BODY, LONGEST_HEAD, MOST_HEADS, ONE_OF, KnownHead, KnownHeads
 from server.request_head import HEADERS_BY_NAME
 from tests.server.test_http_listener import RawClient, let_loop_run, serve_app
 
@@ -87,12 +87,27 @@ def test_what_is_not_one_whole_request_is_not_kept() -> None:
 def test_the_oldest_head_makes_place() -> None:
     """Clients can make up any number of heads."""
     heads = KnownHeads()
-    requests = [make_request(b"abc", line=b"POST /%d HTTP/1.1" % i) for i in range(MOST_HEADS + 1)]
+    requests = [make_request(b"abc", line=b"POST /%d HTTP/1.1" % i) for i in range(MOST_HEADS + 2 * ONE_OF)]
     for data, fields in requests:
         heads.remember(data, make_scope(fields))
     assert len(heads) == MOST_HEADS
-    assert heads.recall(requests[0][0]) is None
-    assert all(heads.recall(data) for data, _ in requests[1:])
+    known = [heads.recall(data) is not None for data, _ in requests]
+    assert known == [False] * 2 + [True] * (MOST_HEADS - 2) + ([False] * (ONE_OF - 1) + [True]) * 2
+
+
+def test_of_more_heads_in_turn_than_have_place_many_are_known() -> None:
+    """The models of a fleet are asked one after the other, again and again."""
+    heads = KnownHeads()
+    requests = [make_request(b"abc", line=b"POST /%d HTTP/1.1" % i) for i in range(2 * MOST_HEADS)]
+    found = 0
+    for _ in range(3):
+        found = 0
+        for data, fields in requests:
+            if heads.recall(data) is None:
+                heads.remember(data, make_scope(fields))
+            else:
+                found += 1
+    assert found > MOST_HEADS / 2
 
 
 # --- in a listener ----------------------------------------------------------------------------------------------------
