@@ -1,11 +1,10 @@
 """What the supervisor asks the workers for the access log. Runs on the supervisor's event loop."""
 
-import asyncio
 from collections.abc import Sequence
 
 from server.access_log import Arrivals, Receipt
 from server.ipc.operations import TakeAccessLog
-from server.supervisor.workers import LIST_S, SILENT_WAIT_S, Workers
+from server.supervisor.workers import LIST_S, Workers
 
 
 class ArrivalCollector:
@@ -24,9 +23,7 @@ class ArrivalCollector:
 
         A worker that answers too late hands the same over at the next time, and holds up no other's rows.
         """
-        operation, up = TakeAccessLog(list(self._receipts.values())), self._workers.list_up()
-        asked = (self._workers.ask(each, operation, SILENT_WAIT_S if each.is_silent else LIST_S) for each in up)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        taken = {each.index: answer for each, answer in zip(up, answers, strict=True) if isinstance(answer, Arrivals)}
+        answers = await self._workers.ask_each(TakeAccessLog(list(self._receipts.values())), LIST_S)
+        taken = {worker.index: answer for worker, answer in answers if isinstance(answer, Arrivals)}
         self._receipts |= {index: arrivals.receipt for index, arrivals in taken.items()}
         return list(taken.values())

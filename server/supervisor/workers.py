@@ -60,18 +60,23 @@ class Workers:
         """The worker's reply. Raises ControlError."""
         return await worker.ask(operation, timeout_s or self._patience_s)
 
+    async def ask_each(
+        self, operation: Operation[Reply], timeout_s: float | None = None
+    ) -> list[tuple[Child, Reply | BaseException]]:
+        """What came of each worker that is up: its reply, or why there is none. A silent one is waited for briefly."""
+        up = self.list_up()
+        asked = (self.ask(worker, operation, SILENT_WAIT_S if worker.is_silent else timeout_s) for worker in up)
+        return list(zip(up, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+
     async def ask_all(
         self, operation: Operation[Reply], timeout_s: float | None = None
     ) -> tuple[list[tuple[int, Reply]], list[int]]:
         """The replies of all workers that are up, by index, and the workers that have not answered in time.
 
-        A worker that dies meanwhile holds nothing any more. A silent one is waited for only briefly.
+        A worker that dies meanwhile holds nothing any more. Raises ControlError for any other failure.
         """
-        up = self.list_up()
-        asked = (self.ask(worker, operation, SILENT_WAIT_S if worker.is_silent else timeout_s) for worker in up)
-        answers = await asyncio.gather(*asked, return_exceptions=True)
         found, unheard = [], []
-        for worker, answer in zip(up, answers, strict=True):
+        for worker, answer in await self.ask_each(operation, timeout_s):
             if isinstance(answer, ControlError):
                 if answer.situation == Situation.DEADLINE:
                     unheard.append(worker.index)

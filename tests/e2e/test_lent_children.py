@@ -160,7 +160,7 @@ def test_requests_behind_one_that_ends_the_child_are_answered(house: Server) -> 
         wait_until(
             lambda: house.total("fleetcast_requests_under_way") == 7 or fatal.done(), "all of them are behind it"
         )
-        resume(pid)
+        resume_process(pid)
     assert fatal.result().status_code == 424
     assert [each.result().status_code for each in others] == [200] * 6
 
@@ -175,7 +175,7 @@ def stop_lent(house: Server, model: str, pool: Executor) -> tuple[int, "Future[h
     wait_until(lambda: is_stopped(pid), "the request has begun")
     if house.total("fleetcast_model_cache_requests_total", result="hit") == hits:
         return pid, fatal
-    resume(pid)  # the worker counts a request of its own when it comes
+    resume_process(pid)  # the worker counts a request of its own when it comes
     assert fatal.result().status_code == 424
     return None
 
@@ -188,7 +188,7 @@ def is_stopped(pid: int) -> bool:
         return True
 
 
-def resume(pid: int) -> None:
+def resume_process(pid: int) -> None:
     """SIGCONT, unless it is gone: it is killed where it was stopped for longer than `code_timeout_s`."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGCONT)

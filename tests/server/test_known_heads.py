@@ -145,7 +145,7 @@ class CountedHeads(KnownHeads):
         return found
 
 
-def converse(heads: KnownHeads, asked: Sequence[bytes], pieces: Sequence[bytes] = ()) -> tuple[bytes, ScopeApp]:
+def send_requests(heads: KnownHeads, asked: Sequence[bytes], pieces: Sequence[bytes] = ()) -> tuple[bytes, ScopeApp]:
     """What a client gets on one connection, and what the application was told.
 
     It sends `asked` one by one, each when the one before is answered, then `pieces` as they are, then `LAST`.
@@ -169,7 +169,7 @@ def test_a_request_says_the_same_when_its_head_is_known(body: bytes) -> None:
     head = b"POST /a%%20b?c=d HTTP/1.1\r\nHost: x\r\nContent-Type: a/b\r\nContent-Length: %d\r\n\r\n" % len(body)
     heads, scopes = CountedHeads(), list[dict[str, Any]]()
     for recalled in (2, 5):
-        said, app = converse(heads, [head + body, head + body[::-1], head + body])
+        said, app = send_requests(heads, [head + body, head + body[::-1], head + body])
         assert (len(heads), heads.recalled) == (1, recalled)
         assert [each for _, each in app.told] == [body, body[::-1], body, b""]
         assert said.count(b"HTTP/1.1 200 OK\r\n") == 4
@@ -182,7 +182,7 @@ def test_a_request_says_the_same_when_its_head_is_known(body: bytes) -> None:
 def test_a_known_head_in_pieces_or_with_others_is_read_as_ever() -> None:
     """Only a request that comes alone and whole is not given to the parser, which then stands where it stood."""
     one, heads = make_request(b"abc")[0], CountedHeads()
-    said, app = converse(heads, [one, one], [one[:5], one[5:] + one + one, one + one[:7], one[7:]])
+    said, app = send_requests(heads, [one, one], [one[:5], one[5:] + one + one, one + one[:7], one[7:]])
     assert heads.recalled == 1
     assert [body for _, body in app.told] == [b"abc"] * 7 + [b""]
     assert said.count(b"HTTP/1.1 200") == 8
@@ -221,7 +221,7 @@ def test_bytes_of_a_known_head_within_another_request_are_its_own() -> None:
     one, heads = make_request(b"abc")[0], CountedHeads()
     begun = b"POST / HTTP/1.1\r\nX-More: "
     framed = b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(one)
-    said, app = converse(heads, [one, one, one + begun], [one, framed, one, begun, one])
+    said, app = send_requests(heads, [one, one, one + begun], [one, framed, one, begun, one])
     assert [body for _, body in app.told] == [b"abc"] * 4 + [one, b"abc", b""]
     found = [scope[HEADERS_BY_NAME].get(b"x-more") for scope, _ in app.told[3:6]]
     assert found == [b"POST / HTTP/1.1", None, b"POST / HTTP/1.1"]
@@ -253,7 +253,7 @@ def test_a_head_is_not_kept_as_that_of_another() -> None:
     heads = CountedHeads()
     second = b"POST /b HTTP/1.1\r\nHost: x\r\nContent-Length: %03d\r\n\r\n"
     first, second = b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n", second % len(second % 0)
-    _, app = converse(heads, [], [first + second, second])
+    _, app = send_requests(heads, [], [first + second, second])
     assert [(scope["path"], body) for scope, body in app.told] == [("/a", b""), ("/b", second), ("/last", b"")]
     assert len(heads) == 0
 
@@ -297,7 +297,7 @@ def test_known_heads_change_nothing(asked: list[tuple[bytes, bytes]], cuts: list
     requests = [head % (len(body), body) for head, body in asked]
     whole, places = b"".join(requests), sorted({0, *accumulate(cuts)})
     pieces = [whole[start:end] for start, end in zip(places, [*places[1:], len(whole)], strict=True)]
-    known, parsed = (converse(CountedHeads(forgets=forgets), requests * 2, pieces) for forgets in (False, True))
+    known, parsed = (send_requests(CountedHeads(forgets=forgets), requests * 2, pieces) for forgets in (False, True))
     assert known[0] == parsed[0]
     assert [_without_port(each) for each in known[1].told] == [_without_port(each) for each in parsed[1].told]
 

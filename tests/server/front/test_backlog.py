@@ -261,7 +261,7 @@ def start_each(
     return aheads
 
 
-def show(backlog: Backlog) -> dict[str, object]:
+def list_counts(backlog: Backlog) -> dict[str, object]:
     """All that a backlog counts."""
     counts = {name: (turns.counts, turns._deeper) for name, turns in backlog._work.items() if turns.counts}
     clients = (backlog._clients.counts, backlog._clients._deeper)
@@ -304,19 +304,19 @@ def test_many_at_once_are_as_one_by_one(
         for model, other, is_work in before:
             backlog.start(model, other, 1.0, is_work=is_work)
     together, alone = backlogs
-    unchanged = repr(show(together))
+    unchanged = repr(list_counts(together))
     aheads = together.count_all_ahead(models, client, 2.0, left_s, bounds, works)
-    assert repr(show(together)) == unchanged
+    assert repr(list_counts(together)) == unchanged
     if aheads is None:
         return
     together.start_all(models, client, 2.0, works)
     assert start_each(alone, models, client, 2.0, left_s, bounds, works) == aheads
-    assert show(together) == show(alone)
+    assert list_counts(together) == list_counts(alone)
     together.end_all(models, client, works)
     for model, was_work in zip(models, works, strict=True):
         alone.end(model, client, was_work=was_work)
-    assert show(together) == show(alone)
-    assert repr(show(together)["_held"]) == repr(show(alone)["_held"])
+    assert list_counts(together) == list_counts(alone)
+    assert repr(list_counts(together)["_held"]) == repr(list_counts(alone)["_held"])
 
 
 @pytest.mark.parametrize("client", ["", "x"])

@@ -1,7 +1,7 @@
 """Items of a call that were computed together are answered or refused once each, whatever ends their call meanwhile."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -53,89 +53,83 @@ class EndingCall(Call):
 def test_a_call_that_ends_meanwhile_finishes_each_item_once(failing: tuple[int, ...]) -> None:
     """No job and no lease is left, and none ends twice: what is answered is finished before anything is refused."""
 
-    async def answer() -> None:
-        world = World()
-        try:
-            await world.fill()
-            call = world.call = EndingCall(world)
-            models = ["a/0", "a/1", "a/2"]
-            call.jobs = jobs = world.submit(models, at_once=True)
-            found = [RunFailed("its outputs are not finite") if i in failing else b"1" for i in range(len(jobs))]
-            make_replies(world).answer_items(jobs, found, "text", 1000.0, 0.001)
-            assert call.answered == [model for i, model in enumerate(models) if i not in failing]
-            assert len(call.refused) == (1 if len(failing) == len(models) else 0), "the call had ended"
-            assert len(world.scheduler) == 0
-            assert [world.scheduler.count(ModelName(model)) for model in models] == [0, 0, 0]
-            assert [slot.leases for slot in world.cache] == [0, 0, 0, 0]
-        finally:
-            world.close()
+    async def answer(world: World) -> None:
+        call = world.call = EndingCall(world)
+        models = ["a/0", "a/1", "a/2"]
+        call.jobs = jobs = world.submit(models, at_once=True)
+        found = [RunFailed("its outputs are not finite") if i in failing else b"1" for i in range(len(jobs))]
+        make_replies(world).answer_items(jobs, found, "text", 1000.0, 0.001)
+        assert call.answered == [model for i, model in enumerate(models) if i not in failing]
+        assert len(call.refused) == (1 if len(failing) == len(models) else 0), "the call had ended"
+        assert len(world.scheduler) == 0
+        assert [world.scheduler.count(ModelName(model)) for model in models] == [0, 0, 0]
+        assert [slot.leases for slot in world.cache] == [0, 0, 0, 0]
 
-    asyncio.run(answer())
+    run_filled(answer)
 
 
 @pytest.mark.parametrize("gone", [(), (1,), (0, 2), (0, 1, 2)])
 def test_a_block_answers_those_that_still_wait(gone: tuple[int, ...]) -> None:
     """Of items that were computed as a block some may be given up meanwhile: their leases end without an answer."""
 
-    async def answer() -> None:
-        world = World()
-        try:
-            await world.fill()
-            call = world.call = EndingCall(world)
-            models = ["a/0", "a/1", "a/2"]
-            jobs = world.submit(models, at_once=True)
-            for i in gone:
-                world.steps.cancel(jobs[i])
-            found = BlockRows(NumbersBlock("s", 1, True, [], [bytes(12)]), 3)
-            make_replies(world).answer_items(jobs, found, "text", 1000.0, 0.001)
-            assert call.answered == [model for i, model in enumerate(models) if i not in gone]
-            assert len(world.scheduler) == 0
-            assert [slot.leases for slot in world.cache] == [0, 0, 0, 0]
-        finally:
-            world.close()
+    async def answer(world: World) -> None:
+        call = world.call = EndingCall(world)
+        models = ["a/0", "a/1", "a/2"]
+        jobs = world.submit(models, at_once=True)
+        for i in gone:
+            world.steps.cancel(jobs[i])
+        found = BlockRows(NumbersBlock("s", 1, True, [], [bytes(12)]), 3)
+        make_replies(world).answer_items(jobs, found, "text", 1000.0, 0.001)
+        assert call.answered == [model for i, model in enumerate(models) if i not in gone]
+        assert len(world.scheduler) == 0
+        assert [slot.leases for slot in world.cache] == [0, 0, 0, 0]
 
-    asyncio.run(answer())
+    run_filled(answer)
 
 
 def test_leases_of_jobs_that_are_given_up_end() -> None:
     """The others stay as they are."""
 
-    async def drop() -> None:
-        world = World()
-        try:
-            await world.fill()
-            jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
-            world.steps.cancel(jobs[1])
-            assert make_replies(world).drop_done(jobs) == [jobs[0], jobs[2]]
-            assert {slot.model: slot.leases for slot in world.cache} == {"a/0": 1, "a/1": 0, "a/2": 1, "b/0": 0}
-        finally:
-            world.close()
+    async def drop(world: World) -> None:
+        jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
+        world.steps.cancel(jobs[1])
+        assert make_replies(world).drop_done(jobs) == [jobs[0], jobs[2]]
+        assert {slot.model: slot.leases for slot in world.cache} == {"a/0": 1, "a/1": 0, "a/2": 1, "b/0": 0}
 
-    asyncio.run(drop())
+    run_filled(drop)
 
 
 def test_items_that_were_answered_together_waited_as_long_as_each_did() -> None:
     """Between two hits one whose model was loaded: its wait is noted without the load, and theirs as they are."""
 
-    async def answer() -> None:
+    async def answer(world: World) -> None:
+        world.call = EndingCall(world)
+        jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
+        jobs[1].load_s = 0.25
+        slots = [job.slot for job in jobs]
+        make_replies(world).answer_items(jobs, [b"1"] * 3, "text", 1000.0, 0.001)
+        usages = [slot.usage for slot in slots if slot is not None]
+        assert [(each.answers, each.queued_s, each.answered_s) for each in usages] == [
+            (1, 0.5, 0.5),
+            (1, 0.25, 0.5),
+            (1, 0.5, 0.5),
+        ]
+
+    run_filled(answer)
+
+
+def run_filled(scenario: Callable[[World], Awaitable[None]]) -> None:
+    """Run a scenario in a worker whose models are resident."""
+
+    async def run() -> None:
         world = World()
         try:
             await world.fill()
-            world.call = EndingCall(world)
-            jobs = world.submit(["a/0", "a/1", "a/2"], at_once=True)
-            jobs[1].load_s = 0.25
-            slots = [job.slot for job in jobs]
-            make_replies(world).answer_items(jobs, [b"1"] * 3, "text", 1000.0, 0.001)
-            usages = [slot.usage for slot in slots if slot is not None]
-            assert [(each.answers, each.queued_s, each.answered_s) for each in usages] == [
-                (1, 0.5, 0.5),
-                (1, 0.25, 0.5),
-                (1, 0.5, 0.5),
-            ]
+            await scenario(world)
         finally:
             world.close()
 
-    asyncio.run(answer())
+    asyncio.run(run())
 
 
 def make_replies(world: World) -> Replies:

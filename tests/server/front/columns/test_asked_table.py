@@ -46,7 +46,7 @@ def read_both(table: Any, limit: int = LIMIT) -> tuple[Any, list[Any]]:
     return found, cut
 
 
-def show(item: Any) -> Any:
+def show_item(item: Any) -> Any:
     """An item, or why it is refused."""
     if isinstance(item, Refused):
         return str(item), item.detail
@@ -76,7 +76,7 @@ def make_columns(rows: int, draw: Any) -> Mapping[str, Any]:
 def test_rows_of_columns_are_the_rows_that_are_cut(rows: int, data: st.DataObject) -> None:
     """Of Arrow tables of any columns; and what goes to a worker of any of the rows is the same for both."""
     found, cut = read_both(read_table(write_table(make_columns(rows, data.draw))))
-    assert [*map(show, found)] == [*map(show, cut)]
+    assert [*map(show_item, found)] == [*map(show_item, cut)]
     if any(isinstance(each, Refused) for each in cut):
         assert not isinstance(found, TableItems)
         return
@@ -109,7 +109,7 @@ def test_a_fault_is_its_rows_own(change: Mapping[str, Any]) -> None:
     """The row is refused as it always was, and the others are items."""
     found, cut = read_both(read_table(write_table({**TABLE, **change})))
     assert not isinstance(found, TableItems)
-    assert [*map(show, found)] == [*map(show, cut)]
+    assert [*map(show_item, found)] == [*map(show_item, cut)]
     assert sum(isinstance(each, Refused) for each in found) == 1
 
 
@@ -134,7 +134,7 @@ def test_members_of_a_file_stay_columns(order: Any, is_whole: bool) -> None:
     np.savez(file, model=np.array(["a", "b", "c"]), start=np.array(START), target=target, load=target.astype("f8"))
     found, cut = read_both(finish_slices(read_npy(file.getvalue())))
     assert isinstance(found, TableItems) is is_whole
-    assert [*map(show, found)] == [*map(show, cut)]
+    assert [*map(show_item, found)] == [*map(show_item, cut)]
 
 
 def test_items_are_a_sequence() -> None:
@@ -142,8 +142,8 @@ def test_items_are_a_sequence() -> None:
     found, cut = read_both(read_table(write_table()))
     assert isinstance(found, TableItems)
     assert (len(found), repr(found)) == (3, "<TableItems of <RowColumns of 3 rows, 1 series>>")
-    assert show(found[-1]) == show(cut[2])
-    assert [*map(show, found[1:])] == [*map(show, cut[1:])]
+    assert show_item(found[-1]) == show_item(cut[2])
+    assert [*map(show_item, found[1:])] == [*map(show_item, cut[1:])]
     with pytest.raises(IndexError):
         found[3]
     whole, part = (select_rows(found.rows, places) for places in (range(3), [0, 2]))
