@@ -34,6 +34,14 @@ NO_TAIL = "the archive has no tail rule (`tail` is none), without which it canno
 Prediction = dict[str, object]
 
 
+def interpolate_prices(low: Float64, high: Float64, weight: Float64) -> Float64:
+    """Prices at the fraction `weight` of the way from `low` to `high`.
+
+    Products and sums are rounded monotonically; the bound is needed for weights that are rounded up to one.
+    """
+    return np.minimum(low + weight * (high - low), high)
+
+
 class Levels(NamedTuple):
     """Requested quantile levels: each lies at the fraction `weight` between the trained levels `below` and `above`."""
 
@@ -43,12 +51,8 @@ class Levels(NamedTuple):
     weight: Float64
 
     def of(self, prices: Float64) -> Float64:
-        """Interpolate sorted quantiles at the trained levels [..., levels] to the requested ones [..., asked], sorted.
-
-        Products and sums are rounded monotonically; the bound is needed for weights that are rounded up to one.
-        """
-        low, high = prices[..., self.below], prices[..., self.above]
-        return np.minimum(low + self.weight * (high - low), high)
+        """Interpolate sorted quantiles at trained levels [..., levels] to the requested ones [..., asked], sorted."""
+        return interpolate_prices(prices[..., self.below], prices[..., self.above], self.weight)
 
 
 class InstanceRequest(NamedTuple):

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from handlers.base import Float32
 from handlers.codecs.calibration import AnsweredLevels, BandCalibration, count_seconds
-from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Levels
+from handlers.codecs.deepar import FLOAT32_MAX, OVERFLOWS, DeepAr, Levels, interpolate_prices
 from handlers.codecs.deepar_schema import Configuration, Instance
 from handlers.codecs.features import FirstStep, Float64, Inputs
 from handlers.codecs.history import measure_courses
@@ -414,7 +414,7 @@ def _pick_levels(levels: Levels, ordered: SortedLevels) -> Float32:
     for row, below, above, weight in zip(found, levels.below, levels.above, levels.weight, strict=True):
         low, high = columns[below], columns[above]
         if weight or has_zeros:  # else nothing would change: a sum with zero changes the sign of a zero alone
-            low = np.minimum(low + weight * (high - low), high)
+            low = interpolate_prices(low, high, weight)
         row[...] = low
     return found.transpose(1, 2, 0)
 
